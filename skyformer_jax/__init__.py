@@ -1,0 +1,1 @@
+"""Skyformer and its benchmark in JAX and Flax."""
