@@ -1,0 +1,10 @@
+"""Eight fake CPU devices for every test, set before jax starts."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+# With fewer threads than devices, collectives of fake devices can wait for each other for ever.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,0 +1,212 @@
+"""Skyformer against float64, and what it must become in its limits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from test_attention import inputs, masks
+
+from skyformer_jax.attention import kernelized_attention
+from skyformer_jax.attention import skyformer_attention as eager_skyformer_attention
+from skyformer_jax.attention.skyformer import (
+    drawn_landmarks,
+    schulz_inverse,
+    spread_landmarks,
+)
+
+skyformer_attention = jax.jit(
+    eager_skyformer_attention,
+    static_argnames=("scale", "num_landmarks", "gamma", "inverse", "num_iterations"),
+)
+both_inverses = pytest.mark.parametrize("inverse", ["schulz", "cholesky"])
+
+
+@both_inverses
+@pytest.mark.parametrize("lengths", [(20, 20), (9, 31), (700, 40)])
+def test_equals_float64_reference(inverse, lengths):
+    q, k, v = inputs(*lengths)
+    mask = masks(3, lengths[1])
+    rng = np.random.default_rng(0)
+    real_rows = [
+        np.concatenate([np.arange(lengths[0]), lengths[0] + np.flatnonzero(m)])
+        for m in np.asarray(mask)
+    ]
+    query_mask = jnp.ones((3, lengths[0]), bool)
+    indices = np.stack([rng.choice(rows, 8, replace=False) for rows in real_rows])
+    out = skyformer_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        query_mask=query_mask,
+        landmark_indices=jnp.asarray(indices),
+        inverse=inverse,
+        num_iterations=10,
+    )
+    expected = references.skyformer(q, k, v, indices, mask)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@both_inverses
+def test_gradients_by_finite_differences_of_the_reference(inverse):
+    q, k, v = inputs(12, 15, batch=2, head_dim=4)
+    mask = masks(2, 15).at[-1].set(True)
+    indices = np.array([[0, 3, 5, 7, 12], [1, 2, 13, 20, 26]])
+    rng = np.random.default_rng(5)
+    weights = rng.normal(size=q.shape)
+
+    def loss(q, k, v):
+        out = skyformer_attention(
+            q, k, v, mask=mask, landmark_indices=jnp.asarray(indices), inverse=inverse
+        )
+        return (out * weights).sum()
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    args = [np.asarray(x, np.float64) for x in (q, k, v)]
+    assert np.asarray(mask)[0, 0]  # row 12 of example 0, a landmark, is a real key
+    for i in range(3):
+        direction = rng.normal(size=args[i].shape)
+        sides = []
+        for sign in (1, -1):
+            moved = list(args)
+            moved[i] = args[i] + sign * 1e-5 * direction
+            sides.append((references.skyformer(*moved, indices, mask) * weights).sum())
+        expected = (sides[0] - sides[1]) / 2e-5
+        got = float((np.asarray(gradients[i], np.float64) * direction).sum())
+        np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
+
+
+@both_inverses
+@pytest.mark.parametrize("masked", [False, True])
+def test_error_falls_to_zero_as_landmarks_grow(inverse, masked):
+    """At a small gamma, every row a landmark: kernelized attention itself."""
+    length = 96
+    q, k, v = inputs(length, length, head_dim=16)
+    mask = masks(3, length).at[-1].set(True) if masked else None
+    real = np.ones((3, length), bool) if mask is None else np.asarray(mask)
+    exact = np.asarray(kernelized_attention(q, k, v, mask=mask))[real]
+    errors = []
+    for num_landmarks in (12, 48, 96, 192):
+        out = skyformer_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            num_landmarks=num_landmarks,
+            gamma=1e-4,
+            inverse=inverse,
+            num_iterations=14,
+        )
+        errors.append(np.linalg.norm(np.asarray(out)[real] - exact) / np.linalg.norm(exact))
+    assert errors[0] > 0.1  # few landmarks are an approximation, or the test shows nothing
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3
+
+
+def test_more_landmarks_than_rows_means_all_rows():
+    q, k, v = inputs(10, 7)
+    everything = skyformer_attention(q, k, v, num_landmarks=17)
+    np.testing.assert_array_equal(skyformer_attention(q, k, v, num_landmarks=500), everything)
+    # Padding an example leaves fewer real rows than landmarks: the invalid ones add nothing.
+    mask = masks(3, 7)
+    padded = skyformer_attention(q, k, v, mask=mask, num_landmarks=17, inverse="cholesky")
+    for i in range(2):
+        real = np.flatnonzero(mask[i])
+        alone = skyformer_attention(
+            q[i : i + 1], k[i : i + 1, real], v[i : i + 1, real], inverse="cholesky"
+        )
+        np.testing.assert_allclose(padded[i : i + 1], alone, rtol=2e-4, atol=2e-4)
+
+
+def test_schulz_and_cholesky_agree():
+    q, k, v = inputs(300, 300, head_dim=32)
+    by_schulz = skyformer_attention(q, k, v)
+    by_cholesky = skyformer_attention(q, k, v, inverse="cholesky")
+    np.testing.assert_allclose(by_schulz, by_cholesky, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.5, 1.0, 5.0])
+def test_schulz_residual_follows_its_own_bound(spread):
+    """The residual of eigenvalue a after k steps is the scalar iteration's, for every spread."""
+    rng = np.random.default_rng(2)
+    points = spread * rng.normal(size=(40, 8))
+    m = references.gaussian_kernel(points, points, 8**-0.5) + 0.1 * np.eye(40)
+    root = m.sum(1) ** -0.5
+    smallest = np.linalg.eigvalsh(root[:, None] * m * root)[0]
+    for steps in (2, 4, 6, 10):
+        z = np.asarray(schulz_inverse(jnp.asarray(m, jnp.float32), steps), np.float64)
+        residual = np.linalg.norm(
+            np.eye(40) - (root[:, None] * m * root) @ (z / root[:, None] / root), 2
+        )
+        x = 2 * np.array([smallest, 1.0])
+        for _ in range(steps):
+            x = 1 - (1 - x) ** 3 * (1 - x / 4)
+        # In between lies no larger residual: the map is increasing up to its first 1.
+        assert residual <= np.abs(1 - x).max() + 2e-4
+
+
+def test_schulz_does_not_depend_on_batch_mates():
+    rng = np.random.default_rng(3)
+    small = references.gaussian_kernel(*[0.01 * rng.normal(size=(16, 4))] * 2, 0.5)
+    large = references.gaussian_kernel(*[5 * rng.normal(size=(16, 4))] * 2, 0.5)
+    batch = jnp.asarray(np.stack([small, large]) + 0.1 * np.eye(16), jnp.float32)
+    np.testing.assert_allclose(schulz_inverse(batch)[1], schulz_inverse(batch[1:])[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_landmarks", [1, 7, 30, 61])
+def test_spread_landmarks_are_distinct_real_and_even(num_landmarks):
+    rng = np.random.default_rng(num_landmarks)
+    candidates = rng.random((5, 61)) < 0.7
+    candidates[0] = True
+    candidates[4] = False
+    indices, valid = map(np.asarray, spread_landmarks(jnp.asarray(candidates), num_landmarks))
+    for row in range(5):
+        count = candidates[row].sum()
+        chosen = indices[row][valid[row]]
+        assert len(chosen) == min(count, num_landmarks)
+        assert len(set(chosen)) == len(chosen)
+        assert candidates[row][chosen].all()
+        ranks = np.searchsorted(np.flatnonzero(candidates[row]), chosen)
+        if len(chosen) > 1 and count >= num_landmarks:
+            gaps = np.diff(ranks)
+            assert gaps.max() - gaps.min() <= 1
+
+
+def test_drawn_landmarks_are_distinct_real_and_uniform():
+    candidates = jnp.asarray(np.arange(20) % 5 != 0)[None]
+    draw = jax.vmap(functools.partial(drawn_landmarks, candidates=candidates, num_landmarks=4))
+    indices, valid = draw(jax.random.split(jax.random.key(0), 4000))
+    assert valid.all()
+    counts = np.bincount(np.asarray(indices).ravel(), minlength=20)
+    assert not counts[::5].any()
+    expected = 4000 * 4 / 16
+    # Without replacement the variance is below the binomial's: five of its deviations.
+    assert np.abs(counts[counts > 0] - expected).max() < 5 * expected**0.5
+    assert all(len(set(row)) == 4 for row in np.asarray(indices)[:, 0])
+
+
+def test_draws_differ_with_rng_and_average_to_less_error():
+    q, k, v = inputs(128, 128, head_dim=8)
+    exact = kernelized_attention(q, k, v)
+    draws = jnp.stack(
+        [skyformer_attention(q, k, v, num_landmarks=16, rng=jax.random.key(i)) for i in range(20)]
+    )
+    assert np.abs(draws[0] - draws[1]).max() > 1e-3
+    error = jnp.linalg.norm(draws - exact, axis=-1).mean()
+    assert jnp.linalg.norm(draws.mean(0) - exact, axis=-1).mean() < error
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"inverse": "svd"}, "schulz, cholesky"),
+        ({"num_landmarks": 0}, "at least 1"),
+        ({"gamma": -1.0}, "negative"),
+    ],
+)
+def test_options_out_of_range_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        eager_skyformer_attention(*inputs(4, 4), **option)
