@@ -187,9 +187,7 @@ def test_transformations(name):
 @all_attentions
 def test_deterministic_without_rng(name):
     q, k, v = inputs(200, 200)
-    np.testing.assert_array_equal(
-        jitted(name)(q, k, v), jitted(name)(q, k, v)
-    )
+    np.testing.assert_array_equal(jitted(name)(q, k, v), jitted(name)(q, k, v))
 
 
 @all_attentions

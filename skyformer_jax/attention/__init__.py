@@ -7,7 +7,7 @@ jax.nn.dot_product_attention; mask is bool [batch, kv_length], True at real toke
 """
 
 from skyformer_jax.attention.gaussian import kernelized_attention
-from skyformer_jax.attention.skyformer import skyformer_attention
+from skyformer_jax.attention.skyformer import INVERSES, skyformer_attention
 from skyformer_jax.attention.softmax import softmax_attention
 
 ATTENTIONS = {
@@ -19,6 +19,7 @@ NAMES = tuple(ATTENTIONS)
 
 __all__ = [
     "ATTENTIONS",
+    "INVERSES",
     "NAMES",
     "kernelized_attention",
     "skyformer_attention",

@@ -1,0 +1,70 @@
+"""What the experiments share: the paper's model, optimizer and attentions.
+
+A config file builds on this and says what is its own. Its get_config takes "attention[,variant]",
+as in --config=configs/listops.py:kernelized,paper.
+"""
+
+from collections.abc import Sequence
+
+import ml_collections
+
+from skyformer_jax import tasks
+from skyformer_jax.config import one_of
+from skyformer_jax.errors import UserError
+
+# Each attention with the options it has, at the paper's values.
+ATTENTION_OPTIONS = {
+    "softmax": {},
+    "kernelized": {},
+    "skyformer": {"num_landmarks": 128, "gamma": 0.1, "inverse": "schulz", "num_iterations": 6},
+}
+
+
+def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
+    """Splits "attention[,variant]" in two; skyformer and "" where left out."""
+    name, _, variant = argument.partition(",")
+    one_of("attention", name or "skyformer", ATTENTION_OPTIONS)
+    if variant and not variants:
+        raise UserError(f"unknown variant {variant!r}; this config has none")
+    return name or "skyformer", one_of("variant", variant, ("", *variants)) if variant else ""
+
+
+def paper_config(task: str, attention: str, *, max_length: int) -> ml_collections.ConfigDict:
+    """The paper's setting of everything that does not depend on the task (FACTS: appendix).
+
+    2 layers of width 64, MLP 128, 2 heads of 32, dropout 0.1, learned positions, mean pooling;
+    AdamW without weight decay, gradients clipped by value at 1, linear one-cycle schedule.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "task": task,
+            "seed": 0,
+            "attention": {"name": attention, **ATTENTION_OPTIONS[attention]},
+            "model": {
+                "vocab_size": tasks.get(task).vocab_size,
+                "max_length": max_length,  # sequences are padded to this
+                "num_classes": tasks.get(task).num_classes,
+                "num_layers": 2,
+                "width": 64,
+                "num_heads": 2,
+                "head_dim": 32,
+                "mlp_dim": 128,
+                "dropout": 0.1,
+                "pooling": "mean",
+            },
+            "train": {
+                "num_steps": 50_000,
+                "batch_size": 32,
+                "learning_rate": 1e-4,  # the peak
+                "warmup_steps": 1000,
+                "weight_decay": 0.0,
+                "eval_every": 500,  # steps between validations, each followed by a checkpoint
+                "log_every": 50,
+            },
+            "data": {
+                "dir": "data",  # where prepared data sets lie or are put
+                "source": "",  # a folder with the published files, or "" to generate
+                "brackets": True,  # False drops closing brackets, as the published code does
+            },
+        }
+    )

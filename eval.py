@@ -1,0 +1,55 @@
+"""Evaluates a run: prints a table, writes eval_<split>.json into the workdir.
+
+python eval.py --workdir=runs/quickstart-skyformer [--split=test] [--checkpoint=best|latest|STEP]
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from skyformer_jax import cli, training
+from skyformer_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; runs/quickstart will do for runs/quickstart-skyformer."
+)
+_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (by validation), latest, or a step.")
+_LANDMARK_DRAWS = flags.DEFINE_integer(
+    "landmark_draws", 0, "Evaluations more, with random landmarks.", lower_bound=0
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Default: that of training. Does not change the result.", lower_bound=1
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data lie, if they were moved.")
+flags.mark_flag_as_required("workdir")
+
+
+def _find_workdir(given: str) -> Path:
+    """The folder itself, or the only one that continues its name with -<attention>."""
+    path = Path(given)
+    if path.exists():
+        return path
+    longer = sorted(p for p in path.parent.glob(f"{path.name}-*") if p.is_dir())
+    if len(longer) == 1:
+        return longer[0]
+    if longer:
+        raise UserError(f"--workdir={given} may mean: {', '.join(map(str, longer))}; name one")
+    raise UserError(f"--workdir={given} does not exist; train.py makes it")
+
+
+def main() -> None:
+    """Evaluates and prints."""
+    result = training.evaluate(
+        _find_workdir(_WORKDIR.value),
+        split=_SPLIT.value,
+        checkpoint=_CHECKPOINT.value,
+        landmark_draws=_LANDMARK_DRAWS.value,
+        data_dir=_DATA_DIR.value,
+        batch_size=_BATCH_SIZE.value,
+    )
+    print(training.table(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,53 @@
+"""What train.py, eval.py and the other command lines share: errors in one line."""
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from skyformer_jax.errors import UserError
+
+# Failures of the machine, not of the program: the person can mend them.
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+
+
+def _fail(text: str) -> None:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Absl's flag parsing, config file and overrides included, with one line for what is wrong."""
+    try:
+        rest = flags.FLAGS(argv)
+    except UserError as error:
+        _fail(str(error))
+    except flags.Error as error:
+        _fail(str(error))
+    except (AttributeError, KeyError) as error:
+        _fail(f"no such config field: {error.args[0]}")
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        _fail(str(error))
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    return rest
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs main() with parsed flags; a UserError is printed without a traceback, exit status 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        del argv
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.ERROR)  # Orbax warns of its routine
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error))
+        except OSError as error:
+            if error.errno not in _MACHINE_ERRORS:
+                raise
+            _fail(f"{error.strerror}: {error.filename or 'while writing'}")
+
+    app.run(guarded, flags_parser=_parse_flags)

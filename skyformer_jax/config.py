@@ -1,0 +1,121 @@
+"""Checks of a configuration, made before anything is compiled or written."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from skyformer_jax import attention, models, tasks
+from skyformer_jax.errors import UserError
+
+# Fields that say where things lie, not what is computed: they may differ between two runs of one
+# workdir.
+LOCATIONS = ("data.dir",)
+
+
+def one_of(what: str, got: str, allowed: Iterable[str]) -> str:
+    """Returns got if it is allowed, else raises a UserError that says what is."""
+    allowed = tuple(allowed)
+    if got not in allowed:
+        close = difflib.get_close_matches(str(got), allowed, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(f"unknown {what} {got!r}{hint}; choose one of: {', '.join(allowed)}")
+    return got
+
+
+def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
+    """Raises a UserError for the first thing in the config that cannot work.
+
+    Args:
+      config: the complete configuration.
+      num_devices: devices that the batch will be divided over.
+    """
+    task = tasks.get(one_of("task", config.task, tasks.NAMES))
+    options = config.attention.to_dict()
+    name = one_of("attention", options.pop("name"), attention.NAMES)
+    parameters = inspect.signature(attention.ATTENTIONS[name]).parameters
+    for option in options:
+        if option not in parameters:
+            raise UserError(
+                f"attention {name!r} has no option {option!r}; choose the attention as "
+                f"--config=FILE:{name}, which sets just the options that it has"
+            )
+    one_of("model.pooling", config.model.pooling, models.POOLINGS)
+    if "inverse" in options:
+        one_of("attention.inverse", options["inverse"], attention.INVERSES)
+    if options.get("gamma", 0) < 0:
+        raise UserError(f"attention.gamma must not be negative; got {options['gamma']}")
+
+    model, train = config.model, config.train
+    positive = {f"model.{k}": v for k, v in model.items() if type(v) is int}
+    positive |= {f"attention.{k}": v for k, v in options.items() if type(v) is int}
+    positive |= {
+        f"train.{k}": train[k] for k in ("num_steps", "batch_size", "eval_every", "log_every")
+    }
+    for field, value in positive.items():
+        if value < 1:
+            raise UserError(f"{field} must be at least 1; got {value}")
+    if not 0 <= model.dropout < 1:
+        raise UserError(f"model.dropout must be in [0, 1); got {model.dropout}")
+    if not 0 <= train.warmup_steps < train.num_steps:
+        raise UserError(
+            f"train.warmup_steps must be in 0..{train.num_steps - 1} (train.num_steps - 1); "
+            f"got {train.warmup_steps}"
+        )
+    if train.learning_rate <= 0:
+        raise UserError(f"train.learning_rate must be positive; got {train.learning_rate}")
+    for field in ("vocab_size", "num_classes", "max_length"):
+        if model[field] < getattr(task, field):
+            raise UserError(
+                f"model.{field} must be at least {getattr(task, field)} for task {task.name}; "
+                f"got {model[field]}"
+            )
+    if train.batch_size % num_devices:
+        raise UserError(
+            f"train.batch_size={train.batch_size} is not divisible by the {num_devices} devices; "
+            f"nearest that is: {max(1, round(train.batch_size / num_devices)) * num_devices}"
+        )
+
+
+def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as plain dicts and values, as it is stored."""
+    return json.loads(config.to_json_best_effort())
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """One text for each field, locations aside, that differs between two stored configs."""
+    old, new = flatten(saved), flatten(asked)
+    return [
+        f"{field} (saved: {old.get(field, 'absent')!r}, asked for: {new.get(field, 'absent')!r})"
+        for field in sorted(old.keys() | new.keys())
+        if field not in LOCATIONS and old.get(field, KeyError) != new.get(field, KeyError)
+    ]
+
+
+def read(path: Path) -> ml_collections.ConfigDict:
+    """The config of a workdir.
+
+    Raises:
+      UserError: if the file is missing or is not a config.
+    """
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not a workdir of train.py") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,1 @@
+"""Data sets: generators, readers of the published files, TFDS builders, batching."""

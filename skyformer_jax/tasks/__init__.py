@@ -1,0 +1,15 @@
+"""What each benchmark task is: its data set, vocabulary, lengths, classes, floors."""
+
+from skyformer_jax.tasks.listops import LISTOPS, LISTOPS_SMALL, ListopsTask
+
+SPLITS = ("train", "validation", "test")
+TASKS = {task.name: task for task in (LISTOPS, LISTOPS_SMALL)}
+NAMES = tuple(TASKS)
+
+
+def get(name: str) -> ListopsTask:
+    """The task of that name; KeyError if there is none (see NAMES)."""
+    return TASKS[name]
+
+
+__all__ = ["NAMES", "SPLITS", "TASKS", "get"]

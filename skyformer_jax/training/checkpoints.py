@@ -1,0 +1,201 @@
+"""Checkpoints by Orbax, with a checksum of our own.
+
+Each holds two items: "state" (the TrainState) and "meta" (JSON: step, examples read, config,
+validation metrics, digest). Orbax commits a checkpoint atomically, but restores flipped bytes
+without a word; so the digest covers all arrays and the rest of "meta", and is compared on restore.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from skyformer_jax.errors import UserError
+from skyformer_jax.training.logs import say
+
+# Metric of a checkpoint that was saved on the way, without a validation: never the best.
+NOT_VALIDATED = -1.0
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that cannot be read, or is not what was written."""
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    return metrics["accuracy"]
+
+
+def open_manager(directory: Path) -> ocp.CheckpointManager:
+    """A manager that saves in the background and keeps the two latest and the best."""
+    return ocp.CheckpointManager(
+        directory.absolute(),
+        options=ocp.CheckpointManagerOptions(
+            best_fn=_accuracy,
+            best_mode="max",
+            cleanup_tmp_directories=True,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                [
+                    checkpoint_managers.LatestN(2),  # should the latest turn out to be damaged
+                    checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1),
+                ]
+            ),
+        ),
+    )
+
+
+def digest(state: Any, meta: dict[str, Any]) -> str:
+    """SHA-256 of every array with its path, dtype and shape, and of meta without its digest."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        sha.update(array.view(np.uint8) if array.ndim else array.tobytes())
+    rest = {key: value for key, value in meta.items() if key != "digest"}
+    sha.update(json.dumps(rest, sort_keys=True).encode())
+    return sha.hexdigest()
+
+
+def save(manager: ocp.CheckpointManager, state: Any, meta: dict[str, Any]) -> None:
+    """Starts saving; returns when the state may be used up, before the files are complete.
+
+    Args:
+      manager: of open_manager.
+      state: the TrainState.
+      meta: JSON values; meta["step"] numbers the checkpoint, meta["validation"]["accuracy"] ranks
+        it (None: it is not ranked).
+
+    Raises:
+      RuntimeError: if Orbax declines to save.
+      OSError, ValueError: if an earlier save failed in the background.
+    """
+    meta = {**meta, "digest": digest(state, meta)}
+    validation = meta["validation"] or {"accuracy": NOT_VALIDATED}
+    saved = manager.save(
+        meta["step"],
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+        metrics={"accuracy": validation["accuracy"]},
+        force=True,
+    )
+    if not saved:
+        raise RuntimeError(f"Orbax did not save step {meta['step']}")
+
+
+def steps(directory: Path) -> list[int]:
+    """The numbers of the finished checkpoints, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def _restore(directory: Path, step: int, **items: Any) -> Any:
+    """Reads items of a checkpoint; whatever fails in it is damage, missing rights aside."""
+    path = directory.absolute() / str(step)
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path, args=ocp.args.Composite(**items))
+    except PermissionError:
+        raise
+    except Exception as error:  # Orbax and its storage raise a dozen kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {reason}") from None
+
+
+def read_meta(directory: Path, step: int) -> dict[str, Any]:
+    """The "meta" of a checkpoint, not verified.
+
+    Raises:
+      DamagedCheckpointError: if it cannot be read.
+    """
+    meta = _restore(directory, step, meta=ocp.args.JsonRestore())["meta"]
+    if not isinstance(meta, dict):
+        raise DamagedCheckpointError(f"checkpoint {directory / str(step)} is damaged: no metadata")
+    return meta
+
+
+def restore(directory: Path, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    """The state and the meta of a checkpoint, verified.
+
+    Args:
+      directory: of the checkpoints.
+      step: its number.
+      abstract_state: a TrainState of ShapeDtypeStructs with the shardings wanted.
+
+    Raises:
+      DamagedCheckpointError: if it cannot be read, or differs from what was written.
+    """
+    items = _restore(
+        directory,
+        step,
+        state=ocp.args.StandardRestore(abstract_state),
+        meta=ocp.args.JsonRestore(),
+    )
+    state, meta = items["state"], items["meta"]
+    if not isinstance(meta, dict) or digest(state, meta) != meta.get("digest"):
+        raise DamagedCheckpointError(
+            f"checkpoint {directory / str(step)} is damaged: it does not match its checksum"
+        )
+    return state, meta
+
+
+def restore_latest(directory: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, or None if there is no checkpoint at all.
+
+    Damaged ones that are newer are reported and moved to a folder "damaged" beside the
+    checkpoints: Orbax would not save a step below them.
+
+    Raises:
+      UserError: if there are checkpoints, and all are damaged.
+    """
+    found = steps(directory)
+    for step in reversed(found):
+        try:
+            return restore(directory, step, abstract_state)
+        except DamagedCheckpointError as error:
+            aside = directory.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            number = sum(1 for _ in aside.iterdir())
+            (directory / str(step)).rename(aside / f"{step}-{number}")
+            say(f"{error}; moved it to {aside}")
+    if found:
+        raise UserError(
+            f"all checkpoints of {directory} were damaged and moved to {directory.parent}/damaged; "
+            "start again to train from the beginning"
+        )
+    return None
+
+
+def find(directory: Path, which: str) -> int:
+    """The number of the checkpoint "best", "latest" or a step given in digits.
+
+    Raises:
+      UserError: if there is none, naming those that exist.
+    """
+    found = steps(directory)
+    if not found:
+        raise UserError(f"{directory} has no checkpoint yet")
+    if which == "latest":
+        return found[-1]
+    if which == "best":
+        ranked = []
+        for step in found:
+            try:
+                validation = read_meta(directory, step)["validation"]
+            except DamagedCheckpointError as error:
+                say(str(error))
+                continue
+            if validation:
+                ranked.append((validation["accuracy"], -step))
+        if not ranked:
+            raise UserError(f"no checkpoint of {directory} was validated; use --checkpoint=latest")
+        return -max(ranked)[1]
+    if which.isdigit() and int(which) in found:
+        return int(which)
+    raise UserError(
+        f"no checkpoint {which!r} in {directory}; "
+        f"choose best, latest or one of: {', '.join(map(str, found))}"
+    )

@@ -1,0 +1,223 @@
+"""Evaluation: every example once, reduced on the host in float64."""
+
+import collections
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+import skyformer_jax.config
+from skyformer_jax import tasks
+from skyformer_jax.data.batches import Examples, evaluation_rows, to_arrays
+from skyformer_jax.errors import UserError
+from skyformer_jax.models import build_model
+from skyformer_jax.training import checkpoints, steps
+
+# Batches whose results may be outstanding on the devices at a time.
+_IN_FLIGHT = 8
+
+
+def load_split(config: ml_collections.ConfigDict, split: str) -> Any:
+    """The examples of a split as the config's task gives them, unpadded."""
+    return tasks.get(config.task).load(
+        split,
+        config.data.dir,
+        source=config.data.source or None,
+        brackets=config.data.brackets,
+    )
+
+
+def predict(
+    predict_step: Callable[..., jax.Array],
+    params: Any,
+    examples: Examples,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    rng: jax.Array | None = None,
+) -> np.ndarray:
+    """Logits of all examples, float32 [examples, classes], in their order.
+
+    Args:
+      predict_step: of steps.make_predict_step.
+      params: the model's parameters.
+      examples: the split.
+      batch_size: a multiple of the number of devices; it does not change the result.
+      mesh: of the devices.
+      rng: draws landmarks; None is deterministic.
+    """
+    outstanding, done = collections.deque(), []
+
+    def fetch() -> None:
+        logits, count = outstanding.popleft()
+        done.append(np.asarray(logits)[:count])
+
+    first = 0
+    for rows, count in evaluation_rows(len(examples.label), batch_size):
+        batch = steps.shard_batch(examples.take(rows), mesh)
+        outstanding.append((predict_step(params, batch, rng, first), count))
+        first += count
+        if len(outstanding) > _IN_FLIGHT:
+            fetch()
+    while outstanding:
+        fetch()
+    return np.concatenate(done)
+
+
+def score(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Mean cross-entropy in nats and accuracy in 0..1.
+
+    Args:
+      logits: [examples, classes].
+      label: int [examples].
+    """
+    logits = logits.astype(np.float64)
+    top = logits.max(axis=1, keepdims=True)
+    log_sum = np.log(np.exp(logits - top).sum(axis=1)) + top[:, 0]
+    losses = log_sum - logits[np.arange(len(label)), label]
+    return {
+        "loss": float(losses.mean()),
+        "accuracy": float((logits.argmax(axis=1) == label).mean()),
+    }
+
+
+def wilson_interval(accuracy: float, examples: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927)."""
+    z = 1.959964
+    centre = accuracy + z * z / (2 * examples)
+    half = z * math.sqrt(accuracy * (1 - accuracy) / examples + (z / (2 * examples)) ** 2)
+    return (centre - half) / (1 + z * z / examples), (centre + half) / (1 + z * z / examples)
+
+
+def evaluate(
+    workdir: str | Path,
+    *,
+    split: str = "test",
+    checkpoint: str = "best",
+    landmark_draws: int = 0,
+    data_dir: str | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run and writes eval_<split>.json into its workdir.
+
+    Args:
+      workdir: of the run; nothing else is needed.
+      split: "train", "validation" or "test".
+      checkpoint: "best" by validation accuracy, "latest", or a step.
+      landmark_draws: evaluate as many times more with landmarks drawn at random, as the published
+        code does, and report mean and standard deviation of those accuracies.
+      data_dir: where the data lie, if not where they lay in training.
+      batch_size: None means that of training; rounded up to a multiple of the devices.
+
+    Returns:
+      What the file holds: accuracy and interval in 0..1, loss in nats,
+      confusion[label][prediction], accuracy of each class, floors, seconds, checkpoint, config digest.
+
+    Raises:
+      UserError: if the workdir, the checkpoint or the data are not there or damaged.
+    """
+    workdir = Path(workdir)
+    config = skyformer_jax.config.read(workdir / "config.json")
+    if data_dir:
+        config.data.dir = data_dir
+    skyformer_jax.config.one_of("split", split, tasks.SPLITS)
+    if landmark_draws and "num_landmarks" not in config.attention:
+        raise UserError(f"attention {config.attention.name!r} draws no landmarks")
+    directory = workdir / "checkpoints"
+    step = checkpoints.find(directory, checkpoint)
+    mesh = steps.make_mesh()
+    model, optimizer = build_model(config), steps.make_optimizer(config)
+    state, meta = checkpoints.restore(
+        directory, step, steps.abstract_state(config, model, optimizer, mesh)
+    )
+    source = load_split(config, split)
+    examples = to_arrays(source, config.model.max_length)
+
+    batch_size = -(-(batch_size or config.train.batch_size) // mesh.size) * mesh.size
+    predict_step = steps.make_predict_step(model, mesh)
+    start = time.perf_counter()
+    logits = predict(predict_step, state.params, examples, batch_size, mesh)
+    seconds = time.perf_counter() - start
+    drawn = [
+        score(
+            predict(predict_step, state.params, examples, batch_size, mesh, jax.random.key(draw)),
+            examples.label,
+        )["accuracy"]
+        for draw in range(landmark_draws)
+    ]
+
+    scores = score(logits, examples.label)
+    confusion = np.zeros((config.model.num_classes,) * 2, int)
+    np.add.at(confusion, (examples.label, logits.argmax(axis=1)), 1)
+    result = {
+        "task": config.task,
+        "attention": config.attention.name,
+        "split": split,
+        "examples": len(examples.label),
+        "checkpoint": step,
+        "validation": meta["validation"],
+        "accuracy": scores["accuracy"],
+        "interval_95": wilson_interval(scores["accuracy"], len(examples.label)),
+        "loss": round(scores["loss"], 6),  # further digits depend on the batch size
+        "floors": tasks.get(config.task).floors(source),
+        "per_class_accuracy": [
+            row[i] / row.sum() if row.sum() else None for i, row in enumerate(confusion)
+        ],
+        "confusion": confusion.tolist(),
+        "seconds": round(seconds, 2),
+        "config_digest": config_digest(config),
+    }
+    if drawn:
+        result["landmark_draws"] = {
+            "accuracies": drawn,
+            "mean": float(np.mean(drawn)),
+            "standard_deviation": float(np.std(drawn, ddof=1)) if len(drawn) > 1 else None,
+        }
+    path = workdir / f"eval_{split}.json"
+    partial = path.with_suffix(".json.tmp")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+    return result
+
+
+def config_digest(config: ml_collections.ConfigDict) -> str:
+    """First 16 digits of the SHA-256 of the config without its locations."""
+    flat = skyformer_jax.config.flatten(skyformer_jax.config.to_dict(config))
+    for field in skyformer_jax.config.LOCATIONS:
+        flat.pop(field)
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of evaluate as a person reads it."""
+    low, high = result["interval_95"]
+    lines = [
+        f"{result['task']} {result['split']}, {result['examples']:,} examples, "
+        f"{result['attention']}, checkpoint of step {result['checkpoint']}",
+        f"  {'accuracy':<28}{100 * result['accuracy']:6.2f} %   "
+        f"(95 % interval {100 * low:.2f} to {100 * high:.2f})",
+    ]
+    for floor, accuracy in result["floors"].items():
+        lines.append(f"  {'floor: ' + floor:<28}{100 * accuracy:6.2f} %")
+    lines.append(f"  {'loss':<28}{result['loss']:6.4f} nats")
+    classes = "  ".join(
+        f"{i}: {'-' if a is None else f'{100 * a:.0f} %'}"
+        for i, a in enumerate(result["per_class_accuracy"])
+    )
+    lines.append(f"  accuracy of each class      {classes}")
+    if "landmark_draws" in result:
+        draws = result["landmark_draws"]
+        spread = draws["standard_deviation"]
+        lines.append(
+            f"  {len(draws['accuracies'])} draws of landmarks".ljust(30)
+            + f"{100 * draws['mean']:6.2f} % mean"
+            + ("" if spread is None else f", standard deviation {100 * spread:.2f}")
+        )
+    lines.append(f"  {'evaluated in':<28}{result['seconds']:6.2f} s")
+    return "\n".join(lines)

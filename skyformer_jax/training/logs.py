@@ -1,0 +1,126 @@
+"""What a run tells: the progress bar or lines, metrics.jsonl, TensorBoard, the learning curve."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+
+def say(text: str) -> None:
+    """Prints a line to standard error, above a progress bar if there is one."""
+    tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a line cut short by a kill ends them."""
+    entries = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return entries
+
+
+class MetricsLog:
+    """Appends metrics to metrics.jsonl and to TensorBoard events.
+
+    What an earlier, interrupted run logged after first_step is dropped: those steps are about to
+    be taken again.
+    """
+
+    def __init__(self, workdir: Path, first_step: int) -> None:
+        path = workdir / "metrics.jsonl"
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= first_step]
+        partial = path.with_suffix(".jsonl.tmp")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step + 1, flush_secs=30
+        )
+
+    def write(self, step: int, split: str, **metrics: float) -> None:
+        """One line and one set of scalars, split/name."""
+        self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._events.close()
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, first_step: int, num_steps: int) -> None:
+        self._first_step, self._num_steps = first_step, num_steps
+        self._start = time.perf_counter()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(
+                total=num_steps,
+                initial=first_step,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+
+    def step(self, step: int) -> None:
+        """Moves the bar to a finished step."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def metrics(self, step: int, *, loss: float, accuracy: float, rate: float) -> None:
+        """Shows the training metrics of the last steps; rate in examples per second."""
+        text = f"loss {loss:.4f}  accuracy {accuracy:.4f}  {rate:,.0f} examples/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+            return
+        elapsed = time.perf_counter() - self._start
+        left = elapsed / max(step - self._first_step, 1) * (self._num_steps - step)
+        eta = tqdm.tqdm.format_interval(left)
+        say(f"step {step}/{self._num_steps}  {text}  ETA {eta}")
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def plot_learning_curve(workdir: Path, floors: dict[str, float]) -> Path:
+    """Draws learning_curve.png from metrics.jsonl.
+
+    Args:
+      workdir: of the run.
+      floors: accuracies in 0..1 of trivial classifiers, drawn as dashed lines.
+
+    Returns:
+      The picture's path.
+    """
+    from matplotlib.figure import Figure  # imported late: it is slow to load
+
+    entries = read_metrics(workdir / "metrics.jsonl")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        for split, style in (("train", {"lw": 1, "alpha": 0.6}), ("validation", {"marker": "."})):
+            points = [(e["step"], e[name]) for e in entries if e["split"] == split]
+            axis.plot(*zip(*points, strict=True) if points else ([], []), label=split, **style)
+        axis.set(xlabel="step", ylabel=name)
+        axis.grid(alpha=0.3)
+    for floor, accuracy in floors.items():
+        axes[1].axhline(accuracy, ls="--", lw=1, color="gray")
+        axes[1].text(0, accuracy, f" {floor}", va="bottom", fontsize=8, color="gray")
+    axes[0].legend()
+    path = workdir / "learning_curve.png"
+    figure.savefig(path, dpi=150)
+    return path

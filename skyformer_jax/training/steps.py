@@ -1,0 +1,215 @@
+"""One training step and one prediction, for one device, and their spreading over a mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from skyformer_jax.data.batches import Examples
+
+AXIS = "data"
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step reads and changes.
+
+    Attributes:
+      step: int32, steps taken.
+      rng: uint32 key data; the key of a step is folded from it and the step's number.
+      params: the model's parameters.
+      opt_state: the optimizer's.
+      sums: of loss, correct predictions and examples since the last multiple of log_every steps.
+    """
+
+    step: jax.Array
+    rng: jax.Array
+    params: Any
+    opt_state: Any
+    sums: dict[str, jax.Array]
+
+
+def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """The one-cycle policy with linear annealing, as the paper's runs used it.
+
+    From peak/25 up to the peak in train.warmup_steps, then down to peak/250,000 at
+    train.num_steps.
+    """
+    peak, warmup = config.train.learning_rate, config.train.warmup_steps
+    fall = optax.linear_schedule(peak, peak / 25e4, config.train.num_steps - warmup)
+    if not warmup:
+        return fall
+    return optax.join_schedules([optax.linear_schedule(peak / 25, peak, warmup), fall], [warmup])
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW (b1 0.9, b2 0.999, eps 1e-6) on gradients clipped by value at 1."""
+    return optax.chain(
+        optax.clip(1.0),
+        optax.adamw(
+            learning_rate_schedule(config), eps=1e-6, weight_decay=config.train.weight_decay
+        ),
+    )
+
+
+def init_state(
+    seed: int, model: nn.Module, optimizer: optax.GradientTransformation, max_length: int
+) -> TrainState:
+    """The state before the first step; a pure function, to be jitted or only shape-evaluated."""
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    tokens = jnp.zeros((1, max_length), jnp.uint8)
+    params = model.init(init_key, tokens, jnp.ones(tokens.shape, bool))["params"]
+    return TrainState(
+        step=jnp.int32(0),
+        rng=jax.random.key_data(train_key),
+        params=params,
+        opt_state=optimizer.init(params),
+        sums={name: jnp.float32(0) for name in ("loss", "correct", "examples")},
+    )
+
+
+def abstract_state(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing it."""
+    make = functools.partial(init_state, config.seed, model, optimizer, config.model.max_length)
+    replicated = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(make),
+    )
+
+
+def _logits(
+    model: nn.Module, params: Any, batch: Examples, keys: jax.Array | None, *, train: bool
+) -> jax.Array:
+    """Logits [batch, classes], each example with its own random key.
+
+    The model is mapped over the examples, so that what is random about one depends on its place in
+    the global batch, not on how many devices share the work.
+    """
+
+    def one(tokens: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
+        rngs = {}
+        if key is not None:
+            rngs["landmarks"], rngs["dropout"] = jax.random.split(key)
+        mask = jnp.arange(tokens.shape[0]) < length
+        return model.apply(
+            {"params": params}, tokens[None], mask[None], deterministic=not train, rngs=rngs
+        )[0]
+
+    return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(
+        batch.tokens, batch.length, keys
+    )
+
+
+def _keys(rng: jax.Array, local_batch: int, first: jax.Array | int = 0) -> jax.Array:
+    """A key for each local example, by its place in the global batch (which starts at first)."""
+    places = first + jax.lax.axis_index(AXIS) * local_batch + jnp.arange(local_batch)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, places)
+
+
+def train_step(
+    state: TrainState,
+    batch: Examples,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    log_every: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step on this device's share of the batch; the named axis joins the shares.
+
+    Returns:
+      The next state, and its sums, in buffers of their own (the state's are donated onwards).
+    """
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    keys = _keys(rng, len(batch.label))
+
+    def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = _logits(model, params, batch, keys, train=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
+        correct = (logits.argmax(axis=-1) == batch.label).sum()
+        return losses.mean(), {
+            "loss": losses.sum(),
+            "correct": correct.astype(jnp.float32),
+            "examples": jnp.float32(len(losses)),
+        }
+
+    gradients, sums = jax.grad(loss_fn, has_aux=True)(state.params)
+    gradients = jax.lax.pmean(gradients, AXIS)
+    sums = jax.lax.psum(sums, AXIS)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    fresh = state.step % log_every == 0
+    sums = jax.tree.map(lambda old, new: jnp.where(fresh, 0, old) + new, state.sums, sums)
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        sums=sums,
+    )
+    return state, sums
+
+
+def predict_step(
+    params: Any, batch: Examples, rng: jax.Array | None, first: jax.Array, *, model: nn.Module
+) -> jax.Array:
+    """Logits [local batch, classes] without dropout.
+
+    rng, if any, draws the landmarks, by each example's place in the split; first is that of the
+    global batch's first example.
+    """
+    keys = None if rng is None else _keys(rng, len(batch.label), first)
+    return _logits(model, params, batch, keys, train=False)
+
+
+def make_mesh() -> jax.sharding.Mesh:
+    """All devices along one data axis."""
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def shard_batch(batch: Examples, mesh: jax.sharding.Mesh) -> Examples:
+    """The batch on the devices, divided along the data axis."""
+    return jax.device_put(batch, NamedSharding(mesh, P(AXIS)))
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    log_every: int,
+) -> Callable[[TrainState, Examples], tuple[TrainState, dict[str, jax.Array]]]:
+    """train_step on every device of the mesh, compiled; the state given to it is used up."""
+    # With check_vma=True the gradients of the replicated parameters would be summed before pmean.
+    mapped = jax.shard_map(
+        functools.partial(train_step, model=model, optimizer=optimizer, log_every=log_every),
+        mesh=mesh,
+        in_specs=(P(), P(AXIS)),
+        out_specs=(P(), P()),
+        check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def make_predict_step(
+    model: nn.Module, mesh: jax.sharding.Mesh
+) -> Callable[[Any, Examples, jax.Array | None, int], jax.Array]:
+    """predict_step on every device of the mesh, compiled."""
+    mapped = jax.shard_map(
+        functools.partial(predict_step, model=model),
+        mesh=mesh,
+        in_specs=(P(), P(AXIS), P(), P()),
+        out_specs=P(AXIS),
+        check_vma=False,
+    )
+    return jax.jit(mapped)
