@@ -1,4 +1,14 @@
-"""Skyformer on short ListOps expressions: the whole system in a few minutes on two CPU cores."""
+"""Skyformer on short ListOps expressions: the whole system in a few minutes on two CPU cores.
+
+Data: 50,000 / 2,000 / 5,000 expressions of 5 to 47 tokens, at most 4 levels deep, by the grammar
+and in the file format of the full task (configs/listops.py), generated on the first run.
+
+The learning rate is higher, and the batch larger, than in the paper's setting, since short
+sequences allow both; 32 landmarks stand for the at most 94 rows of queries and keys.
+
+    python train.py --config=configs/quickstart.py
+    python train.py --config=configs/quickstart.py:softmax
+"""
 
 import ml_collections
 
@@ -9,7 +19,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """argument: "attention"."""
     attention, _ = common.parse(argument)
     config = common.paper_config("listops_small", attention, max_length=48)
-    config.train.num_steps = 1000
+    if attention == "skyformer":
+        config.attention.num_landmarks = 32
+    config.train.num_steps = 1500
     config.train.batch_size = 128
     config.train.learning_rate = 2e-3
     config.train.warmup_steps = 100

@@ -50,7 +50,7 @@ class Listops(tfds.core.GeneratorBasedBuilder):
             name="small",
             description="The same grammar with short, shallow trees, for a CPU.",
             grammar=listops.Grammar(min_length=4, max_length=48, max_depth=4, max_args=5),
-            sizes=(96_000, 2_000, 10_000),
+            sizes=(50_000, 2_000, 5_000),
         ),
     )
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Only for the config official: the folder with the three files."

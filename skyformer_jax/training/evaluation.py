@@ -117,7 +117,8 @@ def evaluate(
 
     Returns:
       What the file holds: accuracy and interval in 0..1, loss in nats,
-      confusion[label][prediction], accuracy of each class, floors, seconds, checkpoint, config digest.
+      confusion[label][prediction], accuracy of each class, floors, seconds, checkpoint and
+      config digest.
 
     Raises:
       UserError: if the workdir, the checkpoint or the data are not there or damaged.
