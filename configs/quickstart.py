@@ -21,9 +21,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config = common.paper_config("listops_small", attention, max_length=48)
     if attention == "skyformer":
         config.attention.num_landmarks = 32
-    config.train.num_steps = 1500
+    config.train.num_steps = 1200
     config.train.batch_size = 128
     config.train.learning_rate = 2e-3
     config.train.warmup_steps = 100
-    config.train.eval_every = 250
+    config.train.eval_every = 200
     return config

@@ -1,0 +1,244 @@
+"""ListOps against an independent recursive generator, evaluator and writer."""
+
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+from skyformer_jax import tasks
+from skyformer_jax.data import builders, listops
+from skyformer_jax.errors import UserError
+
+SMALL = listops.Grammar(min_length=4, max_length=40, max_depth=4, max_args=4)
+SYMBOL = dict(enumerate(listops.SYMBOLS, start=1))
+FUNCTIONS = {
+    "[MIN": min,
+    "[MAX": max,
+    "[MED": lambda args: int(statistics.median(args)),
+    "[SM": lambda args: sum(args) % 10,
+}
+
+
+def recursive_tree(rng, grammar, depth=1):
+    """A digit, or (operator, arguments), node by node as the benchmark's text says it."""
+    if depth == grammar.max_depth or rng.random() >= 0.25:
+        return rng.randrange(10)
+    operator = rng.choice(sorted(FUNCTIONS))
+    count = rng.randint(2, grammar.max_args)
+    return operator, [recursive_tree(rng, grammar, depth + 1) for _ in range(count)]
+
+
+def length(tree):
+    return 1 if isinstance(tree, int) else 2 + sum(map(length, tree[1]))
+
+
+def value(tree):
+    return tree if isinstance(tree, int) else FUNCTIONS[tree[0]](list(map(value, tree[1])))
+
+
+def text(tree):
+    """The published form: ( ( ( [MIN 3 ) 4 ) ] )."""
+    if isinstance(tree, int):
+        return str(tree)
+    inner = tree[0]
+    for argument in tree[1]:
+        inner = f"( {inner} {text(argument)} )"
+    return f"( {inner} ] )"
+
+
+def parse(tokens):
+    """The tree that token ids spell, by a stack."""
+    stack = [[]]
+    for symbol in (SYMBOL[int(token)] for token in tokens):
+        if symbol == "]":
+            operator, *arguments = stack.pop()
+            stack[-1].append((operator, arguments))
+        elif symbol in FUNCTIONS:
+            stack.append([symbol])
+        else:
+            stack[-1].append(int(symbol))
+    ((tree,),) = stack
+    return tree
+
+
+@pytest.fixture(scope="module")
+def benchmark_trees():
+    return listops.generate(8000, seed=1)
+
+
+def test_labels_are_the_values(benchmark_trees):
+    sequences, labels = benchmark_trees
+    for sequence, label in zip(sequences[:300], labels[:300], strict=True):
+        tree = parse(sequence)
+        assert value(tree) == label
+        assert length(tree) == len(sequence)
+        assert 500 < len(sequence) < 2000
+
+
+def test_distribution_is_the_benchmarks(benchmark_trees):
+    """Against a node-by-node recursive run of the same grammar.
+
+    12,000 kept trees of it: 8.33 % accepted, lengths of mean 1040, median 956, deviation 397, 90th
+    percentile 1654. Labels as published: 0 and 9 17 % each, the others 7.4 to 9.2 %.
+    """
+    sequences, labels = benchmark_trees
+    lengths = np.array([len(s) for s in sequences])
+    # The means of 8,000 and 12,000 differ by a deviation of 5.7, median and percentile by at most
+    # 9 and 13: three and a half of each.
+    assert abs(lengths.mean() - 1040) < 20
+    assert abs(np.median(lengths) - 956) < 31
+    assert abs(np.percentile(lengths, 90) - 1654) < 46
+    shares = np.bincount(labels, minlength=10) / len(labels)
+    assert np.all(np.abs(shares[[0, 9]] - 0.17) < 0.015)
+    assert np.all((shares[1:9] > 0.065) & (shares[1:9] < 0.1))
+    kept = sum(len(listops.draw_chunk(listops.Grammar(), 2, i)[0]) for i in range(4))
+    assert abs(kept / (4 * 16384) - 0.083) < 0.004
+
+
+def test_distribution_is_the_recursive_generators():
+    rng = random.Random(3)
+    reference = []
+    while len(reference) < 4000:
+        tree = recursive_tree(rng, SMALL)
+        if SMALL.min_length < length(tree) < SMALL.max_length:
+            reference.append((length(tree), value(tree)))
+    sequences, labels = listops.draw_chunk(SMALL, 0, 0)
+    ours = list(zip(map(len, sequences), labels, strict=True))[:4000]
+    assert len(ours) > 2500
+    for column, edges in ((0, [4, 7, 9, 12, 15, 19, 25, 40]), (1, np.arange(11) - 0.5)):
+        a, b = (np.histogram([row[column] for row in rows], edges)[0] for rows in (ours, reference))
+        expected = (a + b) * len(ours) / (len(ours) + len(reference))
+        chi2 = ((a - expected) ** 2 / expected).sum() * (1 + len(ours) / len(reference))
+        assert chi2 < 30  # 99.9th percentile at 9 degrees of freedom is 27.9
+
+
+def test_seeded_distinct_and_a_prefix():
+    few, few_labels = listops.generate(500, seed=4, grammar=SMALL)
+    many, many_labels = listops.generate(900, seed=4, grammar=SMALL)
+    assert all(np.array_equal(a, b) for a, b in zip(few, many[:500], strict=True))
+    np.testing.assert_array_equal(few_labels, many_labels[:500])
+    assert len({s.tobytes() for s in many}) == 900
+    other, _ = listops.generate(500, seed=5, grammar=SMALL)
+    assert not all(np.array_equal(a, b) for a, b in zip(few, other, strict=True))
+
+
+def test_too_few_trees_is_said():
+    tiny = listops.Grammar(min_length=3, max_length=5, max_depth=2, max_args=2)
+    with pytest.raises(UserError, match="400 distinct"):  # 4 operators, 10 x 10 digits
+        listops.generate(401, grammar=tiny)
+    assert len(listops.generate(400, grammar=tiny)[0]) == 400
+
+
+def write_tsv(path, trees):
+    rows = [f"{text(tree)}\t{value(tree)}\n" for tree in trees]
+    path.write_text("Source\tTarget\n" + "".join(rows))
+
+
+def some_trees(seed, count):
+    rng = random.Random(seed)
+    trees = (recursive_tree(rng, SMALL) for _ in range(100 * count))
+    return [tree for tree in trees if not isinstance(tree, int)][:count]
+
+
+def test_reads_the_published_format(tmp_path):
+    trees = some_trees(0, 50)
+    write_tsv(tmp_path / "basic_test.tsv", trees)
+    sequences, labels = listops.read_tsv(tmp_path / "basic_test.tsv")
+    assert [parse(s) for s in sequences] == trees
+    assert list(labels) == [value(tree) for tree in trees]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("( ( ( [MIN 3 ) 4 ) ] )", "expected 2"),
+        ("( ( ( [MIN 3 ) 4 ) ] )\t3\t4", "too many"),
+        ("( ( ( [AVG 3 ) 4 ) ] )\t3", "unknown symbol"),
+        ("( ( ( [MIN 3 ) 4 ) ] )\tthree", "three"),
+        ("( ( ( [MIN 3 ) 4 ) ] )\t10", "not a digit"),
+        ("( ( ( [MIN 3 ) 4 )\t3", "brackets"),
+        ("3 ] [MIN\t3", "brackets"),
+        ("[MIN 3 ] 4\t3", "more than one"),
+        ("[MIN ]\t3", "without arguments"),
+        ("\t3", "empty"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path, row, message):
+    path = tmp_path / "basic_train.tsv"
+    path.write_text(f"Source\tTarget\n[MAX 1 2 ]\t2\n{row}\n")
+    with pytest.raises(UserError, match=rf"basic_train.tsv:3: .*{message}"):
+        listops.read_tsv(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"Target\tSource\n", b"Source\tTarget\n", b"\xff\xfe\n"])
+def test_a_file_that_is_none_is_named(tmp_path, content):
+    path = tmp_path / "basic_val.tsv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"basic_val.tsv:"):
+        listops.read_tsv(path)
+
+
+def test_stored_and_loaded(tmp_path):
+    config = builders.ListopsConfig(name="tiny", grammar=SMALL, sizes=(60, 20, 30), seed=9)
+    leftover = tmp_path / "listops" / "tiny" / "1.0.0.incomplete.KILLED"
+    leftover.mkdir(parents=True)
+    (leftover / "half").write_text("half")
+    builders.prepare(config, tmp_path)
+    assert not leftover.exists()
+    expected, labels = listops.generate(110, seed=9, grammar=SMALL)
+    stored = {}
+    for split in tasks.SPLITS:
+        for example in builders.load(config, split, tmp_path):
+            stored[example["tokens"].tobytes()] = (split, example["label"])
+    splits = ["train"] * 60 + ["validation"] * 20 + ["test"] * 30
+    assert stored == {
+        s.tobytes(): (split, label)
+        for s, split, label in zip(expected, splits, labels, strict=True)
+    }
+
+
+def test_damaged_data_is_said(tmp_path):
+    config = builders.ListopsConfig(name="tiny", grammar=SMALL, sizes=(20, 5, 5))
+    with pytest.raises(UserError, match="missing"):
+        builders.load(config, "train", tmp_path)
+    builders.prepare(config, tmp_path)
+    (shard,) = tmp_path.rglob("*-train.array_record*")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"damaged|incomplete"):
+        builders.load(config, "train", tmp_path)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"damaged|incomplete"):
+        builders.load(config, "train", tmp_path)
+
+
+def test_official_files_are_a_task_and_brackets_may_go(tmp_path):
+    source = tmp_path / "lra_release" / "listops-1000"
+    source.mkdir(parents=True)
+    trees = {name: some_trees(i, 10 + i) for i, name in enumerate(("train", "val", "test"))}
+    for name, some in trees.items():
+        write_tsv(source / f"basic_{name}.tsv", some)
+    task = tasks.get("listops")
+    loaded = task.load("validation", tmp_path / "data", source=str(tmp_path))
+    assert sorted(map(str, (parse(e["tokens"]) for e in loaded))) == sorted(map(str, trees["val"]))
+    assert all(value(parse(e["tokens"])) == e["label"] for e in loaded)
+    paper = task.load("validation", tmp_path / "data", source=str(tmp_path), brackets=False)
+    for full, dropped in zip(loaded, paper, strict=True):
+        assert list(dropped["tokens"]) == [t for t in full["tokens"] if SYMBOL[int(t)] != "]"]
+    (source / "basic_val.tsv").unlink()
+    with pytest.raises(UserError, match=r"basic_val.tsv"):
+        task.load("test", tmp_path / "other", source=str(tmp_path))
+
+
+def test_floors_by_brute_force():
+    sequences, labels = listops.generate(700, grammar=SMALL)
+    task = tasks.get("listops_small")
+    examples = [{"tokens": s, "label": v} for s, v in zip(sequences, labels, strict=True)]
+    right = 0
+    for operator in FUNCTIONS:
+        under = [v for s, v in zip(sequences, labels, strict=True) if SYMBOL[s[0]] == operator]
+        right += max(under.count(digit) for digit in range(10))
+    assert task.floors(examples) == {
+        "commonest label": max(list(labels).count(d) for d in range(10)) / 700,
+        "root operator": right / 700,
+    }

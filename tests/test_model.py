@@ -1,0 +1,109 @@
+"""The classifier: shapes, padding, pooling, and its configuration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from skyformer_jax import attention, models
+from skyformer_jax.layers import MultiHeadAttention
+
+
+def tiny_config(name="skyformer", **model):
+    config = common.paper_config("listops_small", name, max_length=48)
+    config.model.update({"width": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 24, **model})
+    if name == "skyformer":
+        config.attention.num_landmarks = 12
+    return config
+
+
+def batch(length=48):
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(1, 16, (4, length)), jnp.uint8)
+    return tokens, jnp.arange(length) < jnp.array([[length], [20], [5], [1]])
+
+
+all_attentions = pytest.mark.parametrize("name", attention.NAMES)
+
+
+@all_attentions
+def test_padding_is_invisible(name):
+    model = models.build_model(tiny_config(name))
+    tokens, mask = batch()
+    params = model.init(jax.random.key(0), tokens, mask)["params"]
+    apply = jax.jit(model.apply)
+    logits = apply({"params": params}, tokens, mask)
+    assert logits.shape == (4, 10)
+    junk = jnp.where(mask, tokens, 7)
+    np.testing.assert_array_equal(apply({"params": params}, junk, mask), logits)
+    short = apply({"params": params}, tokens[1:3, :20], mask[1:3, :20])
+    np.testing.assert_allclose(short, logits[1:3], rtol=1e-4, atol=1e-5)
+
+
+@all_attentions
+def test_layer_keeps_junk_in_padding_out_of_gradients(name):
+    layer = MultiHeadAttention(name, 2, 4, {})
+    x = jax.random.normal(jax.random.key(0), (2, 9, 6))
+    mask = jnp.arange(9) < jnp.array([[6], [9]])
+    params = layer.init(jax.random.key(1), x)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, x):
+        out = layer.apply(params, x, mask=mask)
+        return jnp.where(mask[..., None], out, 0).sum()
+
+    clean = gradient(params, x)
+    dirty = gradient(params, jnp.where(mask[..., None], x, jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+
+
+def test_parameters_are_the_papers():
+    """Counted by hand: embeddings, 2 blocks, final norm, head."""
+    config = common.paper_config("listops", "skyformer", max_length=2048)
+    model = models.build_model(config)
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, 2048), int), jnp.ones((1, 2048), bool)
+    )
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    block = 4 * (64 * 64 + 64) + 2 * 2 * 64 + (64 * 128 + 128) + (128 * 64 + 64)
+    assert count == (16 + 2048) * 64 + 2 * block + 2 * 64 + (64 * 128 + 128) + (128 * 10 + 10)
+
+
+def test_pooling():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2))
+    mask = jnp.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
+    mean = models.pool(x, mask, "mean")
+    np.testing.assert_allclose(mean[0], x[0, jnp.array([0, 1, 3])].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(mean[1], x[1].mean(0), rtol=1e-5)
+    assert not mean[2].any()
+    np.testing.assert_allclose(models.pool(x, mask, "padded_mean")[0], mean[0] * 3 / 5, rtol=1e-5)
+    np.testing.assert_array_equal(models.pool(x, mask, "cls"), x[:, 0])
+
+
+def test_landmarks_and_dropout_have_streams():
+    model = models.build_model(tiny_config(num_layers=1))
+    tokens, mask = batch()
+    params = model.init(jax.random.key(0), tokens, mask)
+    plain = model.apply(params, tokens, mask)
+    np.testing.assert_array_equal(plain, model.apply(params, tokens, mask))
+    for stream, deterministic in (("landmarks", True), ("dropout", False)):
+        one, two = (
+            model.apply(
+                params,
+                tokens,
+                mask,
+                deterministic=deterministic,
+                rngs={stream: jax.random.key(seed)},
+            )
+            for seed in (1, 2)
+        )
+        assert np.abs(one - two).max() > 0
+
+
+def test_too_long_a_sequence_is_refused():
+    model = models.build_model(tiny_config())
+    params = model.init(jax.random.key(0), *batch())
+    with pytest.raises(ValueError, match="max_length=48"):
+        model.apply(params, *batch(49))

@@ -1,0 +1,152 @@
+"""The training step: schedule, devices, determinism, and the order of the data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_model import tiny_config
+
+from skyformer_jax import attention, models
+from skyformer_jax.data.batches import Examples, evaluation_rows, to_arrays, training_rows
+from skyformer_jax.errors import UserError
+from skyformer_jax.training import evaluation, steps
+
+
+def mesh_of(num_devices):
+    return jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), (steps.AXIS,))
+
+
+def random_examples(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return Examples(
+        rng.integers(1, 16, (count, 48), np.uint8),
+        rng.integers(1, 48, count, np.int32),
+        rng.integers(0, 10, count, np.int32),
+    )
+
+
+@pytest.mark.parametrize("name", attention.NAMES)
+def test_devices_do_not_change_the_step(name):
+    """By SGD, which Adam's scale invariance would hide: 1, 2 and 8 devices, dropout and all."""
+    config = tiny_config(name, num_layers=1)
+    model, optimizer = models.build_model(config), optax.sgd(1.0)
+    batches = [random_examples(16, seed) for seed in range(2)]
+
+    def run(num_devices):
+        mesh = mesh_of(num_devices)
+        state = steps.init_state(0, model, optimizer, 48)
+        step = steps.make_train_step(model, optimizer, mesh, 2)
+        for batch in batches:
+            state, sums = step(state, steps.shard_batch(batch, mesh))
+            jax.block_until_ready(sums)
+        return jax.device_get((state.params, sums))
+
+    params, sums = run(1)
+    initial = steps.init_state(0, model, optimizer, 48).params
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, initial)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    for num_devices in (2, 8):
+        other_params, other_sums = run(num_devices)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+            other_params,
+            params,
+        )
+        np.testing.assert_allclose(other_sums["loss"], sums["loss"], rtol=1e-5)
+        assert other_sums["examples"] == 32
+
+
+def test_sums_start_anew_after_a_log():
+    config = tiny_config("kernelized", num_layers=1)
+    model, optimizer, mesh = models.build_model(config), optax.sgd(0.0), mesh_of(1)
+    state = steps.init_state(0, model, optimizer, 48)
+    step = steps.make_train_step(model, optimizer, mesh, 3)
+    counts = []
+    for seed in range(5):
+        state, sums = step(state, steps.shard_batch(random_examples(8, seed), mesh))
+        counts.append(int(sums["examples"]))
+    assert counts == [8, 16, 24, 8, 16]
+
+
+def test_predictions_do_not_depend_on_batch_size_or_devices():
+    config = tiny_config("skyformer")
+    model = models.build_model(config)
+    params = steps.init_state(0, model, optax.sgd(1.0), 48).params
+    examples = random_examples(37)
+    for rng in (None, jax.random.key(5)):
+        results = []
+        for num_devices, batch_size in ((1, 37), (1, 5), (8, 16)):
+            mesh = mesh_of(num_devices)
+            predict_step = steps.make_predict_step(model, mesh)
+            logits = evaluation.predict(predict_step, params, examples, batch_size, mesh, rng)
+            assert logits.shape == (37, 10)
+            results.append(logits)
+        for other in results[1:]:
+            np.testing.assert_allclose(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_schedule_is_the_one_cycle_of_the_paper():
+    """Against the definition: linear to the peak in warmup_steps, linear down to peak / 25e4."""
+    config = tiny_config()
+    config.train.update({"learning_rate": 2e-4, "warmup_steps": 80, "num_steps": 1000})
+    schedule = steps.learning_rate_schedule(config)
+    for step, expected in (
+        (0, 2e-4 / 25),
+        (40, (2e-4 / 25 + 2e-4) / 2),
+        (80, 2e-4),
+        (540, (2e-4 + 2e-4 / 25e4) / 2),
+        (1000, 2e-4 / 25e4),
+    ):
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-4)
+    config.train.warmup_steps = 0
+    np.testing.assert_allclose(steps.learning_rate_schedule(config)(0), 2e-4, rtol=1e-6)
+
+
+def test_gradients_are_clipped_by_value():
+    config = tiny_config()
+    optimizer = steps.make_optimizer(config)
+    params = {"w": jnp.ones(3)}
+    small, large = ({"w": jnp.array([1.0, -1.0, 1.0]) * size} for size in (1, 100))
+    updates = [optimizer.update(g, optimizer.init(params), params)[0]["w"] for g in (small, large)]
+    np.testing.assert_array_equal(*updates)
+
+
+def test_every_example_once_an_epoch_and_resumable():
+    rows = training_rows(10, 4, seed=1)
+    stream = np.concatenate([next(rows) for _ in range(25)])
+    epochs = stream.reshape(10, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    for first in (1, 2, 7, 20):
+        later = training_rows(10, 4, seed=1, first_step=first)
+        np.testing.assert_array_equal(next(later), stream[4 * first : 4 * first + 4])
+    big = training_rows(3, 8, seed=0)  # a batch of several epochs
+    assert sorted(np.concatenate([next(big) for _ in range(3)])) == sorted([*range(3)] * 8)
+
+
+def test_evaluation_sees_every_example_once():
+    seen = np.concatenate([rows[:count] for rows, count in evaluation_rows(11, 4)])
+    np.testing.assert_array_equal(seen, np.arange(11))
+
+
+def test_to_arrays():
+    source = [{"tokens": np.array([3, 4]), "label": 1}, {"tokens": np.array([5]), "label": 0}]
+    tokens, length, label = to_arrays(source, 3)
+    np.testing.assert_array_equal(tokens, [[3, 4, 0], [5, 0, 0]])
+    assert (list(length), list(label), tokens.dtype) == ([2, 1], [1, 0], np.uint8)
+    with pytest.raises(UserError, match="max_length=1"):
+        to_arrays(source, 1)
+    with pytest.raises(UserError, match="empty"):
+        to_arrays([], 3)
+
+
+def test_score_and_interval():
+    logits = np.array([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    scores = evaluation.score(logits, np.array([0, 2]))
+    assert scores["accuracy"] == 0.5
+    expected = -np.log(probabilities[[0, 1], [0, 2]]).mean()
+    np.testing.assert_allclose(scores["loss"], expected, rtol=1e-12)
+    low, high = evaluation.wilson_interval(0.5, 100)
+    np.testing.assert_allclose([low, high], [0.4038, 0.5962], atol=1e-4)  # published tables
