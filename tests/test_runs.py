@@ -1,0 +1,339 @@
+"""Real runs: killed, stopped, damaged, refused, evaluated, in processes of their own."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from skyformer_jax import tasks, training
+from skyformer_jax.config import read
+from skyformer_jax.errors import UserError
+from skyformer_jax.models import build_model
+from skyformer_jax.training import checkpoints, steps
+
+ROOT = Path(__file__).parent.parent
+NUM_STEPS, EVAL_EVERY = 200, 20
+TINY = {
+    "model.width": 16,
+    "model.num_layers": 1,
+    "model.mlp_dim": 16,
+    "attention.num_landmarks": 8,
+    "train.num_steps": NUM_STEPS,
+    "train.eval_every": EVAL_EVERY,
+    "train.warmup_steps": 5,
+    "train.log_every": 8,
+    "train.batch_size": 16,
+}
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
+
+
+def train_command(workdir, data_dir, **overrides):
+    fields = {**TINY, "data.dir": data_dir, **overrides}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={ROOT}/configs/quickstart.py",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+
+
+def run(command, **options):
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options
+    )
+
+
+def last_step(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def start_and_signal(command, number, when):
+    """Starts a run and sends the signal as soon as when() is true; returns (status, stderr)."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and not when() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    return process.returncode, stderr
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    tasks.get("listops_small").load("test", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data_dir):
+    """A finished run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = run(train_command(workdir, data_dir))
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def final_state(workdir):
+    config = read(workdir / "config.json")
+    model, optimizer = build_model(config), steps.make_optimizer(config)
+    abstract = steps.abstract_state(config, model, optimizer, steps.make_mesh())
+    return checkpoints.restore(workdir / "checkpoints", NUM_STEPS, abstract)
+
+
+def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path, data_dir):
+    workdir = tmp_path / "disturbed"
+    command = train_command(workdir, data_dir)
+    folder = workdir / "checkpoints"
+
+    # Kill -9 once in the middle of a save, once between two.
+    status, _ = start_and_signal(
+        command, signal.SIGKILL, lambda: any(folder.glob("*checkpoint-tmp*"))
+    )
+    assert status == -signal.SIGKILL
+    reached = max(checkpoints.steps(folder), default=0)
+    status, stderr = start_and_signal(
+        command,
+        signal.SIGKILL,
+        lambda: max(checkpoints.steps(folder), default=0) > reached,
+    )
+    assert status == -signal.SIGKILL
+    assert not reached or f"checkpoint of step {reached}" in stderr
+    assert reached < max(checkpoints.steps(folder)) < NUM_STEPS
+
+    # SIGTERM, between validations: saved, said, and a clean exit.
+    before = last_step(workdir)
+    status, stderr = start_and_signal(
+        command, signal.SIGTERM, lambda: last_step(workdir) != before and folder.exists()
+    )
+    assert status == 0, stderr
+    assert "saved. Start the same command to go on" in stderr
+
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    state, meta = final_state(workdir)
+    expected, expected_meta = final_state(undisturbed[0])
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert meta["validation"] == expected_meta["validation"]
+    assert meta["examples_read"] == NUM_STEPS * TINY["train.batch_size"]
+
+    def curve(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        return [(e["step"], e["split"], e["loss"], e["accuracy"]) for e in entries]
+
+    assert curve(workdir) == curve(undisturbed[0])
+
+
+def test_a_run_leaves_what_it_says(undisturbed):
+    workdir, done = undisturbed
+    assert "floor: root operator" in done.stdout
+    assert f"python eval.py --workdir={workdir}" in done.stdout
+    assert f"step {NUM_STEPS}/{NUM_STEPS}" in done.stderr  # plain lines: not a terminal
+    assert "examples/s" in done.stderr and "ETA" in done.stderr
+    for name in ("config.json", "metrics.jsonl", "learning_curve.png", "eval_test.json"):
+        assert (workdir / name).stat().st_size > 0
+    assert list((workdir / "tensorboard").iterdir())
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    validations = {e["step"]: e["accuracy"] for e in entries if e["split"] == "validation"}
+    assert sorted(validations) == list(range(EVAL_EVERY, NUM_STEPS + 1, EVAL_EVERY))
+    best = json.loads((workdir / "eval_test.json").read_text())["checkpoint"]
+    assert validations[best] == max(validations.values())
+    kept = checkpoints.steps(workdir / "checkpoints")
+    assert set(kept) == {best, NUM_STEPS - EVAL_EVERY, NUM_STEPS}
+
+
+def test_eval_by_itself(undisturbed, tmp_path):
+    """From the workdir alone, by the shortened name, with other devices and batch: same result."""
+    workdir, _ = undisturbed
+    moved = tmp_path / "undisturbed-skyformer"
+    shutil.copytree(workdir, moved)
+    (moved / "eval_test.json").unlink()
+    done = run(
+        [sys.executable, str(ROOT / "eval.py"), "--workdir=undisturbed", "--batch_size=7"],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    first = json.loads((workdir / "eval_test.json").read_text())
+    again = json.loads((moved / "eval_test.json").read_text())
+    assert first.pop("seconds") and again.pop("seconds")
+    np.testing.assert_allclose(again.pop("loss"), first.pop("loss"), atol=2e-6)
+    assert again == first
+    assert np.sum(again["confusion"]) == again["examples"] == 5000
+    np.testing.assert_allclose(again["accuracy"], np.trace(again["confusion"]) / 5000)
+
+    eight = training.evaluate(moved, landmark_draws=2)  # on this process's eight devices
+    assert eight["accuracy"] == first["accuracy"]
+    assert len(eight["landmark_draws"]["accuracies"]) == 2
+    latest = training.evaluate(moved, split="validation", checkpoint="latest")
+    assert (latest["checkpoint"], latest["examples"]) == (NUM_STEPS, 2000)
+    assert latest["accuracy"] == latest["validation"]["accuracy"]
+    with pytest.raises(UserError, match=f"{NUM_STEPS}"):
+        training.evaluate(moved, checkpoint="12345")
+    with pytest.raises(UserError, match="validation"):
+        training.evaluate(moved, split="valid")
+
+
+def flip_bytes(step_folder):
+    """Four bytes in the middle of the largest file of the arrays."""
+    largest = max(
+        (p for p in (step_folder / "state").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
+    content = bytearray(largest.read_bytes())
+    middle = len(content) // 2
+    for i in range(middle, middle + 4):
+        content[i] ^= 0xFF
+    largest.write_bytes(content)
+
+
+def truncate(step_folder):
+    for path in (step_folder / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(step_folder):
+    shutil.rmtree(step_folder)
+    step_folder.mkdir()
+
+
+@pytest.mark.parametrize("damage", [flip_bytes, truncate, empty])
+def test_a_damaged_newest_checkpoint_is_put_aside(undisturbed, tmp_path, damage, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir)
+    directory = workdir / "checkpoints"
+    damage(directory / str(NUM_STEPS))
+    config = read(workdir / "config.json")
+    abstract = steps.abstract_state(
+        config, build_model(config), steps.make_optimizer(config), steps.make_mesh()
+    )
+    with pytest.raises(checkpoints.DamagedCheckpointError, match="damaged"):
+        checkpoints.restore(directory, NUM_STEPS, abstract)
+    result = training.train(config, workdir)  # goes on from the one before, to the end
+    assert "is damaged" in capsys.readouterr().err
+    assert result["examples"] == 5000
+    assert NUM_STEPS in checkpoints.steps(directory)
+    assert list((workdir / "damaged").iterdir())
+
+
+def test_all_checkpoints_damaged_is_said(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir)
+    for step in checkpoints.steps(workdir / "checkpoints"):
+        truncate(workdir / "checkpoints" / str(step))
+    with pytest.raises(UserError, match="all checkpoints"):
+        training.train(read(workdir / "config.json"), workdir)
+
+
+def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):
+    done = run(train_command(undisturbed[0], data_dir, seed=3, **{"train.learning_rate": 0.5}))
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "seed (saved: 0, asked for: 3)" in line
+    assert "train.learning_rate" in line and "train.batch_size" not in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train.batchsize": 3}, "batch_size"),
+        ({"attention.name": "skyfomer"}, "did you mean 'skyformer'"),
+        ({"attention.name": "softmax"}, "--config=FILE:softmax"),
+        ({"model.pooling": "max"}, "mean, cls, padded_mean"),
+        ({"train.num_steps": 0}, "at least 1"),
+        ({"train.warmup_steps": 100}, "train.num_steps - 1"),
+        ({"model.max_length": 20}, "at least 48"),
+        ({"model.width": "wide"}, "wide"),
+        ({"task": "listop"}, "did you mean 'listops'"),
+        ({"data.source": "/nowhere"}, "data.source is for listops"),
+    ],
+)
+def test_bad_settings_get_one_line(tmp_path, data_dir, overrides, message):
+    done = run(train_command(tmp_path / "run", data_dir, **overrides))
+    assert done.returncode not in (0, -signal.SIGABRT)
+    (line,) = [text for text in done.stderr.strip().splitlines() if not text.startswith("Fatal")]
+    assert message in line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_bad_files_get_one_line(tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+
+    def fails(*arguments, message, devices=1):
+        environment = {
+            **ENVIRONMENT,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+        )
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.strip().splitlines()
+        assert message in line, line
+
+    train, evaluate, quickstart = (
+        ROOT / "train.py",
+        ROOT / "eval.py",
+        ROOT / "configs/quickstart.py",
+    )
+    fails(*train_command(tmp_path / "file", data_dir)[1:], message="is a file")
+    fails(train, f"--config={quickstart}:skyformr", message="did you mean 'skyformer'")
+    fails(train, f"--config={quickstart}:softmax,papr", message="variant")
+    fails(train, f"--config={tmp_path}/none.py", message="none.py")
+    command = train_command(tmp_path / "run", data_dir, **{"train.batch_size": 18})[1:]
+    fails(*command, message="not divisible by the 4 devices", devices=4)
+    fails(
+        train,
+        f"--config={ROOT}/configs/listops.py",
+        f"--workdir={tmp_path}/official",
+        f"--config.data.source={tmp_path}",
+        f"--config.data.dir={tmp_path}/data",
+        message="basic_train.tsv",
+    )
+    fails(evaluate, f"--workdir={tmp_path}/none", message="does not exist")
+    fails(evaluate, f"--workdir={tmp_path}", message="not a workdir")
+
+
+def test_a_full_disk_is_said_before_training(monkeypatch, tmp_path, undisturbed):
+    config = read(undisturbed[0] / "config.json")
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: nearly_full)
+    with pytest.raises(UserError, match="free some space"):
+        training.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_two_processes_in_one_workdir_are_refused(undisturbed, tmp_path):
+    config = read(undisturbed[0] / "config.json")
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process"):
+            training.train(config, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(undisturbed, tmp_path):
+    config = read(undisturbed[0] / "config.json")
+    config.train.update({"learning_rate": 1e30, "num_steps": 30})
+    with pytest.raises(UserError, match=r"training loss is (nan|inf)"):
+        training.train(config, tmp_path / "run")
+    assert checkpoints.steps(tmp_path / "run" / "checkpoints") in ([], [20])
