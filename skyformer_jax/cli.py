@@ -27,7 +27,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(str(error))
     except (AttributeError, KeyError) as error:
         _fail(f"no such config field: {error.args[0]}")
-    except (FileNotFoundError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         _fail(str(error))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")

@@ -39,7 +39,7 @@ def test_prepares_and_prints_each_split(tmp_path):
     arguments = ("--task=listops", f"--source={tmp_path}", f"--data_dir={tmp_path / 'data'}")
     first = command(*arguments)
     assert first.returncode == 0, first.stderr
-    header, *rows = first.stdout.strip().splitlines()
+    header, *rows = first.stdout.splitlines()[-4:]  # TFDS has its say before the table
     assert header.split()[:3] == ["task", "split", "examples"]
     assert [row.split()[:3] for row in rows] == [
         ["listops", "train", "1"],
@@ -47,7 +47,7 @@ def test_prepares_and_prints_each_split(tmp_path):
         ["listops", "test", "3"],
     ]
     again = command(*arguments)
-    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert (again.returncode, again.stdout.splitlines()) == (0, [header, *rows])
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):
         ({"attention.name": "softmax"}, "--config=FILE:softmax"),
         ({"model.pooling": "max"}, "mean, cls, padded_mean"),
         ({"train.num_steps": 0}, "at least 1"),
-        ({"train.warmup_steps": 100}, "train.num_steps - 1"),
+        ({"train.warmup_steps": NUM_STEPS}, "train.num_steps - 1"),
         ({"model.max_length": 20}, "at least 48"),
         ({"model.width": "wide"}, "wide"),
         ({"task": "listop"}, "did you mean 'listops'"),

@@ -154,6 +154,8 @@ def prepare(config: str | ListopsConfig, data_dir: str, source: str | None = Non
             return
         for leftover in place.parent.glob("*.incomplete*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        if builder.builder_config.grammar is None:
+            _official_folder(Path(source or data_dir))  # says what is missing before all else
         print(f"preparing {builder.info.full_name} in {data_dir}", file=sys.stderr)
         with _quiet_tfds():
             builder.download_and_prepare(

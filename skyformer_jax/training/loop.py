@@ -53,9 +53,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             to_arrays(evaluation.load_split(config, split), config.model.max_length)
             for split in ("train", "validation")
         )
-        step = _run(
-            config, workdir, model, optimizer, mesh, abstract_state, train_split, validation_split
-        )
+        splits = train_split, validation_split
+        with _stop_signals() as stop:
+            step = _run(config, workdir, model, optimizer, mesh, abstract_state, splits, stop)
         if step < config.train.num_steps:
             say(f"stopped after step {step}; saved. Start the same command to go on.")
             return None
@@ -72,11 +72,12 @@ def _run(
     optimizer: Any,
     mesh: jax.sharding.Mesh,
     abstract_state: steps.TrainState,
-    train_split: Examples,
-    validation_split: Examples,
+    splits: tuple[Examples, Examples],
+    stop: list[int],
 ) -> int:
     """Steps from the newest checkpoint to the end or to a signal; returns the last step taken."""
     settings = config.train
+    train_split, validation_split = splits
     directory = workdir / "checkpoints"
     restored = checkpoints.restore_latest(directory, abstract_state)
     if restored is None:
@@ -149,7 +150,6 @@ def _run(
         contextlib.closing(progress),
         contextlib.closing(log),
         checkpoints.open_manager(directory) as manager,
-        _stop_signals() as stop,
     ):
         while step < settings.num_steps:
             batch = steps.shard_batch(train_split.take(next(rows)), mesh)
