@@ -153,10 +153,13 @@ def test_reads_the_published_format(tmp_path):
     ("row", "message"),
     [
         ("( ( ( [MIN 3 ) 4 ) ] )", "expected 2"),
-        ("( ( ( [MIN 3 ) 4 ) ] )\t3\t4", "too many"),
+        ("( ( ( [MIN 3 ) 4 ) ] )\t3\t4", "expected 2 columns, got 3"),
         ("( ( ( [AVG 3 ) 4 ) ] )\t3", "unknown symbol"),
         ("( ( ( [MIN 3 ) 4 ) ] )\tthree", "three"),
         ("( ( ( [MIN 3 ) 4 ) ] )\t10", "not a digit"),
+        ("( ( ( [MIN 3 ) 4 ) ] )\t\u0663", "not a digit"),
+        ("( ( ( [MIN 3 ) 4 ) ] )\t0_3", "not a digit"),
+        ("( ( ( [MIN 3 ) 4 ) ] )\t", "not a digit"),
         ("( ( ( [MIN 3 ) 4 )\t3", "brackets"),
         ("3 ] [MIN\t3", "brackets"),
         ("[MIN 3 ] 4\t3", "more than one"),
@@ -181,7 +184,7 @@ def test_a_file_that_is_none_is_named(tmp_path, content):
 
 def test_stored_and_loaded(tmp_path):
     config = builders.ListopsConfig(name="tiny", grammar=SMALL, sizes=(60, 20, 30), seed=9)
-    leftover = tmp_path / "listops" / "tiny" / "1.0.0.incomplete.KILLED"
+    leftover = tmp_path / "listops" / "tiny" / "incomplete.KILLED_1.0.0"  # as TFDS names it
     leftover.mkdir(parents=True)
     (leftover / "half").write_text("half")
     builders.prepare(config, tmp_path)
@@ -225,9 +228,21 @@ def test_official_files_are_a_task_and_brackets_may_go(tmp_path):
     paper = task.load("validation", tmp_path / "data", source=str(tmp_path), brackets=False)
     for full, dropped in zip(loaded, paper, strict=True):
         assert list(dropped["tokens"]) == [t for t in full["tokens"] if SYMBOL[int(t)] != "]"]
+    other = tmp_path / "another"
+    other.mkdir()
+    for i, name in enumerate(("train", "val", "test")):
+        write_tsv(other / f"basic_{name}.tsv", some_trees(7 + i, 12))
+    with pytest.raises(UserError, match="other files"):
+        task.load("validation", tmp_path / "data", source=str(other))
     (source / "basic_val.tsv").unlink()
     with pytest.raises(UserError, match=r"basic_val.tsv"):
         task.load("test", tmp_path / "other", source=str(tmp_path))
+    with pytest.raises(UserError, match="nowhere does not hold"):
+        task.load("test", tmp_path / "other", source=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="listops, listops_small"):
+        tasks.get("lisstops")
+    with pytest.raises(UserError, match="train, validation, test"):
+        builders.load("official", "dev", tmp_path / "data")
 
 
 def test_floors_by_brute_force():

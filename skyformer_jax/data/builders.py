@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ import tqdm
 
 from skyformer_jax.data import listops
 from skyformer_jax.errors import UserError
+
+_SOURCE_FILE = "source_sizes.json"  # in a data set made from published files: what they were
 
 
 @dataclasses.dataclass
@@ -116,6 +119,20 @@ def _official_folder(source: Path) -> Path:
     )
 
 
+def _file_sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("basic_*.tsv"))}
+
+
+def _check_same_source(place: Path, folder: Path) -> None:
+    """UserError if the data set was made from other files than those of the folder."""
+    record = place / _SOURCE_FILE
+    if record.exists() and json.loads(record.read_text()) != _file_sizes(folder):
+        raise UserError(
+            f"the data set in {place} was made from other files than those in {folder}; "
+            "name another data.dir, or delete that folder to make it again"
+        )
+
+
 def _bar(total: int, what: str) -> tqdm.tqdm:
     return tqdm.tqdm(total=total, desc=what, unit=" examples", disable=not sys.stderr.isatty())
 
@@ -142,25 +159,34 @@ def prepare(config: str | ListopsConfig, data_dir: str, source: str | None = Non
     """
     builder = _builder(config, data_dir)
     place = Path(builder.data_dir)
+    official = builder.builder_config.grammar is None
     if place.is_dir():
+        if official and source and Path(source).is_dir():
+            _check_same_source(place, _official_folder(Path(source)))
         return
-    with contextlib.suppress(NotADirectoryError, FileExistsError):
+    if official:
+        _official_folder(Path(source or data_dir))  # TFDS asserts that the folder exists
+    try:
         place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.parent.is_dir():
-        raise UserError(f"data.dir={data_dir} is not a folder that can be made; name another")
+    except OSError as error:
+        raise UserError(
+            f"data.dir={data_dir} cannot be made a folder ({error.strerror}); name another"
+        ) from None
     with (place.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if place.is_dir():
             return
-        for leftover in place.parent.glob("*.incomplete*"):
+        for leftover in place.parent.glob("incomplete.*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        if builder.builder_config.grammar is None:
-            _official_folder(Path(source or data_dir))  # says what is missing before all else
         print(f"preparing {builder.info.full_name} in {data_dir}", file=sys.stderr)
-        with _quiet_tfds():
+        # TFDS prints what it does; standard output is the caller's.
+        with _quiet_tfds(), contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(manual_dir=source or data_dir)
             )
+        if official:
+            sizes = _file_sizes(_official_folder(Path(source or data_dir)))
+            (place / _SOURCE_FILE).write_text(json.dumps(sizes))
 
 
 @contextlib.contextmanager
@@ -208,6 +234,8 @@ def load(config: str | ListopsConfig, split: str, data_dir: str) -> Sequence[dic
     place = Path(builder.data_dir)
     if not place.is_dir():
         raise UserError(f"{place} is missing; prepare it by python -m skyformer_jax.data.prepare")
+    if split not in builder.info.splits:
+        raise UserError(f"unknown split {split!r}; choose one of: {', '.join(builder.info.splits)}")
     try:
         source = builder.as_data_source(split=split)
         examples = list(source.__getitems__(range(len(source))))

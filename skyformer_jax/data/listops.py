@@ -262,12 +262,14 @@ def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
                 raise UserError(f"{path}:1: expected the header Source<tab>Target")
             for number, line in enumerate(lines, start=2):
                 try:
-                    source, target = line.rstrip("\r\n").split("\t")
-                    label = int(target)
-                    if not 0 <= label <= 9:
+                    columns = line.rstrip("\r\n").split("\t")
+                    if len(columns) != 2:
+                        raise ValueError(f"expected 2 columns, got {len(columns)}")
+                    source, target = columns
+                    if target not in SYMBOLS[:10]:
                         raise ValueError(f"the label {target!r} is not a digit")
                     sequences.append(_parse(source))
-                    labels.append(label)
+                    labels.append(int(target))
                 except KeyError as error:
                     raise UserError(f"{path}:{number}: unknown symbol {error}") from None
                 except ValueError as error:
