@@ -1,8 +1,11 @@
 """What train.py, eval.py and the other command lines share: errors in one line."""
 
 import errno
+import logging as python_logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -12,9 +15,16 @@ from skyformer_jax.errors import UserError
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
-def _fail(text: str) -> None:
+def _fail(text: str) -> NoReturn:
+    """Prints one line and ends the process at once.
+
+    All of ours is closed by now; where the disk is full, threads and
+    exit handlers of libraries would only add their tracebacks to the line.
+    """
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -40,7 +50,9 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         del argv
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.ERROR)  # Orbax warns of its routine
+            # Orbax warns of its routine, and reports what it raises a second time.
+            logging.set_verbosity(logging.FATAL)
+            python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
         try:
             main()
         except UserError as error:
