@@ -57,3 +57,18 @@ def skyformer(query, key, value, landmark_indices, mask=None, scale=None, gamma=
 
 
 REFERENCES = {"softmax": softmax, "kernelized": kernelized}
+
+
+def assert_directional_derivatives(gradients, reference_loss, args, rng, *, tolerance):
+    """Each gradient along a random direction against central differences of the reference."""
+    args = [np.asarray(x, np.float64) for x in args]
+    for i, gradient in enumerate(gradients):
+        direction = rng.normal(size=args[i].shape)
+        sides = []
+        for sign in (1, -1):
+            moved = list(args)
+            moved[i] = args[i] + sign * 1e-5 * direction
+            sides.append(reference_loss(*moved))
+        expected = (sides[0] - sides[1]) / 2e-5
+        got = float((np.asarray(gradient, np.float64) * direction).sum())
+        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from references import REFERENCES
+from references import REFERENCES, assert_directional_derivatives
 
 from skyformer_jax import attention
 
@@ -61,17 +61,13 @@ def test_gradients_by_finite_differences_of_the_reference(name, length):
         return (jitted(name)(q, k, v, mask=mask) * weights).sum()
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
-    args = [np.asarray(x, np.float64) for x in (q, k, v)]
-    for i in range(3):
-        direction = rng.normal(size=args[i].shape)
-        sides = []
-        for sign in (1, -1):
-            moved = list(args)
-            moved[i] = args[i] + sign * 1e-5 * direction
-            sides.append((REFERENCES[name](*moved, mask) * weights).sum())
-        expected = (sides[0] - sides[1]) / 2e-5
-        got = float((np.asarray(gradients[i], np.float64) * direction).sum())
-        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
+    assert_directional_derivatives(
+        gradients,
+        lambda *args: (REFERENCES[name](*args, mask) * weights).sum(),
+        (q, k, v),
+        rng,
+        tolerance=1e-3,
+    )
 
 
 @all_attentions

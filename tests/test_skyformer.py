@@ -65,18 +65,14 @@ def test_gradients_by_finite_differences_of_the_reference(inverse):
         return (out * weights).sum()
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
-    args = [np.asarray(x, np.float64) for x in (q, k, v)]
     assert np.asarray(mask)[0, 0]  # row 12 of example 0, a landmark, is a real key
-    for i in range(3):
-        direction = rng.normal(size=args[i].shape)
-        sides = []
-        for sign in (1, -1):
-            moved = list(args)
-            moved[i] = args[i] + sign * 1e-5 * direction
-            sides.append((references.skyformer(*moved, indices, mask) * weights).sum())
-        expected = (sides[0] - sides[1]) / 2e-5
-        got = float((np.asarray(gradients[i], np.float64) * direction).sum())
-        np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
+    references.assert_directional_derivatives(
+        gradients,
+        lambda *args: (references.skyformer(*args, indices, mask) * weights).sum(),
+        (q, k, v),
+        rng,
+        tolerance=2e-3,
+    )
 
 
 @both_inverses
