@@ -56,6 +56,121 @@ def skyformer(query, key, value, landmark_indices, mask=None, scale=None, gamma=
     return out
 
 
+def shared_query_key_softmax(query, value, mask=None, scale=None):
+    """Reformer with one bucket: keys are normalised queries, oneself only when alone."""
+    return reformer(query, value, None, mask=mask, scale=scale)
+
+
+def segments(real, count):
+    """Positions of `count` equal runs of the True positions of real."""
+    positions = np.flatnonzero(real)
+    ranks = np.arange(len(positions)) * count // len(positions)
+    return [positions[ranks == i] for i in range(count)]
+
+
+def nystromformer(query, key, value, num_landmarks, mask=None, query_mask=None):
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros_like(query)
+    for b in range(len(query)):
+        real = np.ones(key.shape[1], bool) if mask is None else np.asarray(mask[b])
+        real_query = real if query_mask is None else np.asarray(query_mask[b])
+        count = min(num_landmarks, real.sum(), real_query.sum())
+        if not count:
+            continue
+        for h in range(query.shape[2]):
+            q, k, v = query[b, :, h], key[b, :, h], value[b, :, h]
+            q_means = np.stack([q[rows].mean(0) for rows in segments(real_query, count)])
+            k_means = np.stack([k[rows].mean(0) for rows in segments(real, count)])
+            first, middle, last = (
+                weights(q.shape[-1] ** -0.5 * x @ y.T)
+                for x, y in ((q, k_means), (q_means, k_means), (q_means, k[real]))
+            )
+            out[b, :, h] = first @ np.linalg.pinv(middle) @ last @ v[real]
+    return out
+
+
+def weights(scores):
+    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return scores / scores.sum(axis=1, keepdims=True)
+
+
+def linformer(query, key, value, key_projection, value_projection, mask=None):
+    """Projections [heads, length, features]."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    if mask is not None:
+        key, value = (np.where(np.asarray(mask)[:, :, None, None], x, 0) for x in (key, value))
+    key = np.einsum("bnhp,hnk->bkhp", key, np.asarray(key_projection, np.float64))
+    value = np.einsum("bnhp,hnk->bkhp", value, np.asarray(value_projection, np.float64))
+    return softmax(query, key, value)
+
+
+def performer(query, key, value, projection, mask=None):
+    projection = np.asarray(projection, np.float64)
+
+    def features(x):
+        x = x * x.shape[-1] ** -0.25
+        return np.exp(x @ projection.T - (x**2).sum(axis=1, keepdims=True) / 2)
+
+    def one(q, k, v):
+        scores = features(q) @ features(k).T
+        return scores / scores.sum(axis=1, keepdims=True) @ v
+
+    return per_head(one, query, key, value, mask)
+
+
+def informer(query, key, value, samples, num_active, mask=None):
+    """Samples: for each example the positions of its sampled keys."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = softmax(query, key, value, mask)
+    for b in range(len(query)):
+        real = np.ones(key.shape[1], bool) if mask is None else np.asarray(mask[b])
+        for h in range(query.shape[2]):
+            scores = query[b, :, h] @ key[b, samples[b], h].T
+            measure = np.where(real, scores.max(axis=1) - scores.mean(axis=1), -np.inf)
+            others = np.argsort(-measure, kind="stable")[num_active:]
+            out[b, others, h] = value[b, real, h].mean(axis=0)
+    return out
+
+
+def reformer(query, value, rotations, mask=None, scale=None, num_buckets=1, chunk_length=None):
+    """By the sets P_i and their union, one example and one head at a time."""
+    query, value = (np.asarray(x, np.float64) for x in (query, value))
+    batch, length, heads, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    chunk_length = length if chunk_length is None else chunk_length
+    rounds = 1 if rotations is None else len(rotations)
+    out = np.zeros_like(value)
+    for b in range(batch):
+        real = np.arange(length) if mask is None else np.flatnonzero(np.asarray(mask[b]))
+        for h in range(heads):
+            q, v = query[b, real, h], value[b, real, h]
+            scores = scale * q @ (q / np.linalg.norm(q, axis=1, keepdims=True)).T
+            attended = np.zeros((len(real), len(real)), bool)
+            for r in range(rounds):
+                buckets = np.zeros(len(real), int)
+                if num_buckets > 1:
+                    projected = q @ np.asarray(rotations[r], np.float64)
+                    buckets = np.concatenate([projected, -projected], axis=1).argmax(axis=1)
+                slots = np.argsort(np.argsort(buckets, kind="stable"), kind="stable")
+                behind = slots[:, None] // chunk_length - slots[None, :] // chunk_length
+                near = (behind == 0) | (behind == 1)
+                attended |= near & (buckets[:, None] == buckets[None, :])
+            others = attended & ~np.eye(len(real), dtype=bool)
+            for i in range(len(real)):
+                rows = others[i] if others[i].any() else attended[i]
+                out[b, real[i], h] = (weights(scores[i : i + 1, rows]) @ v[rows])[0]
+    return out
+
+
+def masked_softmax(query, key, value, allowed):
+    """allowed: bool [batch, q_length, kv_length]; zeros for a query without any key."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    scores = query.shape[-1] ** -0.5 * np.einsum("bqhp,bkhp->bhqk", query, key)
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True)) * allowed[:, None]
+    total = scores.sum(axis=-1, keepdims=True)
+    return np.einsum("bhqk,bkhp->bqhp", scores / np.where(total, total, 1), value)
+
+
 REFERENCES = {"softmax": softmax, "kernelized": kernelized}
 
 

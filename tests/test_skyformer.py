@@ -11,11 +11,8 @@ from test_attention import inputs, masks
 
 from skyformer_jax.attention import kernelized_attention
 from skyformer_jax.attention import skyformer_attention as eager_skyformer_attention
-from skyformer_jax.attention.skyformer import (
-    drawn_landmarks,
-    schulz_inverse,
-    spread_landmarks,
-)
+from skyformer_jax.attention.inverses import schulz_inverse
+from skyformer_jax.attention.landmarks import drawn_landmarks, spread_landmarks
 
 skyformer_attention = jax.jit(
     eager_skyformer_attention,

@@ -43,5 +43,62 @@ def check_and_hide_masked(
             f"mask must be bool [batch, kv_length] = {key.shape[:2]}, True at real tokens; "
             f"got {mask.dtype} {mask.shape}"
         )
-    real = mask[:, :, None, None]
-    return jnp.where(real, key, 0), jnp.where(real, value, 0)
+    return hide(key, mask), hide(value, mask)
+
+
+def hide(rows: jax.Array, real: jax.Array) -> jax.Array:
+    """Rows [batch, length, heads, head_dim] with 0 where real, bool [batch, length], is False."""
+    return jnp.where(real[:, :, None, None], rows, 0)
+
+
+def masks_or_all(
+    query: jax.Array, key: jax.Array, mask: jax.Array | None, query_mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The rows that count, where an attention summarises queries as well as keys.
+
+    Args:
+      query: [batch, q_length, heads, head_dim].
+      key: [batch, kv_length, heads, head_dim].
+      mask: bool [batch, kv_length], or None if all keys count.
+      query_mask: bool [batch, q_length]; None means `mask` where q_length == kv_length
+        (self-attention), otherwise all.
+
+    Returns:
+      query_mask and mask, as arrays.
+
+    Raises:
+      ValueError: if query_mask is not boolean or has another shape.
+    """
+    if mask is None:
+        mask = jnp.ones(key.shape[:2], bool)
+    if query_mask is None:
+        same_length = query.shape[1] == key.shape[1]
+        query_mask = mask if same_length else jnp.ones(query.shape[:2], bool)
+    if query_mask.dtype != jnp.bool_ or query_mask.shape != query.shape[:2]:
+        raise ValueError(
+            f"query_mask must be bool [batch, q_length] = {query.shape[:2]}; "
+            f"got {query_mask.dtype} {query_mask.shape}"
+        )
+    return query_mask, mask
+
+
+def check_self_attention(name: str, query: jax.Array, key: jax.Array) -> None:
+    """Raises a ValueError unless there are as many queries as keys."""
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"{name} attends from a sequence to itself: q_length must equal kv_length; got "
+            f"{query.shape[1]} and {key.shape[1]}. For cross-attention choose softmax, kernelized, "
+            "skyformer, nystromformer, performer or linformer"
+        )
+
+
+def check_at_least(least: int, **options: int) -> None:
+    """Raises a ValueError that names the first option below the least allowed value."""
+    for name, value in options.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def fixed_key() -> jax.Array:
+    """The key that stands in for rng=None, where something has to be drawn all the same."""
+    return jax.random.key(0)

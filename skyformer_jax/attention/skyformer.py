@@ -8,105 +8,78 @@ linear in the length. The kernel matrix of queries and keys together is positive
 which G(Q, K) alone is not; that completion is what makes the Nystrom method sound here.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention.gaussian import gaussian_attention, gaussian_scores
-from skyformer_jax.attention.inputs import check_and_hide_masked
+from skyformer_jax.attention.inputs import (
+    check_and_hide_masked,
+    check_at_least,
+    fixed_key,
+    hide,
+    masks_or_all,
+)
+from skyformer_jax.attention.inverses import matmul, schulz_inverse
+from skyformer_jax.attention.landmarks import (
+    drawn_landmarks,
+    kmeans_landmarks,
+    leverage_landmarks,
+    segment_means,
+    spread_landmarks,
+)
 
 INVERSES = ("schulz", "cholesky")
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-def spread_landmarks(candidates: jax.Array, num_landmarks: int) -> tuple[jax.Array, jax.Array]:
-    """Landmarks evenly spread over the candidate rows of each example: no randomness.
-
-    Args:
-      candidates: bool [batch, rows], the rows that may become landmarks.
-      num_landmarks: d.
-
-    Returns:
-      indices int32 [batch, d] and valid bool [batch, d]. An example with c < d candidates has
-      them all once, and d - c entries that are not valid.
-    """
-    counts = candidates.sum(axis=1, dtype=jnp.int32)[:, None]
-    slots = jnp.arange(num_landmarks, dtype=jnp.int32)[None, :]
-    # The middles of d equal parts of the candidates' ranks, as floor((2i + 1) c / 2d) without its
-    # overflow: c // d and c % d stand for c.
-    whole, rest = counts // num_landmarks, counts % num_landmarks
-    middles = (2 * slots + 1) * whole + (2 * slots + 1) * rest // num_landmarks
-    ranks = jnp.where(counts < num_landmarks, slots, middles // 2)
-    ordinals = jnp.cumsum(candidates, axis=1, dtype=jnp.int32)  # of each row among the candidates
-    indices = jax.vmap(jnp.searchsorted)(ordinals, ranks + 1)
-    indices = jnp.minimum(indices, candidates.shape[1] - 1).astype(jnp.int32)
-    return indices, slots < counts
+LANDMARKS = ("uniform", "strided", "segment_means", "kmeans++", "leverage")
 
 
-def drawn_landmarks(
-    rng: jax.Array, candidates: jax.Array, num_landmarks: int
+def choose_landmarks(
+    kind: str,
+    rng: jax.Array | None,
+    rows: jax.Array,
+    candidates: jax.Array,
+    num_landmarks: int,
+    *,
+    scale: float,
+    gamma: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Landmarks drawn uniformly without replacement from the candidate rows of each example.
-
-    One order of preference over the rows serves all examples of the batch, each keeping its own
-    candidates: so an example's landmarks depend neither on its place in the batch nor on its
-    batch mates. Give each example its own rng (jax.vmap) for independent draws.
+    """The landmarks of skyformer_attention, by the kinds it documents.
 
     Args:
-      rng: a jax.random key.
-      candidates: bool [batch, rows], the rows that may become landmarks.
+      kind: of LANDMARKS.
+      rng: a jax.random key, or None.
+      rows: float32 [batch, rows, heads, head_dim], finite everywhere.
+      candidates: bool [batch, rows], the rows that count.
       num_landmarks: d, at most rows.
+      scale: the Gaussian kernel's inverse squared width.
+      gamma: what M has on its diagonal beside the kernel; "leverage" takes it as its ridge.
 
     Returns:
-      indices int32 [batch, d] and valid bool [batch, d], as spread_landmarks.
+      float32 [batch, d, heads, head_dim] and bool [batch, d], which of them count.
     """
-    preference = jax.random.uniform(rng, candidates.shape[1:])
-    preference, indices = jax.lax.top_k(jnp.where(candidates, preference, -1.0), num_landmarks)
-    return indices, preference >= 0
+    if kind == "segment_means":
+        counts = candidates.sum(axis=1, dtype=jnp.int32)
+        num_segments = jnp.minimum(counts, num_landmarks)
+        means = segment_means(rows, candidates, num_landmarks, num_segments)
+        return means, jnp.arange(num_landmarks) < num_segments[:, None]
+    if kind == "strided" or (kind == "uniform" and rng is None):
+        indices, valid = spread_landmarks(candidates, num_landmarks)
+    elif kind == "uniform":
+        indices, valid = drawn_landmarks(rng, candidates, num_landmarks)
+    else:
+        rng = fixed_key() if rng is None else rng
+        still = jax.lax.stop_gradient(rows)
+        if kind == "kmeans++":
+            indices, valid = kmeans_landmarks(rng, still, candidates, num_landmarks)
+        else:
+            indices, valid = leverage_landmarks(
+                rng, still, candidates, num_landmarks, scale=scale, ridge=gamma
+            )
+    return take_rows(rows, indices), valid
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def schulz_inverse(matrix: jax.Array, num_iterations: int = 6) -> jax.Array:
-    """Inverse of symmetric positive definite matrices with non-negative entries.
-
-    Normalised as A = D^-1/2 M D^-1/2 with D = diag(M 1), the eigenvalues lie in (0, 1], since
-    D^-1 M is a stochastic matrix (Chen et al., 2021, lemma 3). Then the third-order iteration of
-    Razavi et al. (2014),
-
-        Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4,
-
-    started from Z = 2 I: the residual of an eigenvalue a starts at 1 - 2a, inside the region of
-    convergence for all of them, whatever the other matrices of the batch. An error 1 - x in
-    x = a z becomes (1 - x)^3 (1 - x/4), so small x grow 3.25-fold a step: eigenvalues of A below
-    3.25^-num_iterations are inverted to less than their inverse, which damps them.
-
-    The derivative is that of the inverse itself, dZ = -Z dM Z, which needs no stored iterates.
-
-    Args:
-      matrix: float32 [..., d, d].
-      num_iterations: steps of three matrix products each.
-
-    Returns:
-      float32 [..., d, d].
-    """
-    root = jax.lax.rsqrt(matrix.sum(axis=-1))
-    a = root[..., :, None] * matrix * root[..., None, :]
-    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-    z = jnp.broadcast_to(2 * eye, matrix.shape)
-    for _ in range(num_iterations):
-        az = _matmul(a, z)
-        z = 0.25 * _matmul(z, 13 * eye - _matmul(az, 15 * eye - _matmul(az, 7 * eye - az)))
-    return root[..., :, None] * z * root[..., None, :]
-
-
-@schulz_inverse.defjvp
-def _schulz_inverse_jvp(
-    num_iterations: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    inverse = schulz_inverse(primals[0], num_iterations)
-    return inverse, -_matmul(inverse, _matmul(tangents[0], inverse))
+def take_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows [batch, rows, heads, head_dim] at indices [batch, d]."""
+    return jnp.take_along_axis(rows, indices[:, :, None, None], axis=1)
 
 
 def skyformer_attention(
@@ -118,6 +91,7 @@ def skyformer_attention(
     rng: jax.Array | None = None,
     scale: float | None = None,
     num_landmarks: int = 128,
+    landmarks: str = "uniform",
     landmark_indices: jax.Array | None = None,
     query_mask: jax.Array | None = None,
     gamma: float = 0.1,
@@ -134,9 +108,17 @@ def skyformer_attention(
       key: [batch, kv_length, heads, head_dim].
       value: [batch, kv_length, heads, head_dim].
       mask: bool [batch, kv_length], True at real tokens; any pattern.
-      rng: a jax.random key to draw the landmarks by; None spreads them evenly over the real rows.
+      rng: a jax.random key to draw the landmarks by; None is deterministic.
       scale: the kernel's inverse squared width; None means head_dim**-0.5.
       num_landmarks: d, shared by the heads of an example; more than there are rows means all.
+      landmarks: how they are chosen among the real rows of [query; key]:
+        "uniform": drawn uniformly; without rng, as "strided".
+        "strided": evenly spread over the positions.
+        "segment_means": means of d equal runs of positions (Xiong et al., 2021).
+        "kmeans++": the seeds of k-means++, far from each other; a sequential loop of d steps.
+        "leverage": by ridge leverage scores (Musco and Musco, 2017), the paper's next
+          step; about the cost of two more kernel matrices of rows x d.
+        The last two take a fixed key where rng is None.
       landmark_indices: int [batch, d], rows of [query; key] (0..q_length-1 are queries) to use
         instead of num_landmarks chosen here; those at masked rows count for nothing.
       query_mask: bool [batch, q_length], the queries that may become landmarks; None means
@@ -155,44 +137,41 @@ def skyformer_attention(
     """
     if inverse not in INVERSES:
         raise ValueError(f"inverse must be one of {', '.join(INVERSES)}; got {inverse!r}")
-    if num_landmarks < 1:
-        raise ValueError(f"num_landmarks must be at least 1; got {num_landmarks}")
+    if landmarks not in LANDMARKS:
+        raise ValueError(f"landmarks must be one of {', '.join(LANDMARKS)}; got {landmarks!r}")
+    check_at_least(1, num_landmarks=num_landmarks, num_iterations=num_iterations)
     if gamma < 0:
         raise ValueError(f"gamma must not be negative; got {gamma}")
+    if gamma == 0 and landmarks == "leverage":
+        raise ValueError('landmarks="leverage" needs a gamma above 0, the ridge of its scores')
     dtype = value.dtype
     key, value = check_and_hide_masked(query, key, value, mask)
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    batch, q_length, _, head_dim = query.shape
-    kv_length = key.shape[1]
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
 
-    key_mask = jnp.ones((batch, kv_length), bool) if mask is None else mask
-    if query_mask is None:
-        query_mask = key_mask if q_length == kv_length else jnp.ones((batch, q_length), bool)
+    query_mask, key_mask = masks_or_all(query, key, mask, query_mask)
     candidates = jnp.concatenate([query_mask, key_mask], axis=1)
-    num_landmarks = min(num_landmarks, q_length + kv_length)
-    if landmark_indices is not None:
-        indices = landmark_indices
-        valid = jnp.take_along_axis(candidates, indices, axis=1)
-    elif rng is None:
-        indices, valid = spread_landmarks(candidates, num_landmarks)
+    rows = hide(jnp.concatenate([query, key], axis=1), candidates)
+    if landmark_indices is None:
+        num_landmarks = min(num_landmarks, rows.shape[1])
+        points, valid = choose_landmarks(
+            landmarks, rng, rows, candidates, num_landmarks, scale=scale, gamma=gamma
+        )
     else:
-        indices, valid = drawn_landmarks(rng, candidates, num_landmarks)
+        points = take_rows(rows, landmark_indices)
+        valid = jnp.take_along_axis(candidates, landmark_indices, axis=1)
 
     # Landmarks that are not valid are cut out of M (which gets a 1 on its diagonal there) and of
     # the context, so they add exactly nothing.
-    rows = jnp.concatenate([query, key], axis=1)
-    landmarks = jnp.take_along_axis(rows, indices[:, :, None, None], axis=1)
-    landmarks = jnp.where(valid[:, :, None, None], landmarks, 0)
+    points = hide(points, valid)
     both_valid = (valid[:, :, None] & valid[:, None, :])[:, None]
-    diagonal = jnp.where(valid, gamma, 1.0)[:, None, :, None] * jnp.eye(indices.shape[1])
-    m = jnp.where(both_valid, gaussian_scores(landmarks, landmarks, scale), 0) + diagonal
-    context = gaussian_attention(landmarks, key, value, scale=scale)
-    context = jnp.where(valid[:, :, None, None], context, 0)
-    context = jnp.moveaxis(context, 2, 1)  # [batch, heads, d, head_dim], as M's [..., d, d]
+    diagonal = jnp.where(valid, gamma, 1.0)[:, None, :, None] * jnp.eye(valid.shape[1])
+    m = jnp.where(both_valid, gaussian_scores(points, points, scale), 0) + diagonal
+    context = gaussian_attention(points, key, value, scale=scale)
+    context = jnp.moveaxis(hide(context, valid), 2, 1)  # [batch, heads, d, head_dim], as M's [..., d, d]
     if inverse == "schulz":
-        weights = _matmul(schulz_inverse(m, num_iterations), context)
+        weights = matmul(schulz_inverse(m, num_iterations), context)
     else:
         weights = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(m), context)
-    out = gaussian_attention(query, landmarks, jnp.moveaxis(weights, 1, 2), scale=scale)
+    out = gaussian_attention(query, points, jnp.moveaxis(weights, 1, 2), scale=scale)
     return out.astype(dtype)

@@ -14,8 +14,11 @@ def softmax_attention(
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
     scale: float | None = None,
+    full_mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    is_causal: bool = False,
 ) -> jax.Array:
-    """softmax(scale * Q K^T) V, by jax.nn.dot_product_attention.
+    """softmax(scale * Q K^T + bias) V, by jax.nn.dot_product_attention.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
@@ -24,25 +27,42 @@ def softmax_attention(
       mask: bool [batch, kv_length], True at real tokens; any pattern.
       rng: unused, nothing here is random; part of the common signature.
       scale: factor of the scores; None means head_dim**-0.5.
+      full_mask: bool, broadcastable to [batch, heads, q_length, kv_length], True where a query may
+        attend to a key.
+      bias: added to the scores, broadcastable to their shape.
+      is_causal: True lets query i attend to keys 0..i only.
 
     Returns:
-      [batch, q_length, heads, head_dim] in the dtype of value; zeros for an example without any
-      real key.
+      [batch, q_length, heads, head_dim] in the dtype of value; zeros for a query that may attend
+      to no key.
 
     Raises:
-      ValueError: if shapes do not fit or the mask is not boolean.
+      ValueError: if shapes do not fit or a mask is not boolean.
     """
     del rng
     key, value = check_and_hide_masked(query, key, value, mask)
     dtype = jnp.result_type(query, key, value)
+    allowed = None if mask is None else mask[:, None, None, :]
+    if full_mask is not None:
+        if full_mask.dtype != jnp.bool_ or full_mask.ndim != 4:
+            raise ValueError(
+                "full_mask must be bool [batch, heads, q_length, kv_length]; "
+                f"got {full_mask.dtype} {full_mask.shape}"
+            )
+        allowed = full_mask if allowed is None else allowed & full_mask
     out = jax.nn.dot_product_attention(
         query.astype(dtype),
         key.astype(dtype),
         value.astype(dtype),
-        mask=None if mask is None else mask[:, None, None, :],
+        bias=bias,
+        mask=allowed,
         scale=scale,
+        is_causal=is_causal,
     )
-    if mask is not None:
+    if allowed is not None:
         # A row without any key would otherwise be the plain mean over the padding.
-        out = jnp.where(mask.any(axis=1)[:, None, None, None], out, 0)
+        if is_causal:
+            allowed = allowed & jnp.tri(query.shape[1], key.shape[1], dtype=bool)
+        some = jnp.moveaxis(allowed.any(axis=-1), 1, 2)[..., None]
+        out = jnp.where(some, out, 0)
     return out.astype(value.dtype)

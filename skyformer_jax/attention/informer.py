@@ -1,0 +1,96 @@
+"""Informer (Zhou et al., 2021): softmax attention for the queries whose weights are least uniform.
+
+ProbSparse self-attention (algorithm 1 of the paper): with a sample K' of the keys, the measure
+
+    M(q) = max_j (q . k'_j s) - mean_j (q . k'_j s)
+
+ranks the queries. The u with the greatest M get softmax(q K^T s) V; the others, whose weights are
+taken to be uniform, get the mean of V.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from skyformer_jax.attention.inputs import (
+    check_and_hide_masked,
+    check_at_least,
+    check_self_attention,
+    hide,
+)
+from skyformer_jax.attention.landmarks import drawn_landmarks, spread_landmarks
+from skyformer_jax.attention.softmax import softmax_attention
+
+
+def informer_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    rng: jax.Array | None = None,
+    scale: float | None = None,
+    num_active_queries: int = 128,
+    num_sampled_keys: int = 128,
+) -> jax.Array:
+    """ProbSparse self-attention, linear in the length for fixed numbers of queries and keys.
+
+    With every query active it is softmax_attention. The paper lets both numbers grow as the
+    logarithm of the length.
+
+    Args:
+      query: [batch, length, heads, head_dim], unscaled.
+      key: [batch, length, heads, head_dim].
+      value: [batch, length, heads, head_dim].
+      mask: bool [batch, length], True at real tokens; any pattern. It is for the queries too:
+        those at padding are active only when all real ones are.
+      rng: a jax.random key to sample keys by; None spreads the sample evenly over the real ones.
+      scale: factor of the scores; None means head_dim**-0.5.
+      num_active_queries: u.
+      num_sampled_keys: keys of each example that the measure looks at.
+
+    Returns:
+      [batch, length, heads, head_dim] in the dtype of value; zeros for an example without any
+      real key.
+
+    Raises:
+      ValueError: if shapes do not fit, the mask is not boolean, or an option is less than 1.
+    """
+    check_at_least(1, num_active_queries=num_active_queries, num_sampled_keys=num_sampled_keys)
+    key, value = check_and_hide_masked(query, key, value, mask)
+    check_self_attention("informer", query, key)
+    batch, length = query.shape[:2]
+    real = jnp.ones((batch, length), bool) if mask is None else mask
+    query = hide(query, real)
+
+    num_sampled_keys = min(num_sampled_keys, length)
+    if rng is None:
+        indices, valid = spread_landmarks(real, num_sampled_keys)
+    else:
+        indices, valid = drawn_landmarks(rng, real, num_sampled_keys)
+    sample = jnp.take_along_axis(key, indices[:, :, None, None], axis=1)
+    scores = jnp.einsum(
+        "bqhp,bkhp->bhqk",
+        query.astype(jnp.float32),
+        sample.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    valid = valid[:, None, None, :]
+    top = jnp.where(valid, scores, -jnp.inf).max(axis=-1)
+    mean = jnp.where(valid, scores, 0).sum(axis=-1) / jnp.maximum(valid.sum(axis=-1), 1)
+    measure = jnp.where(real[:, None, :], top - mean, -jnp.inf)  # [batch, heads, length]
+    measure = jax.lax.stop_gradient(measure if scale is None or scale > 0 else -measure)
+
+    _, active = jax.lax.top_k(measure, min(num_active_queries, length))  # [batch, heads, u]
+    rows = jnp.moveaxis(active, 1, 2)[..., None]
+    attended = softmax_attention(
+        jnp.take_along_axis(query, rows, axis=1), key, value, mask=mask, scale=scale
+    )
+    count = jnp.maximum(real.sum(axis=1), 1)[:, None, None, None]
+    mean_value = value.astype(jnp.float32).sum(axis=1, keepdims=True) / count
+    default = jnp.broadcast_to(mean_value.astype(value.dtype), value.shape)
+
+    def place(default: jax.Array, at: jax.Array, attended: jax.Array) -> jax.Array:
+        return default.at[at].set(attended)
+
+    per_head = jax.vmap(place, in_axes=(1, 0, 1), out_axes=1)
+    return jax.vmap(per_head)(default, active, attended)

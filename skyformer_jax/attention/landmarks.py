@@ -1,0 +1,198 @@
+"""Which rows stand for all: ways to choose d landmarks among the real rows of each example.
+
+Every function here gives the same landmarks to an example whatever its batch mates, and shares
+them among the heads.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from skyformer_jax.attention.gaussian import gaussian_scores
+
+
+def spread_landmarks(candidates: jax.Array, num_landmarks: int) -> tuple[jax.Array, jax.Array]:
+    """Landmarks evenly spread over the candidate rows of each example: no randomness.
+
+    Args:
+      candidates: bool [batch, rows], the rows that may become landmarks.
+      num_landmarks: d.
+
+    Returns:
+      indices int32 [batch, d] and valid bool [batch, d]. An example with c < d candidates has
+      them all once, and d - c entries that are not valid.
+    """
+    counts = candidates.sum(axis=1, dtype=jnp.int32)[:, None]
+    slots = jnp.arange(num_landmarks, dtype=jnp.int32)[None, :]
+    # The middles of d equal parts of the candidates' ranks, as floor((2i + 1) c / 2d) without its
+    # overflow: c // d and c % d stand for c.
+    whole, rest = counts // num_landmarks, counts % num_landmarks
+    middles = (2 * slots + 1) * whole + (2 * slots + 1) * rest // num_landmarks
+    ranks = jnp.where(counts < num_landmarks, slots, middles // 2)
+    ordinals = jnp.cumsum(candidates, axis=1, dtype=jnp.int32)  # of each row among the candidates
+    indices = jax.vmap(jnp.searchsorted)(ordinals, ranks + 1)
+    indices = jnp.minimum(indices, candidates.shape[1] - 1).astype(jnp.int32)
+    return indices, slots < counts
+
+
+def drawn_landmarks(
+    rng: jax.Array, candidates: jax.Array, num_landmarks: int
+) -> tuple[jax.Array, jax.Array]:
+    """Landmarks drawn uniformly without replacement from the candidate rows of each example.
+
+    One order of preference over the rows serves all examples of the batch, each keeping its own
+    candidates: so an example's landmarks depend neither on its place in the batch nor on its
+    batch mates. Give each example its own rng (jax.vmap) for independent draws.
+
+    Args:
+      rng: a jax.random key.
+      candidates: bool [batch, rows], the rows that may become landmarks.
+      num_landmarks: d, at most rows.
+
+    Returns:
+      indices int32 [batch, d] and valid bool [batch, d], as spread_landmarks.
+    """
+    preference = jax.random.uniform(rng, candidates.shape[1:])
+    preference, indices = jax.lax.top_k(jnp.where(candidates, preference, -1.0), num_landmarks)
+    return indices, preference >= 0
+
+
+def segment_means(
+    rows: jax.Array, candidates: jax.Array, num_landmarks: int, num_segments: jax.Array
+) -> jax.Array:
+    """Means of equal runs of consecutive candidate rows (Xiong et al., 2021, section 3.2).
+
+    Args:
+      rows: [batch, rows, heads, head_dim], finite everywhere.
+      candidates: bool [batch, rows], the rows that count.
+      num_landmarks: d, the most segments of any example.
+      num_segments: int [batch], the segments of each example, at most d and its candidates; their
+        lengths differ by one at most.
+
+    Returns:
+      [batch, d, heads, head_dim]; zeros beyond num_segments.
+    """
+    counts = jnp.maximum(candidates.sum(axis=1, dtype=jnp.int32), 1)[:, None]
+    ranks = jnp.maximum(jnp.cumsum(candidates, axis=1, dtype=jnp.int32) - 1, 0)
+    segments = ranks * num_segments[:, None] // counts
+
+    def sums(x: jax.Array) -> jax.Array:
+        add = functools.partial(
+            jax.ops.segment_sum, num_segments=num_landmarks, indices_are_sorted=True
+        )
+        return jax.vmap(add)(x, segments)
+
+    total = sums(jnp.where(candidates[:, :, None, None], rows, 0))
+    size = sums(candidates.astype(rows.dtype))[:, :, None, None]
+    return total / jnp.maximum(size, 1)
+
+
+def kmeans_landmarks(
+    rng: jax.Array, rows: jax.Array, candidates: jax.Array, num_landmarks: int
+) -> tuple[jax.Array, jax.Array]:
+    """The seeds of k-means++ (Arthur and Vassilvitskii, 2007).
+
+    Each next landmark is a candidate drawn with probability proportional to its squared distance,
+    over all heads, from the nearest landmark so far.
+
+    Args:
+      rng: a jax.random key.
+      rows: float32 [batch, rows, heads, head_dim], finite everywhere.
+      candidates: bool [batch, rows], the rows that may become landmarks.
+      num_landmarks: d.
+
+    Returns:
+      indices int32 [batch, d] and valid bool [batch, d]; entries beyond the number of distinct
+      candidates are not valid.
+    """
+    uniforms = jax.random.uniform(rng, (num_landmarks,))
+
+    def one(rows: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        flat = rows.reshape(rows.shape[0], -1)
+
+        def step(distances: jax.Array, uniform: jax.Array) -> tuple[jax.Array, tuple]:
+            cumulative = jnp.cumsum(distances)
+            # The product may round up to the total, beyond which there is no row.
+            at = jnp.minimum(uniform * cumulative[-1], jnp.nextafter(cumulative[-1], 0))
+            index = jnp.searchsorted(cumulative, at, side="right").astype(jnp.int32)
+            index = jnp.minimum(index, len(flat) - 1)
+            valid = distances[index] > 0
+            new = ((flat - flat[index]) ** 2).sum(axis=1)
+            return jnp.where(valid, jnp.minimum(distances, new), distances), (index, valid)
+
+        # Before the first landmark all candidates are equally far, farther than any two rows.
+        farthest = 1 + 4 * (flat**2).sum(axis=1).max()
+        return jax.lax.scan(step, jnp.where(candidates, farthest, 0), uniforms)[1]
+
+    return jax.vmap(one)(rows, candidates)
+
+
+def leverage_landmarks(
+    rng: jax.Array,
+    rows: jax.Array,
+    candidates: jax.Array,
+    num_landmarks: int,
+    *,
+    scale: float,
+    ridge: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Landmarks drawn by their ridge leverage scores (Musco and Musco, 2017, algorithm 2).
+
+    The score of row i of the kernel matrix K is (K (K + ridge I)^-1)_ii: how much it tells that
+    the others do not. Computing it takes all of K; the recursive scheme takes a random half of the
+    rows, chooses a weighted sample S of that half in the same way, and estimates
+
+        l_i = (K - K S (S^T K S + ridge I)^-1 S^T K)_ii / ridge
+
+    from S alone, then samples by l. From the smallest part to all the rows that costs as much as
+    two kernel matrices of rows x d. Two things differ from the paper's algorithm: each sample has
+    the fixed size d, drawn without replacement, and the scores are summed over the heads.
+
+    Args:
+      rng: a jax.random key.
+      rows: float32 [batch, rows, heads, head_dim], finite everywhere.
+      candidates: bool [batch, rows], the rows that may become landmarks.
+      num_landmarks: d, at most rows.
+      scale: the Gaussian kernel's inverse squared width.
+      ridge: what is added to the kernel matrix's diagonal; positive.
+
+    Returns:
+      indices int32 [batch, d] and valid bool [batch, d], as spread_landmarks.
+    """
+    num_rows = rows.shape[1]
+    num_levels = max(0, math.ceil(math.log2(num_rows / num_landmarks)))
+    sizes = [-(-num_rows // 2**level) for level in range(num_levels, -1, -1)]
+    order_key, *level_keys = jax.random.split(rng, len(sizes))
+    preference = jax.random.uniform(order_key, (num_rows,))
+    noises = [
+        jax.random.gumbel(key, (size,)) for key, size in zip(level_keys, sizes[1:], strict=True)
+    ]
+
+    def one(rows: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        order = jnp.argsort(jnp.where(candidates, preference, 2.0)).astype(jnp.int32)
+        x, real = rows[order], candidates[order]
+        # In the smallest part every row is in the sample, with probability 1.
+        sample = jnp.minimum(jnp.arange(num_landmarks), num_rows - 1)
+        valid = real[sample] & (jnp.arange(num_landmarks) < sizes[0])
+        probability = jnp.ones(num_landmarks)
+        for size, noise in zip(sizes[1:], noises, strict=True):
+            chosen = x[sample]
+            both = valid[:, None] & valid[None, :]
+            within = jnp.where(both, gaussian_scores(chosen[None], chosen[None], scale)[0], 0)
+            within += jnp.diag(jnp.where(valid, ridge * probability, 1.0))
+            across = jnp.where(valid, gaussian_scores(x[None, :size], chosen[None], scale)[0], 0)
+            root = jnp.linalg.cholesky(within)  # [heads, d, d]
+            half = jax.lax.linalg.triangular_solve(
+                root, across, left_side=False, lower=True, transpose_a=True
+            )
+            scores = (1 - (half**2).sum(axis=-1)).sum(axis=0) / ridge
+            scores = jnp.where(real[:size], jnp.maximum(scores, 1e-6), 0)
+            perturbed = jnp.where(real[:size], jnp.log(jnp.maximum(scores, 1e-6)) + noise, -jnp.inf)
+            perturbed, sample = jax.lax.top_k(perturbed, num_landmarks)
+            valid = perturbed > -jnp.inf
+            probability = jnp.minimum(1.0, num_landmarks * scores / scores.sum())[sample]
+        return order[sample], valid
+
+    return jax.vmap(one)(rows, candidates)

@@ -1,0 +1,135 @@
+"""Nystromformer (Xiong et al., 2021): softmax attention by a Nystrom method on segment means.
+
+With m landmark queries Q~ and keys K~, the means of m equal segments of the sequence
+(equations 12 to 14),
+
+    out = softmax(Q K~^T s) . Z . (softmax(Q~ K^T s) V) [+ DConv(V)],
+
+where Z approximates the pseudo-inverse of A = softmax(Q~ K~^T s) by six iterations of
+razavi_iterations from A^T / (||A||_1 ||A||_inf), and DConv is a depthwise convolution over the
+sequence, one kernel a head (figure 2 of the paper, "skip connection").
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from skyformer_jax.attention.arrays import Array
+from skyformer_jax.attention.inputs import (
+    check_and_hide_masked,
+    check_at_least,
+    hide,
+    masks_or_all,
+)
+from skyformer_jax.attention.inverses import matmul, razavi_iterations
+from skyformer_jax.attention.landmarks import segment_means
+from skyformer_jax.attention.softmax import softmax_attention
+
+
+def nystromformer_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    rng: jax.Array | None = None,
+    scale: float | None = None,
+    num_landmarks: int = 128,
+    num_iterations: int = 6,
+    query_mask: jax.Array | None = None,
+    conv_kernel: jax.Array | None = None,
+) -> jax.Array:
+    """Nystromformer attention, linear in the length.
+
+    Segments divide the real tokens of each example, so padding is in no landmark. With a landmark
+    for every real token and enough iterations it is softmax_attention.
+
+    Args:
+      query: [batch, q_length, heads, head_dim], unscaled.
+      key: [batch, kv_length, heads, head_dim].
+      value: [batch, kv_length, heads, head_dim].
+      mask: bool [batch, kv_length], True at real tokens; any pattern.
+      rng: unused, nothing here is random; part of the common signature.
+      scale: factor of the scores; None means head_dim**-0.5.
+      num_landmarks: m; an example with fewer real queries or keys uses as many as those.
+      num_iterations: of the pseudo-inverse.
+      query_mask: bool [batch, q_length], the queries that segments are made of; None means
+        `mask` where q_length == kv_length (self-attention), otherwise all.
+      conv_kernel: float [size, heads], size odd; adds the convolution of the values (0 at padding)
+        with it, for self-attention only. The paper takes sizes 33 and 35.
+
+    Returns:
+      [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
+      example without any real key.
+
+    Raises:
+      ValueError: if shapes do not fit, a mask is not boolean, or an option is out of range.
+    """
+    del rng
+    check_at_least(1, num_landmarks=num_landmarks, num_iterations=num_iterations)
+    dtype = value.dtype
+    key, value = check_and_hide_masked(query, key, value, mask)
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query_mask, key_mask = masks_or_all(query, key, mask, query_mask)
+
+    num_landmarks = min(num_landmarks, query.shape[1], key.shape[1])
+    counts = [x.sum(axis=1, dtype=jnp.int32) for x in (query_mask, key_mask)]
+    num_segments = jnp.minimum(jnp.minimum(*counts), num_landmarks)
+    query_means = segment_means(hide(query, query_mask), query_mask, num_landmarks, num_segments)
+    key_means = segment_means(key, key_mask, num_landmarks, num_segments)
+    valid = jnp.arange(num_landmarks) < num_segments[:, None]
+
+    # Landmarks beyond an example's own are cut out of A, which gets a 1 on its diagonal there.
+    scores = scale * jnp.einsum(
+        "bqhp,bkhp->bhqk", query_means, key_means, precision=jax.lax.Precision.HIGHEST
+    )
+    real_column = valid[:, None, None, :]
+    between = jax.nn.softmax(jnp.where(real_column, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    real_pair = real_column & valid[:, None, :, None]
+    a = jnp.where(real_pair, between, jnp.eye(num_landmarks) * ~real_pair)
+    norms = a.sum(axis=-1).max(axis=-1) * a.sum(axis=-2).max(axis=-1)  # no entry is negative
+    z = razavi_iterations(a, a.mT / norms[..., None, None], num_iterations)
+
+    attend = functools.partial(softmax_attention, scale=scale)
+    context = hide(attend(query_means, key, value, mask=key_mask), valid)
+    weights = jnp.moveaxis(matmul(z, jnp.moveaxis(context, 2, 1)), 1, 2)
+    out = attend(query, key_means, weights, mask=valid)
+    if conv_kernel is not None:
+        if query.shape[1] != key.shape[1]:
+            raise ValueError("nystromformer's convolution needs q_length == kv_length")
+        out += _convolve(value, conv_kernel.astype(jnp.float32))
+    return out.astype(dtype)
+
+
+def _convolve(value: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Depthwise convolution over the length: [batch, length, heads, head_dim], [size, heads]."""
+    size, heads = kernel.shape
+    if size % 2 == 0 or heads != value.shape[2]:
+        raise ValueError(
+            f"conv_kernel must be [odd size, heads = {value.shape[2]}]; got {kernel.shape}"
+        )
+    features = value.reshape(*value.shape[:2], -1)
+    out = jax.lax.conv_general_dilated(
+        features,
+        jnp.repeat(kernel, value.shape[3], axis=1)[:, None, :],
+        window_strides=(1,),
+        padding="SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=features.shape[2],
+    )
+    return out.reshape(value.shape)
+
+
+def nystromformer_arrays(*, num_heads: int, conv_size: int = 0) -> dict[str, Array]:
+    """The convolution's kernel, [conv_size, heads]; none where conv_size is 0.
+
+    It starts as Lecun-normal noise, the paper's code's choice up to a constant.
+    """
+    if conv_size == 0:
+        return {}
+    if conv_size < 0 or conv_size % 2 == 0:
+        raise ValueError(f"conv_size must be odd, or 0 for no convolution; got {conv_size}")
+    init = jax.nn.initializers.normal(conv_size**-0.5)
+    return {"conv_kernel": Array((conv_size, num_heads), init, trained=True)}

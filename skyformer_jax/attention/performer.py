@@ -1,0 +1,119 @@
+"""Performer (Choromanski et al., 2021): softmax attention by positive orthogonal random features.
+
+With x = sqrt(s) q or sqrt(s) k and m random directions w_r, the positive features of FAVOR+
+(lemma 1 of the paper)
+
+    phi(x)_r = exp(w_r . x - ||x||^2 / 2) / sqrt(m)
+
+have E[phi(x) . phi(y)] = exp(x . y), so that
+
+    out_i = phi(q_i)^T (sum_j phi(k_j) v_j^T) / phi(q_i)^T (sum_j phi(k_j)).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from skyformer_jax.attention.arrays import Array
+from skyformer_jax.attention.inputs import check_and_hide_masked, check_at_least, fixed_key
+
+
+def orthogonal_features(rng: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Random directions, orthogonal in blocks of head_dim, each by itself standard normal.
+
+    Orthogonal blocks are uniform; lengths are those of independent normal vectors (section 2.4 and
+    appendix of the paper).
+
+    Args:
+      rng: a jax.random key.
+      shape: (num_features, head_dim).
+
+    Returns:
+      float32 [num_features, head_dim].
+    """
+    num_features, head_dim = shape
+    block_key, length_key = jax.random.split(rng)
+    num_blocks = -(-num_features // head_dim)
+    blocks = jax.random.orthogonal(block_key, head_dim, (num_blocks,))
+    lengths = jnp.linalg.norm(jax.random.normal(length_key, shape), axis=1, keepdims=True)
+    return blocks.reshape(-1, head_dim)[:num_features] * lengths
+
+
+def performer_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    rng: jax.Array | None = None,
+    scale: float | None = None,
+    num_features: int = 128,
+    projection: jax.Array | None = None,
+) -> jax.Array:
+    """Performer attention (FAVOR+), linear in the length; approaches softmax_attention.
+
+    The error falls as 1 / sqrt(num_features). The features' greatest exponents are taken out
+    before the exponential, for each feature over the keys and for each query over the features;
+    they cancel in the quotient, so nothing overflows and no denominator vanishes, and no constant
+    has to be added.
+
+    Args:
+      query: [batch, q_length, heads, head_dim], unscaled.
+      key: [batch, kv_length, heads, head_dim].
+      value: [batch, kv_length, heads, head_dim].
+      mask: bool [batch, kv_length], True at real tokens; any pattern. Others are in neither
+        numerator nor denominator.
+      rng: a jax.random key to draw a projection that is not given; None takes a fixed key.
+      scale: factor of the scores; None means head_dim**-0.5.
+      num_features: m of a projection that is not given.
+      projection: float [m, head_dim], the directions; None draws orthogonal_features.
+
+    Returns:
+      [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
+      example without any real key.
+
+    Raises:
+      ValueError: if shapes do not fit, the mask is not boolean, or num_features is less than 1.
+    """
+    check_at_least(1, num_features=num_features)
+    dtype = value.dtype
+    key, value = check_and_hide_masked(query, key, value, mask)
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    if projection is None:
+        rng = fixed_key() if rng is None else rng
+        projection = orthogonal_features(rng, (num_features, head_dim))
+    if projection.ndim != 2 or projection.shape[1] != head_dim:
+        raise ValueError(
+            f"projection must be [num_features, head_dim = {head_dim}]; got {projection.shape}"
+        )
+
+    def exponents(x: jax.Array) -> jax.Array:
+        x = x * scale**0.5
+        return (
+            jnp.einsum("bnhp,mp->bnhm", x, projection, precision=jax.lax.Precision.HIGHEST)
+            - 0.5 * (x**2).sum(axis=-1, keepdims=True)
+        )
+
+    of_keys = exponents(key)
+    if mask is not None:
+        of_keys = jnp.where(mask[:, :, None, None], of_keys, -jnp.inf)
+    top = jax.lax.stop_gradient(of_keys.max(axis=1, keepdims=True))
+    top = jnp.maximum(top, jnp.finfo(jnp.float32).min)  # finite where there is no real key
+    key_features = jnp.exp(of_keys - top)
+    of_queries = exponents(query) + top
+    query_features = jnp.exp(
+        of_queries - jax.lax.stop_gradient(of_queries.max(axis=-1, keepdims=True))
+    )
+    context = jnp.einsum("bkhm,bkhp->bhmp", key_features, value)
+    mass = key_features.sum(axis=1)  # at least 1 for each feature, or 0 without any real key
+    numerator = jnp.einsum("bqhm,bhmp->bqhp", query_features, context)
+    denominator = jnp.einsum("bqhm,bhm->bqh", query_features, mass)[..., None]
+    return (numerator / jnp.where(denominator > 0, denominator, 1)).astype(dtype)
+
+
+def performer_arrays(*, head_dim: int, num_features: int = 128) -> dict[str, Array]:
+    """The directions, drawn once and kept; give the function an rng to redraw them."""
+    check_at_least(1, num_features=num_features)
+    shape = (num_features, head_dim)
+    return {"projection": Array(shape, orthogonal_features, trained=False)}

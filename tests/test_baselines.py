@@ -1,0 +1,321 @@
+"""Each baseline against its paper's equations in float64, and in the limit where it is exact."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from test_attention import call, inputs, jitted, masks
+
+from skyformer_jax import attention
+from skyformer_jax.attention import bigbird, landmarks, performer, reformer
+
+LENGTH = 24
+IDENTITY = jnp.eye(LENGTH)
+
+# Where each baseline is softmax attention itself: options, and what it is compared with.
+EXACT = {
+    "nystromformer": {"num_landmarks": LENGTH, "num_iterations": 24},
+    "linformer": {"key_projection": IDENTITY, "value_projection": IDENTITY},
+    "linformer per head": {"key_projection": jnp.stack([IDENTITY, IDENTITY[::-1]])},
+    "informer": {"num_active_queries": LENGTH},
+    "reformer": {"num_buckets": 1, "chunk_length": LENGTH},
+    "reformer, wide chunk": {"chunk_length": 100},
+    "bigbird, window": {"block_size": 5, "num_global_blocks": 0, "num_window_blocks": 9,
+                        "num_random_blocks": 0},
+    "bigbird, random": {"block_size": 5, "num_global_blocks": 0, "num_window_blocks": 1,
+                        "num_random_blocks": 4},
+    "bigbird, global": {"block_size": 5, "num_global_blocks": 9},
+    "bigbird, one block": {},
+    "bigbird, all kinds": {"block_size": 4, "num_global_blocks": 1, "num_window_blocks": 3,
+                           "num_random_blocks": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("masked", [False, True])
+def test_limiting_case_is_softmax_attention(case, masked):
+    """In values, and in gradients by finite differences of the float64 reference."""
+    name = case.split(",")[0].split(" ")[0]
+    # Keys near their queries: the pseudo-inverse of a nearly singular matrix would be no test.
+    q, k, v = inputs(LENGTH, LENGTH, head_dim=8)
+    q, k = 3 * q, 3 * q + 0.3 * k
+    mask = masks(3, LENGTH) if masked else None
+    rng = np.random.default_rng(5)
+    coefficients = rng.normal(size=q.shape)
+    if masked:
+        coefficients *= np.asarray(mask)[:, :, None, None]
+    options = {k: v for k, v in EXACT[case].items() if not isinstance(v, jax.Array)}
+    arrays = {k: v for k, v in EXACT[case].items() if isinstance(v, jax.Array)}
+
+    @jax.jit
+    def loss(q, k, v):
+        out = call(name, q, k, v, mask=mask, **options, **arrays)
+        return (out * coefficients).sum(), out
+
+    def reference(q, k, v):
+        if name == "reformer":
+            return references.shared_query_key_softmax(q, v, mask)
+        return references.softmax(q, k, v, mask)
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    real = np.ones((3, LENGTH), bool) if mask is None else np.asarray(mask)
+    tolerance = 2e-3 if name == "nystromformer" else 1e-4
+    np.testing.assert_allclose(
+        np.asarray(out)[real], reference(q, k, v)[real], rtol=tolerance, atol=tolerance
+    )
+    references.assert_directional_derivatives(
+        gradients,
+        lambda *args: (reference(*args) * coefficients).sum(),
+        (q, k, v),
+        rng,
+        tolerance=5e-3 if name == "nystromformer" else 1e-3,
+    )
+
+
+@pytest.mark.parametrize("num_landmarks", [1, 4, 9])
+@pytest.mark.parametrize("lengths", [(30, 30), (17, 41)])
+def test_nystromformer_equals_float64_reference(num_landmarks, lengths):
+    q, k, v = inputs(*lengths)
+    mask = masks(3, lengths[1])
+    query_mask = mask if lengths[0] == lengths[1] else jnp.ones((3, lengths[0]), bool)
+    out = jitted("nystromformer", num_landmarks=num_landmarks, num_iterations=24)(
+        2 * q, 2 * k, v, mask=mask
+    )
+    expected = references.nystromformer(2 * q, 2 * k, v, num_landmarks, mask, query_mask)
+    np.testing.assert_allclose(out, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_nystromformer_convolution_is_that_of_the_values():
+    q, k, v = inputs(50, 50)
+    mask = masks(3, 50)
+    kernel = np.random.default_rng(0).normal(size=(33, 2)).astype(np.float32)
+    function = jitted("nystromformer", num_landmarks=8)
+    with_it = function(q, k, v, mask=mask, conv_kernel=kernel)
+    without = function(q, k, v, mask=mask)
+    values = np.where(np.asarray(mask)[:, :, None, None], v, 0)
+    for b in range(3):
+        for h in range(2):
+            for p in range(8):
+                expected = np.convolve(values[b, :, h, p], kernel[::-1, h], mode="same")
+                np.testing.assert_allclose(
+                    (with_it - without)[b, :, h, p], expected, rtol=1e-4, atol=1e-4
+                )
+    with pytest.raises(ValueError, match="odd"):
+        attention.nystromformer_attention(q, k, v, conv_kernel=kernel[1:])
+    with pytest.raises(ValueError, match="q_length == kv_length"):
+        attention.nystromformer_attention(q[:, 1:], k, v, conv_kernel=kernel)
+
+
+@pytest.mark.parametrize("sharing", ["headwise", "key-value", "none"])
+def test_linformer_equals_float64_reference(sharing):
+    q, k, v = inputs(9, 21)
+    mask = masks(3, 21).at[-1, 0].set(True)
+    rng = np.random.default_rng(0)
+    shape = (2, 25, 6) if sharing == "none" else (25, 6)  # for up to 25 tokens
+    e, f = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    arrays = {"key_projection": e} | ({} if sharing == "key-value" else {"value_projection": f})
+    f = arrays.get("value_projection", e)
+    per_head = [jnp.broadcast_to(x, (2, 25, 6))[:, :21] for x in (e, f)]
+    out = jitted("linformer")(q, k, v, mask=mask, **arrays)
+    np.testing.assert_allclose(
+        out, references.linformer(q, k, v, *per_head, mask), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="25 tokens at most; got 30"):
+        attention.linformer_attention(*inputs(9, 30), **arrays)
+    with pytest.raises(ValueError, match="as many features"):
+        attention.linformer_attention(q, k, v, key_projection=e, value_projection=f[..., :3])
+
+
+def test_performer_equals_float64_reference():
+    q, k, v = inputs(13, 30)
+    mask = masks(3, 30)
+    projection = performer.orthogonal_features(jax.random.key(3), (20, 8))
+    out = jitted("performer")(q, k, v, mask=mask, projection=projection)
+    np.testing.assert_allclose(
+        out, references.performer(q, k, v, projection, mask), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_performer_survives_large_inputs():
+    """Exponents of thousands, where features without the maxima taken out would be 0 or inf."""
+    q, k, v = inputs(20, 20)
+    out = jitted("performer")(100 * q, 100 * k, v)
+    assert np.isfinite(out).all()
+    # Every row is an average of values.
+    assert np.abs(out).max() <= np.abs(v).max() + 1e-4
+
+
+def test_performer_features_are_orthogonal_normal_and_unbiased():
+    draw = jax.vmap(lambda key: performer.orthogonal_features(key, (24, 8)))
+    features = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)), np.float64)
+    grams = features[:, :8] @ features[:, :8].swapaxes(1, 2)
+    off_diagonal = grams * (1 - np.eye(8))
+    assert np.abs(off_diagonal).max() < 1e-4
+    flat = features.reshape(-1, 8)
+    np.testing.assert_allclose(flat.T @ flat / len(flat), np.eye(8), atol=0.03)
+    # Squared lengths are chi-squared with 8 degrees of freedom: mean 8, variance 16.
+    squares = (flat**2).sum(axis=1)
+    np.testing.assert_allclose([squares.mean(), squares.var()], [8, 16], rtol=0.05)
+    x, y = np.random.default_rng(0).normal(size=(2, 8)) * 0.5
+    kernel = np.exp(flat @ (x + y) - (x @ x + y @ y) / 2)
+    np.testing.assert_allclose(kernel.mean(), np.exp(x @ y), rtol=0.05)
+
+
+def test_performer_error_falls_as_the_root_of_the_features():
+    q, k, v = inputs(32, 32, batch=1)
+    q, k = q / 2, k / 2  # so near that the quotient's bias is small against its spread
+    exact = references.softmax(q, k, v)
+    errors = []
+    for num_features in (32, 128, 512):
+        draw = jax.jit(jax.vmap(lambda key, m=num_features: attention.performer_attention(
+            q, k, v, rng=key, num_features=m)))  # fmt: skip
+        outs = draw(jax.random.split(jax.random.key(0), 40))
+        errors.append(np.sqrt(((outs - exact) ** 2).mean()))
+    # Four times the features, half the error.
+    assert 1.7 < errors[0] / errors[1] < 2.4
+    assert 1.7 < errors[1] / errors[2] < 2.4
+
+
+@pytest.mark.parametrize("with_rng", [False, True])
+def test_informer_equals_float64_reference(with_rng):
+    q, k, v = inputs(40, 40)
+    mask = masks(3, 40).at[-1].set(True)
+    rng = jax.random.key(1) if with_rng else None
+    if with_rng:
+        samples, valid = landmarks.drawn_landmarks(rng, mask, 10)
+    else:
+        samples, valid = landmarks.spread_landmarks(mask, 10)
+    assert valid.all()
+    out = jitted("informer", num_active_queries=7, num_sampled_keys=10)(q, k, v, mask=mask, rng=rng)
+    expected = references.informer(q, k, v, np.asarray(samples), 7, mask)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    # Most rows are the mean of the real values, seven are not.
+    mean = np.where(np.asarray(mask)[:, :, None, None], v, 0).sum(1, keepdims=True)
+    mean = mean / np.asarray(mask).sum(1)[:, None, None, None]
+    different = np.abs(np.asarray(out) - mean).max(axis=-1) > 1e-4
+    assert (different.sum(axis=1) == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("length", "num_buckets", "chunk_length"),
+    [(40, 4, 8), (41, 2, 8), (60, 8, 7), (30, 1, 7), (23, 16, 40)],
+)
+def test_reformer_equals_float64_reference(length, num_buckets, chunk_length):
+    """The union of several rounds, chunk borders, lone tokens, any length."""
+    q, _, v = inputs(length, length)
+    mask = masks(3, length)
+    rotations = jax.random.normal(jax.random.key(0), (3, 8, max(1, num_buckets // 2)))
+    out = jitted("reformer", num_buckets=num_buckets, chunk_length=chunk_length)(
+        q, None, v, mask=mask, rotations=rotations
+    )
+    expected = references.reformer(
+        q, v, rotations, mask, num_buckets=num_buckets, chunk_length=chunk_length
+    )
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reformer_attends_to_itself_only_when_alone():
+    q, _, v = inputs(6, 6, batch=1)
+    mask = jnp.array([[True, False, False, False, False, True]])
+    pair = attention.reformer_attention(q, None, v, mask=mask)
+    np.testing.assert_allclose(pair[0, 0], v[0, 5], rtol=1e-5)
+    alone = attention.reformer_attention(q, None, v, mask=mask.at[0, 5].set(False))
+    np.testing.assert_allclose(alone[0, 0], v[0, 0], rtol=1e-5)
+
+
+def test_reformer_hashes_near_tokens_alike():
+    """The chance of one bucket falls with the angle (Andoni et al., 2015)."""
+    rotations = jax.random.normal(jax.random.key(0), (2000, 8, 4))
+    angles = np.array([0.0, 0.3, 0.8, 1.57, 3.14])
+    rows = np.zeros((len(angles), 8), np.float32)
+    rows[:, 0], rows[:, 1] = np.cos(angles), np.sin(angles)
+    buckets = reformer.hash_buckets(jnp.asarray(rows)[None, :, None], rotations, 8)[0, 0]
+    same = (buckets == buckets[:, :1]).mean(axis=0)
+    assert same[0] == 1
+    assert (np.diff(same) < -0.05).all()
+    assert same[-1] == 0
+
+
+def test_reformer_takes_one_array_as_query_and_key():
+    q, k, v = inputs(12, 12)
+    one = attention.reformer_attention(q, None, v)
+    np.testing.assert_array_equal(attention.reformer_attention(q, q, v), one)
+    with pytest.raises(ValueError, match="key=None"):
+        attention.reformer_attention(q, k, v)
+
+
+def bigbird_allowed(length, block_size, num_global, num_window, num_random, rng, mask):
+    num_blocks = -(-length // block_size)
+    blocks, valid = bigbird.attended_blocks(rng, num_blocks, num_global, num_window, num_random)
+    allowed = np.zeros((num_blocks, num_blocks), int)
+    for row in range(num_blocks):
+        np.add.at(allowed[row], np.asarray(blocks)[row][np.asarray(valid)[row]], 1)
+    assert allowed.max() == 1  # no block twice
+    allowed[:num_global] = 1
+    full = np.repeat(np.repeat(allowed, block_size, 0), block_size, 1)[:length, :length]
+    return full.astype(bool)[None] & np.asarray(mask)[:, None, :]
+
+
+@pytest.mark.parametrize("length", [64, 61, 33])
+@pytest.mark.parametrize("kinds", [(2, 3, 3), (0, 1, 1), (1, 5, 0), (1, 3, 50)])
+def test_bigbird_equals_masked_dense_attention(length, kinds):
+    q, k, v = inputs(length, length)
+    mask = masks(3, length)
+    rng = jax.random.key(2)
+    names = ("num_global_blocks", "num_window_blocks", "num_random_blocks")
+    options = dict(zip(names, kinds, strict=True))
+    out = jitted("bigbird", block_size=4, **options)(q, k, v, mask=mask, rng=rng)
+    allowed = bigbird_allowed(length, 4, *kinds, rng, mask)
+    expected = references.masked_softmax(q, k, v, allowed)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bigbird_random_blocks_are_uniform_and_distinct():
+    draw = functools.partial(
+        bigbird.attended_blocks, num_blocks=12, num_global=1, num_window=3, num_random=3
+    )
+    blocks = np.asarray(jax.vmap(lambda key: draw(key)[0])(
+        jax.random.split(jax.random.key(0), 4000)))[:, :, 4:]  # fmt: skip
+    _, valid = draw(jax.random.key(0))
+    assert np.asarray(valid)[:, 4:].all()
+    for row in range(12):
+        window = {row - 1, row, row + 1} | {0}
+        counts = np.bincount(blocks[:, row].ravel(), minlength=12)
+        allowed = sorted(set(range(12)) - window)
+        assert counts.sum() == counts[allowed].sum() == 12000
+        expected = 12000 / len(allowed)
+        assert np.abs(counts[allowed] - expected).max() < 5 * expected**0.5
+        assert all(len(set(x)) == 3 for x in blocks[:50, row])
+
+
+def test_bigbird_pattern_fixes_the_blocks():
+    q, k, v = inputs(64, 64)
+    function = jitted("bigbird", block_size=4)
+    one, two = (function(q, k, v, pattern=jnp.array([0, i], jnp.uint32)) for i in (1, 2))
+    assert np.abs(one - two).max() > 1e-3
+    by_key = function(q, k, v, rng=jax.random.wrap_key_data(jnp.array([0, 1], jnp.uint32)))
+    np.testing.assert_array_equal(one, by_key)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("nystromformer", {"num_landmarks": 0}, "num_landmarks must be at least 1"),
+        ("linformer", {"num_features": 0}, "num_features must be at least 1"),
+        ("performer", {"num_features": -1}, "num_features must be at least 1"),
+        ("performer", {"projection": jnp.ones((4, 3))}, "head_dim = 8"),
+        ("informer", {"num_active_queries": 0}, "num_active_queries must be at least 1"),
+        ("reformer", {"num_buckets": 3}, "even"),
+        ("reformer", {"rotations": jnp.ones((2, 8, 1)), "num_buckets": 4}, "2 columns"),
+        ("reformer", {"chunk_length": 0}, "chunk_length must be at least 1"),
+        ("bigbird", {"num_window_blocks": 2}, "odd"),
+        ("bigbird", {"num_random_blocks": -1}, "at least 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        call(name, *inputs(9, 9), **options)
+
