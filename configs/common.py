@@ -8,29 +8,25 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from skyformer_jax import tasks
+from skyformer_jax import attention, tasks
 from skyformer_jax.config import one_of
 from skyformer_jax.errors import UserError
-
-# Each attention with the options it has, at the paper's values.
-ATTENTION_OPTIONS = {
-    "softmax": {},
-    "kernelized": {},
-    "skyformer": {"num_landmarks": 128, "gamma": 0.1, "inverse": "schulz", "num_iterations": 6},
-}
 
 
 def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
     """Splits "attention[,variant]" in two; skyformer and "" where left out."""
     name, _, variant = argument.partition(",")
-    one_of("attention", name or "skyformer", ATTENTION_OPTIONS)
+    one_of("attention", name or "skyformer", attention.NAMES)
     if variant and not variants:
         raise UserError(f"unknown variant {variant!r}; this config has none")
     return name or "skyformer", one_of("variant", variant, ("", *variants)) if variant else ""
 
 
-def paper_config(task: str, attention: str, *, max_length: int) -> ml_collections.ConfigDict:
+def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.ConfigDict:
     """The paper's setting of everything that does not depend on the task (FACTS: appendix).
+
+    Each attention has the options that its function and its arrays have, whose defaults are the
+    paper's: 128 landmarks or features, BigBird's blocks of 64, two rounds of hashing.
 
     2 layers of width 64, MLP 128, 2 heads of 32, dropout 0.1, learned positions, mean pooling;
     AdamW without weight decay, gradients clipped by value at 1, linear one-cycle schedule.
@@ -39,7 +35,7 @@ def paper_config(task: str, attention: str, *, max_length: int) -> ml_collection
         {
             "task": task,
             "seed": 0,
-            "attention": {"name": attention, **ATTENTION_OPTIONS[attention]},
+            "attention": {"name": name, **attention.default_options(name)},
             "model": {
                 "vocab_size": tasks.get(task).vocab_size,
                 "max_length": max_length,  # sequences are padded to this

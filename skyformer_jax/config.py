@@ -1,7 +1,6 @@
 """Checks of a configuration, made before anything is compiled or written."""
 
 import difflib
-import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,22 +36,16 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
     task = tasks.get(one_of("task", config.task, tasks.NAMES))
     options = config.attention.to_dict()
     name = one_of("attention", options.pop("name"), attention.NAMES)
-    parameters = inspect.signature(attention.ATTENTIONS[name]).parameters
-    for option in options:
-        if option not in parameters:
-            raise UserError(
-                f"attention {name!r} has no option {option!r}; choose the attention as "
-                f"--config=FILE:{name}, which sets just the options that it has"
-            )
+    try:
+        attention.check_options(name, options)
+    except ValueError as error:
+        raise UserError(
+            f"config.attention: {error} (--config=FILE:{name} sets just what {name} has)"
+        ) from None
     one_of("model.pooling", config.model.pooling, models.POOLINGS)
-    if "inverse" in options:
-        one_of("attention.inverse", options["inverse"], attention.INVERSES)
-    if options.get("gamma", 0) < 0:
-        raise UserError(f"attention.gamma must not be negative; got {options['gamma']}")
 
     model, train = config.model, config.train
     positive = {f"model.{k}": v for k, v in model.items() if type(v) is int}
-    positive |= {f"attention.{k}": v for k, v in options.items() if type(v) is int}
     positive |= {
         f"train.{k}": train[k] for k in ("num_steps", "batch_size", "eval_every", "log_every")
     }

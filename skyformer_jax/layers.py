@@ -1,5 +1,6 @@
 """Flax linen modules around the attention functions."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,20 +8,31 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from skyformer_jax.attention import ATTENTIONS
+from skyformer_jax.attention import REGISTRY, layer_arrays, split_options
 
 
 class MultiHeadAttention(nn.Module):
     """Multi-head self- or cross-attention on any attention of skyformer_jax.attention.
 
-    Landmarks are drawn by the "landmarks" random stream where there is one (in training); without
-    it the attention is deterministic, which is what evaluation uses.
+    Random streams, each used where apply is given it in rngs:
+      "landmarks": draws Skyformer's landmarks, Informer's samples of keys and Reformer's hashes
+        anew in every call, as training does.
+      "features": redraws what otherwise stays as it was drawn at init: Performer's features and
+        BigBird's random blocks.
+    Without them the layer is deterministic, which is what evaluation uses.
+
+    Collections:
+      "params": what is learned, Linformer's projections and Nystromformer's convolution included.
+      "fixed": Performer's features, Reformer's rotations, the key of BigBird's blocks. Keep it with
+        the parameters. Where apply is not given it, the functions' own fixed draw stands in, with
+        a warning.
 
     Attributes:
       attention: a name of skyformer_jax.attention.NAMES.
       num_heads: number of heads.
       head_dim: features of each head.
-      options: keyword arguments of the attention function, num_landmarks for example.
+      options: keyword arguments of the attention function (num_landmarks for example) and of what
+        describes its arrays (Nystromformer's conv_size, Linformer's sharing).
     """
 
     attention: str
@@ -40,27 +52,72 @@ class MultiHeadAttention(nn.Module):
 
         Args:
           inputs_q: [batch, q_length, width].
-          inputs_kv: [batch, kv_length, width]; None means inputs_q (self-attention).
+          inputs_kv: [batch, kv_length, width]; None means inputs_q (self-attention). Linformer is
+            initialised for the greatest kv_length that it will see.
           mask: bool [batch, kv_length], True at real tokens. What stands elsewhere, NaN included,
             changes no real position and no gradient.
 
         Returns:
           [batch, q_length, width].
+
+        Raises:
+          ValueError: for an unknown attention or option, or inputs_kv where the attention is only
+            for self-attention.
         """
+        function_options, _ = split_options(self.attention, self.options)
+        entry = REGISTRY[self.attention]
         if inputs_kv is None:
             # The padding's own queries are inputs too; their gradients must not carry its junk.
             inputs_q = inputs_q if mask is None else jnp.where(mask[:, :, None], inputs_q, 0)
             inputs_kv = inputs_q
+        elif entry.shared_query_key:
+            raise ValueError(f"{self.attention} shares queries and keys: leave out inputs_kv")
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
             return nn.DenseGeneral((self.num_heads, self.head_dim), name=name)(inputs)
 
-        out = ATTENTIONS[self.attention](
+        rng = None
+        if entry.stream is not None and self.has_rng(entry.stream):
+            rng = self.make_rng(entry.stream)
+        out = entry.function(
             project("query", inputs_q),
-            project("key", inputs_kv),
+            None if entry.shared_query_key else project("key", inputs_kv),
             project("value", inputs_kv),
             mask=mask,
-            rng=self.make_rng("landmarks") if self.has_rng("landmarks") else None,
-            **self.options,
+            rng=rng,
+            **self._arrays(inputs_kv.shape[1], redraw=rng is not None),
+            **function_options,
         )
         return nn.DenseGeneral(inputs_q.shape[-1], axis=(-2, -1), name="out")(out)
+
+    def _arrays(self, kv_length: int, *, redraw: bool) -> dict[str, jax.Array]:
+        """What this layer keeps for its attention; what is fixed only unless it is redrawn."""
+        kept = {}
+        described = layer_arrays(
+            self.attention,
+            self.options,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            kv_length=kv_length,
+        )
+        for name, array in described.items():
+            collection = "params" if array.trained else "fixed"
+            if self.has_variable(collection, name):
+                # As it is stored: Linformer's may be for longer sequences than this one.
+                value = self.get_variable(collection, name)
+            elif array.trained:
+                value = self.param(name, array.init, array.shape)
+            elif self.is_initializing():
+                key = self.make_rng("params")
+                value = self.variable("fixed", name, array.init, key, array.shape).value
+            else:
+                if not redraw:
+                    warnings.warn(
+                        f"{self.attention} was applied without the collection 'fixed', which init "
+                        f"returned beside 'params': a default draw stands in for its {name}",
+                        stacklevel=2,
+                    )
+                continue
+            if array.trained or not redraw:
+                kept[name] = value
+        return kept

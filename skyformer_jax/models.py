@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from skyformer_jax.errors import UserError
 from skyformer_jax.layers import MultiHeadAttention
 
 POOLINGS = ("mean", "cls", "padded_mean")
@@ -66,8 +67,11 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
     return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
 
 
-class Classifier(nn.Module):
-    """Tokens to logits. The attributes are the fields of config.model and config.attention."""
+class _Encoder(nn.Module):
+    """What the classifiers share. The attributes are fields of config.model and config.attention.
+
+    The methods make submodules, so they are for the compact __call__ of a subclass, once in each.
+    """
 
     attention: str
     attention_options: Mapping[str, Any]
@@ -82,23 +86,8 @@ class Classifier(nn.Module):
     dropout: float
     pooling: str
 
-    @nn.compact
-    def __call__(
-        self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool = True
-    ) -> jax.Array:
-        """Classifies.
-
-        Args:
-          tokens: int [batch, length], length at most max_length.
-          mask: bool [batch, length], True at real tokens.
-          deterministic: False applies dropout, by the "dropout" random stream.
-
-        Returns:
-          float32 [batch, num_classes], logits.
-
-        Raises:
-          ValueError: if the sequence is longer than the table of positions.
-        """
+    def _encode(self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool) -> jax.Array:
+        """Tokens int [batch, length], mask bool [batch, length] -> pooled [batch, width]."""
         length = tokens.shape[1]
         if length > self.max_length:
             raise ValueError(
@@ -120,20 +109,86 @@ class Classifier(nn.Module):
                 self.dropout,
                 name=f"block_{i}",
             )(x, mask, deterministic=deterministic)
-        x = nn.LayerNorm(epsilon=_EPSILON, name="final_norm")(x)
-        x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden")(pool(x, mask, self.pooling)))
+        return pool(nn.LayerNorm(epsilon=_EPSILON, name="final_norm")(x), mask, self.pooling)
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        """Features [batch, any] -> logits [batch, num_classes]."""
+        x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden")(x))
         return nn.Dense(self.num_classes, name="head_out")(x)
 
 
-def build_model(config: ml_collections.ConfigDict) -> Classifier:
+class Classifier(_Encoder):
+    """Tokens to logits."""
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool = True
+    ) -> jax.Array:
+        """Classifies.
+
+        Args:
+          tokens: int [batch, length], length at most max_length.
+          mask: bool [batch, length], True at real tokens.
+          deterministic: False applies dropout, by the "dropout" random stream.
+
+        Returns:
+          float32 [batch, num_classes], logits.
+
+        Raises:
+          ValueError: if the sequence is longer than the table of positions.
+        """
+        return self._head(self._encode(tokens, mask, deterministic=deterministic))
+
+
+class DualClassifier(_Encoder):
+    """Two documents to logits: one encoder for both, a head on [a, b, a * b, a - b]."""
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool = True
+    ) -> jax.Array:
+        """Classifies pairs.
+
+        Args:
+          tokens: int [batch, 2, length], length at most max_length.
+          mask: bool [batch, 2, length], True at real tokens.
+          deterministic: False applies dropout, by the "dropout" random stream.
+
+        Returns:
+          float32 [batch, num_classes], logits.
+
+        Raises:
+          ValueError: if the tokens are not pairs of documents, or a document is longer than the
+            table of positions.
+        """
+        if tokens.ndim != 3 or tokens.shape[1] != 2:
+            raise ValueError(f"tokens must be [batch, 2, length], not {list(tokens.shape)}")
+        batch, _, length = tokens.shape
+        pooled = self._encode(
+            tokens.reshape(2 * batch, length),
+            mask.reshape(2 * batch, length),
+            deterministic=deterministic,
+        ).reshape(batch, 2, self.width)
+        a, b = pooled[:, 0], pooled[:, 1]
+        return self._head(jnp.concatenate([a, b, a * b, a - b], axis=-1))
+
+
+def build_model(config: ml_collections.ConfigDict) -> Classifier | DualClassifier:
     """The model that config.model and config.attention describe.
 
     model.apply({"params": params}, tokens, mask, deterministic=True, rngs=...) gives logits
-    [batch, num_classes].
+    [batch, num_classes]. Where config.model has num_documents == 2 it is the DualClassifier, of
+    tokens and mask [batch, 2, length].
+
+    Raises:
+      UserError: if num_documents is neither 1, its default, nor 2.
     """
-    options = config.attention.to_dict()
-    return Classifier(
+    options, fields = config.attention.to_dict(), config.model.to_dict()
+    num_documents = fields.pop("num_documents", 1)
+    if num_documents not in (1, 2):
+        raise UserError(f"model.num_documents must be 1 or 2, not {num_documents!r}")
+    return (DualClassifier if num_documents == 2 else Classifier)(
         attention=options.pop("name"),
         attention_options=flax.core.FrozenDict(options),  # hashable, so the model is
-        **config.model.to_dict(),
+        **fields,
     )

@@ -175,7 +175,7 @@ def test_cross_attention(name, lengths):
     q, k, v = inputs(*lengths, head_dim=16)
     mask = masks(3, lengths[1])
     if name in SELF_ONLY:
-        with pytest.raises(ValueError, match="self-attention|itself|one shape|agree"):
+        with pytest.raises(ValueError, match=r"itself|one shape|agree"):
             attention.ATTENTIONS[name](q, k if name != "reformer" else q, v, mask=mask)
         return
     clean = small(name)(q, k, v, mask=mask)

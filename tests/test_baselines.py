@@ -318,4 +318,3 @@ def test_bigbird_pattern_fixes_the_blocks():
 def test_options_out_of_range_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         call(name, *inputs(9, 9), **options)
-

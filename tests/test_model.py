@@ -31,13 +31,13 @@ all_attentions = pytest.mark.parametrize("name", attention.NAMES)
 def test_padding_is_invisible(name):
     model = models.build_model(tiny_config(name))
     tokens, mask = batch()
-    params = model.init(jax.random.key(0), tokens, mask)["params"]
+    variables = model.init(jax.random.key(0), tokens, mask)
     apply = jax.jit(model.apply)
-    logits = apply({"params": params}, tokens, mask)
+    logits = apply(variables, tokens, mask)
     assert logits.shape == (4, 10)
     junk = jnp.where(mask, tokens, 7)
-    np.testing.assert_array_equal(apply({"params": params}, junk, mask), logits)
-    short = apply({"params": params}, tokens[1:3, :20], mask[1:3, :20])
+    np.testing.assert_array_equal(apply(variables, junk, mask), logits)
+    short = apply(variables, tokens[1:3, :20], mask[1:3, :20])
     np.testing.assert_allclose(short, logits[1:3], rtol=1e-4, atol=1e-5)
 
 
@@ -46,12 +46,13 @@ def test_layer_keeps_junk_in_padding_out_of_gradients(name):
     layer = MultiHeadAttention(name, 2, 4, {})
     x = jax.random.normal(jax.random.key(0), (2, 9, 6))
     mask = jnp.arange(9) < jnp.array([[6], [9]])
-    params = layer.init(jax.random.key(1), x)
+    variables = layer.init(jax.random.key(1), x)
+    params = variables["params"]
 
     @jax.jit
     @jax.grad
     def gradient(params, x):
-        out = layer.apply(params, x, mask=mask)
+        out = layer.apply({**variables, "params": params}, x, mask=mask)
         return jnp.where(mask[..., None], out, 0).sum()
 
     clean = gradient(params, x)

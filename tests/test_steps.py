@@ -10,7 +10,7 @@ from test_model import tiny_config
 from skyformer_jax import attention, models
 from skyformer_jax.data.batches import Examples, evaluation_rows, to_arrays, training_rows
 from skyformer_jax.errors import UserError
-from skyformer_jax.training import evaluation, steps
+from skyformer_jax.training import checkpoints, evaluation, steps
 
 
 def mesh_of(num_devices):
@@ -26,7 +26,14 @@ def random_examples(count, seed=0):
     )
 
 
-@pytest.mark.parametrize("name", attention.NAMES)
+# Between the others and these only the attention differs, which knows nothing of devices.
+QUICK = ("softmax", "skyformer", "performer")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in attention.NAMES],
+)
 def test_devices_do_not_change_the_step(name):
     """By SGD, which Adam's scale invariance would hide: 1, 2 and 8 devices, dropout and all."""
     config = tiny_config(name, num_layers=1)
@@ -72,14 +79,14 @@ def test_sums_start_anew_after_a_log():
 def test_predictions_do_not_depend_on_batch_size_or_devices():
     config = tiny_config("skyformer")
     model = models.build_model(config)
-    params = steps.init_state(0, model, optax.sgd(1.0), 48).params
+    variables = steps.init_state(0, model, optax.sgd(1.0), 48).variables
     examples = random_examples(37)
     for rng in (None, jax.random.key(5)):
         results = []
         for num_devices, batch_size in ((1, 37), (1, 5), (8, 16)):
             mesh = mesh_of(num_devices)
             predict_step = steps.make_predict_step(model, mesh)
-            logits = evaluation.predict(predict_step, params, examples, batch_size, mesh, rng)
+            logits = evaluation.predict(predict_step, variables, examples, batch_size, mesh, rng)
             assert logits.shape == (37, 10)
             results.append(logits)
         for other in results[1:]:
@@ -150,3 +157,21 @@ def test_score_and_interval():
     np.testing.assert_allclose(scores["loss"], expected, rtol=1e-12)
     low, high = evaluation.wilson_interval(0.5, 100)
     np.testing.assert_allclose([low, high], [0.4038, 0.5962], atol=1e-4)  # published tables
+
+
+def test_what_is_fixed_stays_through_training_and_checkpoints(tmp_path):
+    """Performer's features: another than those at init would be silently wrong at evaluation."""
+    config = tiny_config("performer", num_layers=1)
+    model, optimizer, mesh = models.build_model(config), optax.sgd(1.0), mesh_of(2)
+    state = steps.init_state(0, model, optimizer, 48)
+    before = jax.device_get(state.fixed)
+    assert len(jax.tree.leaves(before)) == 1
+    step = steps.make_train_step(model, optimizer, mesh, 2)
+    state, _ = step(state, steps.shard_batch(random_examples(16), mesh))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.fixed), before)
+    meta = {"step": 1, "validation": None}
+    with checkpoints.open_manager(tmp_path) as manager:
+        checkpoints.save(manager, state, meta)
+    abstract = steps.abstract_state(config, model, optimizer, mesh)
+    restored, _ = checkpoints.restore(tmp_path, 1, abstract)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.fixed), before)

@@ -20,6 +20,7 @@ from skyformer_jax.attention.registry import (
     REGISTRY,
     check_options,
     default_options,
+    layer_arrays,
     split_options,
 )
 from skyformer_jax.attention.skyformer import skyformer_attention
@@ -35,6 +36,7 @@ __all__ = [
     "default_options",
     "informer_attention",
     "kernelized_attention",
+    "layer_arrays",
     "linformer_attention",
     "nystromformer_attention",
     "performer_attention",

@@ -13,8 +13,7 @@ from skyformer_jax.attention.registry import ATTENTIONS, REGISTRY, split_options
 
 
 def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
-    """An attention as flax.linen.MultiHeadDotProductAttention and flax.nnx.MultiHeadAttention
-    take it.
+    """An attention as the attention_fn of Flax's own multi-head modules, linen's and NNX's.
 
         nn.MultiHeadAttention(num_heads=8, attention_fn=attention_fn("skyformer"))
         nnx.MultiHeadAttention(8, 64, attention_fn=attention_fn("skyformer"), rngs=rngs)
@@ -84,9 +83,7 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         del broadcast_dropout  # dropped values are shared by the heads in any case
         if module is not None:
-            raise ValueError(
-                f"attention {name!r} forms no weights to sow; leave sow_weights=False"
-            )
+            raise ValueError(f"attention {name!r} forms no weights to sow; leave sow_weights=False")
         extra = dict(entry_options)
         if bias is not None:
             refuse_unless_supported("bias", "a bias")
@@ -97,8 +94,7 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
         if dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
 
-        *lead, q_length, heads, head_dim = query.shape
-        out_shape = query.shape
+        out_shape, lead = query.shape, query.shape[:-3]
         query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         factors = None
         if mask is not None:
@@ -111,7 +107,8 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
                 mask = None
             else:
                 mask, query_mask, factors = _factor(mask, kv_length)
-                if not isinstance(factors, jax.core.Tracer) and not np.all(factors):
+                known = factors is not None and not isinstance(factors, jax.core.Tracer)
+                if known and not np.all(factors):
                     refuse_unless_supported("full_mask", "a mask that is not one of padding")
                 if "query_mask" in parameters and query_mask is not None:
                     extra["query_mask"] = query_mask
@@ -156,4 +153,10 @@ def _factor(
     query_mask = mask.any(axis=(1, 3))
     product = query_mask[:, None, :, None] & key_mask[:, None, None, :]
     factors = (mask == product).all(axis=(1, 2, 3))
-    return key_mask, query_mask if mask.shape[2] > 1 else None, factors
+    if mask.shape[2] == 1:
+        return key_mask, None, factors
+    if query_mask.shape == key_mask.shape:
+        # Broadcast from [batch, 1, 1, kv_length], it says nothing of the queries: as there, those
+        # at padding do not count.
+        query_mask = jnp.where(query_mask.all(axis=1, keepdims=True), key_mask, query_mask)
+    return key_mask, query_mask, factors

@@ -90,10 +90,9 @@ def performer_attention(
 
     def exponents(x: jax.Array) -> jax.Array:
         x = x * scale**0.5
-        return (
-            jnp.einsum("bnhp,mp->bnhm", x, projection, precision=jax.lax.Precision.HIGHEST)
-            - 0.5 * (x**2).sum(axis=-1, keepdims=True)
-        )
+        return jnp.einsum(
+            "bnhp,mp->bnhm", x, projection, precision=jax.lax.Precision.HIGHEST
+        ) - 0.5 * (x**2).sum(axis=-1, keepdims=True)
 
     of_keys = exponents(key)
     if mask is not None:

@@ -30,26 +30,29 @@ class Attention(NamedTuple):
       function: of the common signature.
       arrays: describes what a layer has to keep for the function: keyword-only arguments, among
         them any of num_heads, head_dim and kv_length, the others being options.
-      stream: the random stream that feeds its rng: "landmarks" for what is drawn anew in every
-        training step, "features" for what stays as drawn unless that stream is given.
+      stream: the random stream of a module that feeds its rng: "landmarks" for what training draws
+        anew in every step, "features" for what stays as drawn unless that stream is given, None
+        where nothing is random.
       shared_query_key: the function takes queries and keys as one, with key=None.
     """
 
     function: Callable[..., jax.Array]
     arrays: Callable[..., dict[str, Array]] = _no_arrays
-    stream: str = "landmarks"
+    stream: str | None = None
     shared_query_key: bool = False
 
 
 REGISTRY = {
     "softmax": Attention(softmax_attention),
     "kernelized": Attention(kernelized_attention),
-    "skyformer": Attention(skyformer_attention),
+    "skyformer": Attention(skyformer_attention, stream="landmarks"),
     "nystromformer": Attention(nystromformer_attention, nystromformer_arrays),
     "linformer": Attention(linformer_attention, linformer_arrays, stream="features"),
-    "informer": Attention(informer_attention),
+    "informer": Attention(informer_attention, stream="landmarks"),
     "performer": Attention(performer_attention, performer_arrays, stream="features"),
-    "reformer": Attention(reformer_attention, reformer_arrays, shared_query_key=True),
+    "reformer": Attention(
+        reformer_attention, reformer_arrays, stream="landmarks", shared_query_key=True
+    ),
     "bigbird": Attention(bigbird_attention, bigbird_arrays, stream="features"),
 }
 ATTENTIONS = {name: entry.function for name, entry in REGISTRY.items()}
@@ -97,12 +100,19 @@ def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def layer_arrays(
-    name: str, options: Mapping[str, Any], *, num_heads: int, head_dim: int, kv_length: int
+    name: str, options: Mapping[str, Any], *, num_heads: int, head_dim: int, kv_length: int | None
 ) -> dict[str, Array]:
-    """What a layer has to keep for an attention: name of the argument -> its description."""
+    """What a layer has to keep for an attention: name of the argument -> its description.
+
+    Raises:
+      ValueError: for an unknown name or option, or if kv_length, the greatest number of keys, is
+        None where an array depends on it.
+    """
     _, of_arrays = _signatures(name)
     known = {"num_heads": num_heads, "head_dim": head_dim, "kv_length": kv_length}
     needed = {k: v for k, v in known.items() if k in of_arrays}
+    if None in needed.values():
+        raise ValueError(f"attention {name!r} needs max_length, the greatest number of keys")
     return REGISTRY[name].arrays(**needed, **split_options(name, options)[1])
 
 

@@ -168,7 +168,9 @@ def skyformer_attention(
     diagonal = jnp.where(valid, gamma, 1.0)[:, None, :, None] * jnp.eye(valid.shape[1])
     m = jnp.where(both_valid, gaussian_scores(points, points, scale), 0) + diagonal
     context = gaussian_attention(points, key, value, scale=scale)
-    context = jnp.moveaxis(hide(context, valid), 2, 1)  # [batch, heads, d, head_dim], as M's [..., d, d]
+    context = jnp.moveaxis(
+        hide(context, valid), 2, 1
+    )  # [batch, heads, d, head_dim], as M's [..., d, d]
     if inverse == "schulz":
         weights = matmul(schulz_inverse(m, num_iterations), context)
     else:

@@ -15,6 +15,7 @@ import numpy as np
 
 import skyformer_jax.config
 from skyformer_jax import tasks
+from skyformer_jax.attention import REGISTRY
 from skyformer_jax.data.batches import Examples, evaluation_rows, to_arrays
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
@@ -36,7 +37,7 @@ def load_split(config: ml_collections.ConfigDict, split: str) -> Any:
 
 def predict(
     predict_step: Callable[..., jax.Array],
-    params: Any,
+    variables: Any,
     examples: Examples,
     batch_size: int,
     mesh: jax.sharding.Mesh,
@@ -46,7 +47,7 @@ def predict(
 
     Args:
       predict_step: of steps.make_predict_step.
-      params: the model's parameters.
+      variables: the model's, of the TrainState.
       examples: the split.
       batch_size: a multiple of the number of devices; it does not change the result.
       mesh: of the devices.
@@ -61,7 +62,7 @@ def predict(
     first = 0
     for rows, count in evaluation_rows(len(examples.label), batch_size):
         batch = steps.shard_batch(examples.take(rows), mesh)
-        outstanding.append((predict_step(params, batch, rng, first), count))
+        outstanding.append((predict_step(variables, batch, rng, first), count))
         first += count
         if len(outstanding) > _IN_FLIGHT:
             fetch()
@@ -128,8 +129,8 @@ def evaluate(
     if data_dir:
         config.data.dir = data_dir
     skyformer_jax.config.one_of("split", split, tasks.SPLITS)
-    if landmark_draws and "num_landmarks" not in config.attention:
-        raise UserError(f"attention {config.attention.name!r} draws no landmarks")
+    if landmark_draws and REGISTRY[config.attention.name].stream != "landmarks":
+        raise UserError(f"attention {config.attention.name!r} draws nothing that could be redrawn")
     directory = workdir / "checkpoints"
     step = checkpoints.find(directory, checkpoint)
     mesh = steps.make_mesh()
@@ -143,11 +144,13 @@ def evaluate(
     batch_size = -(-(batch_size or config.train.batch_size) // mesh.size) * mesh.size
     predict_step = steps.make_predict_step(model, mesh)
     start = time.perf_counter()
-    logits = predict(predict_step, state.params, examples, batch_size, mesh)
+    logits = predict(predict_step, state.variables, examples, batch_size, mesh)
     seconds = time.perf_counter() - start
     drawn = [
         score(
-            predict(predict_step, state.params, examples, batch_size, mesh, jax.random.key(draw)),
+            predict(
+                predict_step, state.variables, examples, batch_size, mesh, jax.random.key(draw)
+            ),
             examples.label,
         )["accuracy"]
         for draw in range(landmark_draws)

@@ -162,7 +162,7 @@ def _run(
             if validate:
                 with clock.paused():
                     logits = evaluation.predict(
-                        predict_step, state.params, validation_split, settings.batch_size, mesh
+                        predict_step, state.variables, validation_split, settings.batch_size, mesh
                     )
                     scores = evaluation.score(logits, validation_split.label)
                     log.write(step, "validation", **scores)

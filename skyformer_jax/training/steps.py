@@ -26,6 +26,7 @@ class TrainState:
       step: int32, steps taken.
       rng: uint32 key data; the key of a step is folded from it and the step's number.
       params: the model's parameters.
+      fixed: what the model drew at the start and keeps, Performer's features for example.
       opt_state: the optimizer's.
       sums: of loss, correct predictions and examples since the last multiple of log_every steps.
     """
@@ -33,8 +34,14 @@ class TrainState:
     step: jax.Array
     rng: jax.Array
     params: Any
+    fixed: Any
     opt_state: Any
     sums: dict[str, jax.Array]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model is applied to."""
+        return {"params": self.params, "fixed": self.fixed}
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
@@ -66,11 +73,13 @@ def init_state(
     """The state before the first step; a pure function, to be jitted or only shape-evaluated."""
     init_key, train_key = jax.random.split(jax.random.key(seed))
     tokens = jnp.zeros((1, max_length), jnp.uint8)
-    params = model.init(init_key, tokens, jnp.ones(tokens.shape, bool))["params"]
+    variables = model.init(init_key, tokens, jnp.ones(tokens.shape, bool))
+    params = variables["params"]
     return TrainState(
         step=jnp.int32(0),
         rng=jax.random.key_data(train_key),
         params=params,
+        fixed=variables.get("fixed", {}),
         opt_state=optimizer.init(params),
         sums={name: jnp.float32(0) for name in ("loss", "correct", "examples")},
     )
@@ -92,7 +101,7 @@ def abstract_state(
 
 
 def _logits(
-    model: nn.Module, params: Any, batch: Examples, keys: jax.Array | None, *, train: bool
+    model: nn.Module, variables: Any, batch: Examples, keys: jax.Array | None, *, train: bool
 ) -> jax.Array:
     """Logits [batch, classes], each example with its own random key.
 
@@ -105,9 +114,9 @@ def _logits(
         if key is not None:
             rngs["landmarks"], rngs["dropout"] = jax.random.split(key)
         mask = jnp.arange(tokens.shape[0]) < length
-        return model.apply(
-            {"params": params}, tokens[None], mask[None], deterministic=not train, rngs=rngs
-        )[0]
+        return model.apply(variables, tokens[None], mask[None], deterministic=not train, rngs=rngs)[
+            0
+        ]
 
     return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(
         batch.tokens, batch.length, keys
@@ -137,7 +146,8 @@ def train_step(
     keys = _keys(rng, len(batch.label))
 
     def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = _logits(model, params, batch, keys, train=True)
+        variables = {"params": params, "fixed": state.fixed}
+        logits = _logits(model, variables, batch, keys, train=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
         correct = (logits.argmax(axis=-1) == batch.label).sum()
         return losses.mean(), {
@@ -162,15 +172,15 @@ def train_step(
 
 
 def predict_step(
-    params: Any, batch: Examples, rng: jax.Array | None, first: jax.Array, *, model: nn.Module
+    variables: Any, batch: Examples, rng: jax.Array | None, first: jax.Array, *, model: nn.Module
 ) -> jax.Array:
     """Logits [local batch, classes] without dropout.
 
-    rng, if any, draws the landmarks, by each example's place in the split; first is that of the
-    global batch's first example.
+    variables are those of the TrainState. rng, if any, draws the landmarks, by each example's place
+    in the split; first is that of the global batch's first example.
     """
     keys = None if rng is None else _keys(rng, len(batch.label), first)
-    return _logits(model, params, batch, keys, train=False)
+    return _logits(model, variables, batch, keys, train=False)
 
 
 def make_mesh() -> jax.sharding.Mesh:

@@ -1,0 +1,114 @@
+"""Flax NNX modules around the attention functions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from skyformer_jax.attention import REGISTRY, layer_arrays, split_options
+
+
+class Fixed(nnx.Variable):
+    """Something random that is drawn when a module is made, and kept: not a parameter."""
+
+
+class MultiHeadAttention(nnx.Module):
+    """Multi-head self- or cross-attention on any attention of skyformer_jax.attention.
+
+    The NNX form of skyformer_jax.layers.MultiHeadAttention, with the same mathematics and, for the
+    same parameters, the same numbers. What is random is fed by the streams "landmarks" and
+    "features" of the rngs given to the call, as there.
+
+    Args:
+      attention: a name of skyformer_jax.attention.NAMES.
+      num_heads: number of heads.
+      in_features: width of the inputs and of the output.
+      head_dim: features of each head.
+      options: keyword arguments of the attention function and of what describes its arrays.
+      max_length: the greatest kv_length, which only Linformer needs to know.
+      rngs: draws the parameters and what stays fixed, by its "params" stream.
+
+    Raises:
+      ValueError: for an unknown attention or option, or a missing max_length.
+    """
+
+    def __init__(
+        self,
+        attention: str,
+        num_heads: int,
+        in_features: int,
+        head_dim: int,
+        *,
+        options: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.attention = attention
+        self._options, _ = split_options(attention, options or {})
+        heads = (num_heads, head_dim)
+        self.query = nnx.LinearGeneral(in_features, heads, rngs=rngs)
+        if not REGISTRY[attention].shared_query_key:
+            self.key = nnx.LinearGeneral(in_features, heads, rngs=rngs)
+        self.value = nnx.LinearGeneral(in_features, heads, rngs=rngs)
+        self.out = nnx.LinearGeneral(heads, in_features, axis=(-2, -1), rngs=rngs)
+        described = layer_arrays(
+            attention,
+            options or {},
+            num_heads=num_heads,
+            head_dim=head_dim,
+            kv_length=max_length,
+        )
+        self._trained = {name: array.trained for name, array in described.items()}
+        for name, array in described.items():
+            kind = nnx.Param if array.trained else Fixed
+            setattr(self, name, kind(array.init(rngs.params(), array.shape)))
+
+    def __call__(
+        self,
+        inputs_q: jax.Array,
+        inputs_kv: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """Projects, attends, and projects back to in_features.
+
+        Args:
+          inputs_q: [batch, q_length, in_features].
+          inputs_kv: [batch, kv_length, in_features]; None means inputs_q (self-attention).
+          mask: bool [batch, kv_length], True at real tokens. What stands elsewhere, NaN included,
+            changes no real position and no gradient.
+          rngs: with a stream "landmarks" or "features" to draw by; None is deterministic.
+
+        Returns:
+          [batch, q_length, in_features].
+
+        Raises:
+          ValueError: for inputs_kv where the attention is only for self-attention.
+        """
+        entry = REGISTRY[self.attention]
+        if inputs_kv is None:
+            inputs_q = inputs_q if mask is None else jnp.where(mask[:, :, None], inputs_q, 0)
+            inputs_kv = inputs_q
+        elif entry.shared_query_key:
+            raise ValueError(f"{self.attention} shares queries and keys: leave out inputs_kv")
+        rng = None
+        if rngs is not None and entry.stream is not None and entry.stream in rngs:
+            rng = rngs[entry.stream]()
+        arrays = {
+            name: getattr(self, name)[...]
+            for name, trained in self._trained.items()
+            if trained or rng is None
+        }
+        out = entry.function(
+            self.query(inputs_q),
+            None if entry.shared_query_key else self.key(inputs_kv),
+            self.value(inputs_kv),
+            mask=mask,
+            rng=rng,
+            **arrays,
+            **self._options,
+        )
+        return self.out(out)

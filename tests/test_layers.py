@@ -1,0 +1,259 @@
+"""The attentions inside Flax: our linen and NNX modules, and Flax's own with our attention_fn."""
+
+import functools
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_attention import RANDOM, SELF_ONLY, SMALL, small
+
+import skyformer_jax
+from skyformer_jax import attention, layers, nnx_layers
+
+LENGTH, WIDTH, HEADS, HEAD_DIM = 20, 16, 2, 8
+all_attentions = pytest.mark.parametrize("name", attention.NAMES)
+LAYER_OPTIONS = {
+    **SMALL,
+    "nystromformer": {"num_landmarks": 6, "conv_size": 5},
+    "linformer": {"num_features": 6, "sharing": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    x = jax.random.normal(jax.random.key(0), (3, LENGTH, WIDTH))
+    mask = jnp.arange(LENGTH) < jnp.array([[LENGTH], [13], [1]])
+    return x, mask
+
+
+def copy_to_nnx(params, module):
+    for name, value in params.items():
+        if isinstance(value, dict):
+            copy_to_nnx(value, getattr(module, name))
+        else:
+            getattr(module, name)[...] = value
+
+
+@functools.cache
+def flax_modules(name, dropout=0.0):
+    """Linen and NNX multi-head attention by Flax, on our function, with the same parameters."""
+    function = skyformer_jax.attention_fn(name, **SMALL.get(name, {}))
+    linen = nn.MultiHeadAttention(HEADS, dropout_rate=dropout, attention_fn=function)
+    params = linen.init(jax.random.key(1), jnp.zeros((1, LENGTH, WIDTH)), deterministic=True)
+    params = params["params"]
+    params = jax.tree.map(lambda x: x + 0.1, params)  # biases that are not zero
+    of_nnx = nnx.MultiHeadAttention(
+        HEADS,
+        WIDTH,
+        dropout_rate=dropout,
+        attention_fn=function,
+        decode=False,
+        rngs=nnx.Rngs(0),
+    )
+    copy_to_nnx(params, of_nnx)
+    return linen, params, of_nnx
+
+
+@all_attentions
+def test_flax_modules_take_the_attention(name, batch):
+    """Same numbers in linen, in NNX and by hand, for every form of Flax's padding masks."""
+    x, mask = batch
+    linen, params, of_nnx = flax_modules(name)
+
+    def project(part):
+        return jnp.einsum("bnw,whp->bnhp", x, params[part]["kernel"]) + params[part]["bias"]
+
+    heads = small(name)(project("query"), project("key"), project("value"), mask=mask)
+    expected = jnp.einsum("bnhp,hpw->bnw", heads, params["out"]["kernel"]) + params["out"]["bias"]
+    real = np.asarray(mask)
+    for form in (
+        mask[:, None, None, :],
+        nn.make_attention_mask(mask, mask),  # float32 [batch, 1, length, length]
+        jnp.broadcast_to(mask[:, None, None, :], (3, HEADS, LENGTH, LENGTH)),
+    ):
+        by_linen = linen.apply({"params": params}, x, x, mask=form, deterministic=True)
+        by_nnx = of_nnx(x, mask=form, deterministic=True)
+        np.testing.assert_allclose(by_linen[real], expected[real], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(by_nnx[real], by_linen[real], rtol=1e-5, atol=1e-5)
+    jitted = jax.jit(functools.partial(linen.apply, deterministic=True))
+    under_jit = jitted({"params": params}, x, x, mask=nn.make_attention_mask(mask, mask))
+    np.testing.assert_allclose(under_jit[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+@all_attentions
+def test_flax_modules_train_with_dropout(name, batch):
+    x, mask = batch
+    linen, params, of_nnx = flax_modules(name, dropout=0.5)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, key):
+        out = linen.apply(
+            {"params": params},
+            x,
+            x,
+            mask=mask[:, None, None],
+            deterministic=False,
+            rngs={"dropout": key},
+        )
+        return (jnp.where(mask[:, :, None], out, 0) ** 2).mean()
+
+    first, gradients = loss(params, jax.random.key(0))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert np.any(gradients["query"]["kernel"])
+    assert loss(params, jax.random.key(0))[0] == first
+    assert loss(params, jax.random.key(1))[0] != first
+    masked = {"mask": mask[:, None, None], "deterministic": False}
+    one, again, two = (of_nnx(x, rngs=nnx.Rngs(dropout=i), **masked) for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.any(one != two)
+
+
+def test_dropout_keeps_the_mean():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 6, 1, 8))
+    function = attention.attention_fn("softmax")
+    draw = jax.vmap(lambda key: function(
+        q, k, v, dropout_rng=key, dropout_rate=0.3, deterministic=False))  # fmt: skip
+    draws = draw(jax.random.split(jax.random.key(1), 20000))
+    np.testing.assert_allclose(draws.mean(0), function(q, k, v), atol=0.02)
+
+
+@all_attentions
+def test_what_cannot_be_honoured_is_refused(name, batch):
+    x, _ = batch
+    q = k = v = jnp.ones((3, LENGTH, HEADS, HEAD_DIM)) * x[:, :, None, :HEAD_DIM]
+    function = attention.attention_fn(name, **SMALL.get(name, {}))
+    causal = jnp.tri(LENGTH, dtype=bool)[None, None]
+    bias = jnp.ones((1, HEADS, LENGTH, LENGTH)).at[..., 0].set(2)
+    with pytest.raises(ValueError, match="sow"):
+        function(q, k, v, module=object())
+    if name == "softmax":
+        reference = nn.dot_product_attention(q, k, v, mask=causal)
+        for options in ({"mask": causal}, {"is_causal": True}):
+            np.testing.assert_allclose(function(q, k, v, **options), reference, atol=1e-5)
+        np.testing.assert_allclose(
+            function(q, k, v, bias=bias), nn.dot_product_attention(q, k, v, bias=bias), atol=1e-5
+        )
+        return
+    for options in ({"mask": causal}, {"is_causal": True}, {"bias": bias}):
+        with pytest.raises(ValueError, match=rf"{name!r} cannot honour .*; can: softmax$"):
+            function(q, k, v, **options)
+    # Under jit the values of a mask are not known, so an example whose mask is another is NaN.
+    half = jnp.where(jnp.arange(3)[:, None, None, None] == 1, causal, True)
+    out = jax.jit(functools.partial(function, q, k, v))(mask=half)
+    assert np.isnan(out[1]).all()
+    assert np.isfinite(out[::2]).all()
+
+
+def test_attention_fn_refuses_what_needs_a_module():
+    with pytest.raises(ValueError, match=r"MultiHeadAttention of skyformer_jax\.layers"):
+        attention.attention_fn("nystromformer", conv_size=33)
+    with pytest.raises(ValueError, match="choose one of: softmax"):
+        attention.attention_fn("performerr")
+
+
+def test_attention_fn_takes_leading_axes_dtype_and_rng():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 3, 30, 2, 8))
+    mask = jnp.arange(30) < jnp.array([30, 4, 17])[None, :, None, None, None]
+    mask = jnp.broadcast_to(mask, (2, 3, 1, 1, 30))
+    function = attention.attention_fn("skyformer", num_landmarks=6, rng=jax.random.key(3))
+    out = function(q, k, v, mask=mask, precision=jax.lax.Precision.HIGHEST)
+    flat = (x.reshape(6, 30, 2, 8) for x in (q, k, v))
+    expected = small("skyformer")  # of other options, only to show that they matter
+    assert out.shape == q.shape
+    direct = attention.skyformer_attention(
+        *flat, mask=mask.reshape(6, 30), num_landmarks=6, rng=jax.random.key(3)
+    )
+    np.testing.assert_allclose(out.reshape(6, 30, 2, 8), direct, rtol=1e-5, atol=1e-5)
+    assert np.any(out[0] != expected(q[0], k[0], v[0], mask=mask[0, :, 0, 0]))
+    assert function(q, k, v, mask=mask, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@all_attentions
+def test_linen_and_nnx_modules_agree(name, batch):
+    x, mask = batch
+    options = LAYER_OPTIONS.get(name, {})
+    linen = layers.MultiHeadAttention(name, HEADS, HEAD_DIM, options)
+    variables = linen.init(jax.random.key(2), x)
+    of_nnx = nnx_layers.MultiHeadAttention(
+        name, HEADS, WIDTH, HEAD_DIM, options=options, max_length=LENGTH, rngs=nnx.Rngs(0)
+    )
+    counts = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (variables["params"], nnx.state(of_nnx, nnx.Param))
+    ]
+    assert counts[0] == counts[1]
+    for collection in variables.values():
+        copy_to_nnx(collection, of_nnx)
+    expected = linen.apply(variables, x, mask=mask)
+    np.testing.assert_allclose(of_nnx(x, mask=mask), expected, rtol=1e-5, atol=1e-5)
+    jitted = nnx.jit(lambda module, x: module(x, mask=mask))
+    np.testing.assert_allclose(jitted(of_nnx, x), expected, rtol=1e-4, atol=1e-5)
+    shared = attention.REGISTRY[name].shared_query_key
+    assert ("key" in variables["params"]) == (not shared)
+    if name in SELF_ONLY or "conv_size" in options:
+        for module in (functools.partial(linen.apply, variables), of_nnx):
+            with pytest.raises(
+                ValueError, match=r"itself|leave out inputs_kv|q_length == kv_length"
+            ):
+                module(x[:, :5], x)
+    else:
+        cross = linen.apply(variables, x[:, :5], x, mask=mask)
+        np.testing.assert_allclose(of_nnx(x[:, :5], x, mask=mask), cross, rtol=1e-5, atol=1e-5)
+
+
+@all_attentions
+def test_modules_draw_by_their_streams(name, batch):
+    x, _ = batch
+    stream = attention.REGISTRY[name].stream
+    linen = layers.MultiHeadAttention(name, HEADS, HEAD_DIM, SMALL.get(name, {}))
+    variables = linen.init(jax.random.key(2), x)
+    of_nnx = nnx_layers.MultiHeadAttention(
+        name, HEADS, WIDTH, HEAD_DIM, options=SMALL.get(name, {}), max_length=LENGTH,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    apply = jax.jit(lambda rngs: linen.apply(variables, x, rngs=rngs))
+    plain = apply({})
+    for given in ("landmarks", "features"):
+        one, two = (apply({given: jax.random.key(i)}) for i in (1, 2))
+        # Linformer has learned its projections.
+        draws = given == stream and name in RANDOM and name != "linformer"
+        assert np.any(one != two) == draws
+        assert np.any(one != plain) == draws
+        one, two = (of_nnx(x, rngs=nnx.Rngs(**{given: i})) for i in (1, 2))
+        assert np.any(one != two) == draws
+    np.testing.assert_array_equal(of_nnx(x), of_nnx(x))
+
+
+@pytest.mark.parametrize("name", ["performer", "reformer", "bigbird"])
+def test_what_is_fixed_is_drawn_at_init_and_kept(name, batch):
+    x, _ = batch
+    linen = layers.MultiHeadAttention(name, HEADS, HEAD_DIM, SMALL[name])
+    variables, others = (linen.init(jax.random.key(i), x) for i in (2, 3))
+    (kept,), (other,) = (jax.tree.leaves(v["fixed"]) for v in (variables, others))
+    assert np.any(kept != other)
+    out = linen.apply(variables, x)
+    assert np.any(out != linen.apply({**variables, "fixed": others["fixed"]}, x))
+    with pytest.warns(UserWarning, match="without the collection 'fixed'"):
+        linen.apply({"params": variables["params"]}, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stream = attention.REGISTRY[name].stream
+        rngs = {stream: jax.random.key(0)}
+        linen.apply({"params": variables["params"]}, x, rngs=rngs)
+
+
+def test_linformer_serves_shorter_sequences_than_its_own(batch):
+    x, mask = batch
+    linen = layers.MultiHeadAttention("linformer", HEADS, HEAD_DIM, {"num_features": 6})
+    variables = linen.init(jax.random.key(2), x)
+    short = linen.apply(variables, x[1:2, :13])
+    np.testing.assert_allclose(short, linen.apply(variables, x, mask=mask)[1:2, :13], atol=1e-5)
+    with pytest.raises(ValueError, match="20 tokens at most; got 40"):
+        linen.apply(variables, jnp.concatenate([x, x], axis=1))
+    with pytest.raises(ValueError, match="max_length"):
+        nnx_layers.MultiHeadAttention("linformer", HEADS, WIDTH, HEAD_DIM, rngs=nnx.Rngs(0))
