@@ -147,8 +147,13 @@ def leverage_landmarks(
         l_i = (K - K S (S^T K S + ridge I)^-1 S^T K)_ii / ridge
 
     from S alone, then samples by l. From the smallest part to all the rows that costs as much as
-    two kernel matrices of rows x d. Two things differ from the paper's algorithm: each sample has
-    the fixed size d, drawn without replacement, and the scores are summed over the heads.
+    two kernel matrices of rows x d, and the eigenvalues of a d x d matrix in each halving.
+
+    As in algorithm 3, for a given sample size, the ridge grows where d is too small for it: to the
+    sum of the eigenvalues beyond the k-th, over k, with k = d / (4 log d) and the eigenvalues
+    estimated by those of the weighted sample. Otherwise each of many small directions would get so
+    little that a large one is missed. Two things differ from the paper: a sample is drawn without
+    replacement, with exactly d rows, and the scores are summed over the heads.
 
     Args:
       rng: a jax.random key.
@@ -156,12 +161,13 @@ def leverage_landmarks(
       candidates: bool [batch, rows], the rows that may become landmarks.
       num_landmarks: d, at most rows.
       scale: the Gaussian kernel's inverse squared width.
-      ridge: what is added to the kernel matrix's diagonal; positive.
+      ridge: the least ridge, what is added to the kernel matrix's diagonal; positive.
 
     Returns:
       indices int32 [batch, d] and valid bool [batch, d], as spread_landmarks.
     """
     num_rows = rows.shape[1]
+    top = min(math.ceil(num_landmarks / (4 * math.log(max(num_landmarks, 2)))), num_landmarks)
     num_levels = max(0, math.ceil(math.log2(num_rows / num_landmarks)))
     sizes = [-(-num_rows // 2**level) for level in range(num_levels, -1, -1)]
     order_key, *level_keys = jax.random.split(rng, len(sizes))
@@ -181,13 +187,17 @@ def leverage_landmarks(
             chosen = x[sample]
             both = valid[:, None] & valid[None, :]
             within = jnp.where(both, gaussian_scores(chosen[None], chosen[None], scale)[0], 0)
-            within += jnp.diag(jnp.where(valid, ridge * probability, 1.0))
+            weight = jnp.where(valid, probability, 1.0) ** -0.5
+            eigenvalues = jnp.linalg.eigvalsh(weight[:, None] * within * weight)  # ascending
+            tail = eigenvalues[:, : num_landmarks - top].sum(axis=1) / top
+            ridges = jnp.maximum(tail, ridge)[:, None, None]  # one a head
+            within += jnp.eye(num_landmarks) * jnp.where(valid, ridges * probability, 1.0)
             across = jnp.where(valid, gaussian_scores(x[None, :size], chosen[None], scale)[0], 0)
             root = jnp.linalg.cholesky(within)  # [heads, d, d]
             half = jax.lax.linalg.triangular_solve(
                 root, across, left_side=False, lower=True, transpose_a=True
             )
-            scores = (1 - (half**2).sum(axis=-1)).sum(axis=0) / ridge
+            scores = ((1 - (half**2).sum(axis=-1)) / ridges[:, 0]).sum(axis=0)
             scores = jnp.where(real[:size], jnp.maximum(scores, 1e-6), 0)
             perturbed = jnp.where(real[:size], jnp.log(jnp.maximum(scores, 1e-6)) + noise, -jnp.inf)
             perturbed, sample = jax.lax.top_k(perturbed, num_landmarks)

@@ -51,7 +51,7 @@ def choose_landmarks(
       candidates: bool [batch, rows], the rows that count.
       num_landmarks: d, at most rows.
       scale: the Gaussian kernel's inverse squared width.
-      gamma: what M has on its diagonal beside the kernel; "leverage" takes it as its ridge.
+      gamma: what M has on its diagonal beside the kernel; "leverage" takes it as its least ridge.
 
     Returns:
       float32 [batch, d, heads, head_dim] and bool [batch, d], which of them count.
@@ -117,7 +117,7 @@ def skyformer_attention(
         "segment_means": means of d equal runs of positions (Xiong et al., 2021).
         "kmeans++": the seeds of k-means++, far from each other; a sequential loop of d steps.
         "leverage": by ridge leverage scores (Musco and Musco, 2017), the paper's next
-          step; about the cost of two more kernel matrices of rows x d.
+          step; the cost of two more kernel matrices of rows x d and of some d x d eigenvalues.
         The last two take a fixed key where rng is None.
       landmark_indices: int [batch, d], rows of [query; key] (0..q_length-1 are queries) to use
         instead of num_landmarks chosen here; those at masked rows count for nothing.
@@ -143,7 +143,9 @@ def skyformer_attention(
     if gamma < 0:
         raise ValueError(f"gamma must not be negative; got {gamma}")
     if gamma == 0 and landmarks == "leverage":
-        raise ValueError('landmarks="leverage" needs a gamma above 0, the ridge of its scores')
+        raise ValueError(
+            'landmarks="leverage" needs a gamma above 0, the least ridge of its scores'
+        )
     dtype = value.dtype
     key, value = check_and_hide_masked(query, key, value, mask)
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
