@@ -9,10 +9,7 @@ with commit, versions and hardware.
 
 import importlib
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,11 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
-import jaxlib
 import ml_collections
 import numpy as np
 from absl import flags
 
+from experiments.provenance import provenance
 from skyformer_jax import attention, cli
 from skyformer_jax.config import one_of
 from skyformer_jax.data.batches import Examples
@@ -46,13 +43,6 @@ def _random_batch(config: ml_collections.ConfigDict) -> Examples:
         np.full(shape[0], config.model.max_length, np.int32),
         rng.integers(0, config.model.num_classes, shape[0], np.int32),
     )
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -100,14 +90,7 @@ def main() -> None:
         "config": _CONFIG.value,
         "batch_size": config.train.batch_size,
         "length": config.model.max_length,
-        "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-        },
-        "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
-        "cores": os.cpu_count(),
+        **provenance(mesh.size),
         "seed": 0,
         "rounds": _ROUNDS.value,
         "steps_per_round": _STEPS.value,
