@@ -1,0 +1,149 @@
+"""Published data where the user has it: an unpacked folder, or the archive itself."""
+
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from skyformer_jax.errors import UserError
+
+# The official release of the Long Range Arena unpacks into lra_release/lra_release.
+_RELEASE_FOLDERS = ("", "lra_release", "lra_release/lra_release")
+
+
+class Published(NamedTuple):
+    """How a data set is published.
+
+    Attributes:
+      folder: that the archive unpacks into.
+      contents: some names in that folder, by which it is known.
+      archives: names that the archive goes by.
+    """
+
+    folder: str
+    contents: tuple[str, ...]
+    archives: tuple[str, ...]
+
+
+def find(source: Path, published: Published) -> Path | None:
+    """The published folder or archive.
+
+    Args:
+      source: the folder, whatever its name, or the archive, likewise; or a folder with either.
+      published: what to look for.
+
+    Returns:
+      A folder that has the contents, or a file; None if there is neither.
+    """
+    if source.is_file():
+        return source
+    folder = _first_with(source, ("", published.folder), published.contents)
+    archives = (source / name for name in published.archives)
+    return folder or next(filter(Path.is_file, archives), None)
+
+
+def locate(source: Path, published: Published) -> Path:
+    """As find, but raises UserError, saying what to put where, if there is neither."""
+    place = find(source, published)
+    if place is None:
+        raise UserError(
+            f"{source} does not hold {' and '.join(published.contents)}, nor {published.folder}/ "
+            f"with them, nor {' or '.join(published.archives)}; name the unpacked folder or the "
+            "archive, or put either there"
+        )
+    return place
+
+
+def members(
+    place: Path, published: Published, pattern: re.Pattern[str]
+) -> Iterator[tuple[re.Match[str], bytes]]:
+    """The wanted files of a data set, in no particular order.
+
+    Args:
+      place: the published folder or archive, as found.
+      published: what it is.
+      pattern: of the whole names that are wanted, relative to the published folder, with "/".
+
+    Yields:
+      The match of each name and the content of that file; an archive is read once, as a stream.
+
+    Raises:
+      UserError: if the archive is damaged or partly downloaded.
+    """
+    if place.is_dir():
+        yield from _files_of_folder(place, pattern)
+    else:
+        yield from _files_of_archive(place, published.folder, pattern)
+
+
+def _files_of_folder(
+    place: Path, pattern: re.Pattern[str]
+) -> Iterator[tuple[re.Match[str], bytes]]:
+    for parent, _, names in os.walk(place):
+        below = Path(parent).relative_to(place)
+        for name in names:
+            if match := pattern.fullmatch((below / name).as_posix()):
+                yield match, (place / below / name).read_bytes()
+
+
+def _files_of_archive(
+    place: Path, folder: str, pattern: re.Pattern[str]
+) -> Iterator[tuple[re.Match[str], bytes]]:
+    try:
+        with tarfile.open(place, "r:*") as tar:
+            for member in tar:
+                name = member.name.removeprefix("./").removeprefix(f"{folder}/")
+                if member.isfile() and (match := pattern.fullmatch(name)):
+                    yield match, tar.extractfile(member).read()
+            # The checksum comes after the last file.
+            while tar.fileobj.read(1 << 20):
+                pass
+    except (EOFError, OSError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the machine, not of the archive
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{place} is damaged or partly downloaded ({reason}); download it again"
+        ) from None
+
+
+def check_count(place: Path, count: int, expected: int, what: str) -> None:
+    """Raises UserError unless the count is the published one."""
+    if count != expected:
+        raise UserError(
+            f"{place} is {'incomplete' if count < expected else 'not as published'}: {count:,} of "
+            f"{expected:,} {what}; unpack or download it again"
+        )
+
+
+def find_in_release(source: Path, folder: str, contents: Sequence[str]) -> Path:
+    """A folder of the official release of the Long Range Arena.
+
+    Args:
+      source: the folder itself, or one with it, or one with lra_release/.
+      folder: its name.
+      contents: names that it must hold.
+
+    Raises:
+      UserError: saying what is missing.
+    """
+    places = ("", *(f"{release}/{folder}".strip("/") for release in _RELEASE_FOLDERS))
+    found = _first_with(source, places, contents)
+    if found is None:
+        raise UserError(
+            f"{source} does not hold {', '.join(contents)}, nor does {folder}/ in it; "
+            "name the folder of the unpacked lra_release"
+        )
+    return found
+
+
+def _first_with(source: Path, places: Sequence[str], contents: Sequence[str]) -> Path | None:
+    """The first of the places below source with all of the contents."""
+    for place in places:
+        if all((source / place / name).exists() for name in contents):
+            return source / place
+    return None

@@ -1,0 +1,63 @@
+"""Work for all cores: a function mapped by processes, its results in order."""
+
+import collections
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ordered_map(
+    function: Callable[..., T], arguments: Iterable[tuple], *, workers: int | None = None
+) -> Iterator[T]:
+    """Yields function(*argument) for each argument, in order, computed a bit ahead.
+
+    Args:
+      function: importable by name, as its arguments and results must be picklable.
+      arguments: read no further than a few calls ahead of the results taken.
+      workers: processes; None means one for each core, 1 computes in this process.
+
+    Raises:
+      What function raises, at its place in the order.
+    """
+    workers = workers or num_cores()
+    if workers == 1:
+        yield from itertools.starmap(function, arguments)
+        return
+    # Not forked: JAX's threads would not survive that.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        ahead: collections.deque[Future] = collections.deque()
+        try:
+            for argument in arguments:
+                ahead.append(pool.submit(function, *argument))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it, should it be killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

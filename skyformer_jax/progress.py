@@ -1,0 +1,61 @@
+"""What long work tells the person who waits: a bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import tqdm
+
+T = TypeVar("T")
+_SECONDS_BETWEEN_LINES = 20
+
+
+def say(text: str) -> None:
+    """Prints a line to standard error, above a progress bar if there is one."""
+    tqdm.tqdm.write(text, file=sys.stderr)
+
+
+class Progress:
+    """Counts up to a total, with rate and time left."""
+
+    def __init__(self, total: int, what: str, unit: str = "examples") -> None:
+        """Starts at 0 of total; what names the work."""
+        self._total, self._what, self._unit = total, what, unit
+        self._count, self._start = 0, time.monotonic()
+        self._said = self._start
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True)
+
+    def update(self, count: int) -> None:
+        """Count more are done."""
+        self._count += count
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = now
+            rate = self._count / (now - self._start)
+            left = tqdm.tqdm.format_interval((self._total - self._count) / max(rate, 1e-9))
+            say(
+                f"{self._what}: {self._count:,} of {self._total:,} {self._unit}, "
+                f"{rate:,.0f} a second, ETA {left}"
+            )
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def track(items: Iterable[T], total: int, what: str, unit: str = "examples") -> Iterator[T]:
+    """Yields the items and shows how many of the total have passed."""
+    progress = Progress(total, what, unit)
+    try:
+        for item in items:
+            yield item
+            progress.update(1)
+    finally:
+        progress.close()
