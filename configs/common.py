@@ -22,6 +22,9 @@ def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
     return name or "skyformer", one_of("variant", variant, ("", *variants)) if variant else ""
 
 
+VARIANTS = ("paper", "small")
+
+
 def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.ConfigDict:
     """The paper's setting of everything that does not depend on the task (FACTS: appendix).
 
@@ -40,6 +43,7 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
                 "vocab_size": tasks.get(task).vocab_size,
                 "max_length": max_length,  # sequences are padded to this
                 "num_classes": tasks.get(task).num_classes,
+                "num_documents": tasks.get(task).num_documents,
                 "num_layers": 2,
                 "width": 64,
                 "num_heads": 2,
@@ -59,8 +63,24 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
             },
             "data": {
                 "dir": "data",  # where prepared data sets lie or are put
-                "source": "",  # a folder with the published files, or "" to generate
-                "brackets": True,  # False drops closing brackets, as the published code does
+                "source": "",  # a folder or archive as published; "" generates or downloads
+                "buckets": (),  # lengths that batches of short examples are padded to instead
+                **tasks.get(task).options,
             },
         }
     )
+
+
+def make_small(config: ml_collections.ConfigDict, *, num_steps: int) -> None:
+    """Changes a config to a model and a number of steps for two CPU cores: minutes, not days.
+
+    One layer, 32 landmarks or features, a higher learning rate; five validations.
+    """
+    config.model.num_layers = 1
+    for option in ("num_landmarks", "num_features", "projection_dim"):
+        if option in config.attention:
+            config.attention[option] = 32
+    config.train.num_steps = num_steps
+    config.train.learning_rate = 1e-3
+    config.train.warmup_steps = num_steps // 10
+    config.train.eval_every = num_steps // 5

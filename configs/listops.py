@@ -8,7 +8,8 @@ Floors: commonest label 17 %, root operator alone 36 %. Test accuracy in the pap
 softmax 38.37, kernelized 38.78, Skyformer 38.69 (mean of three seeds, 50,000 steps, one GPU).
 
 Variant "paper" restores what the published code does and this one mends: closing brackets are
-dropped from the tokens, and the mean pooling divides by the padded length.
+dropped from the tokens, and the mean pooling divides by the padded length. Variant "small" is of
+shorter and shallower expressions, see configs/quickstart.py.
 
     python train.py --config=configs/listops.py:skyformer
     python train.py --config=configs/listops.py:softmax,paper
@@ -16,12 +17,14 @@ dropped from the tokens, and the mean pooling divides by the padded length.
 
 import ml_collections
 
-from configs import common
+from configs import common, quickstart
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """argument: "attention[,variant]", variant "" or "paper"."""
-    attention, variant = common.parse(argument, variants=("paper",))
+    """argument: "attention[,variant]", variant "", "paper" or "small"."""
+    attention, variant = common.parse(argument, common.VARIANTS)
+    if variant == "small":
+        return quickstart.get_config(attention)
     config = common.paper_config("listops", attention, max_length=2048)
     config.train.learning_rate = 1e-4
     config.train.batch_size = 32

@@ -24,23 +24,24 @@ from absl import flags
 from experiments.provenance import provenance
 from skyformer_jax import attention, cli
 from skyformer_jax.config import one_of
-from skyformer_jax.data.batches import Examples
+from skyformer_jax.data.batches import Batch
 from skyformer_jax.models import build_model
-from skyformer_jax.training import steps
+from skyformer_jax.training import evaluation, steps
 
 _CONFIG = flags.DEFINE_string("config", "listops", "Name of a file in configs/.")
+_VARIANT = flags.DEFINE_string("variant", "", "Variant of the config, small for example.")
 _ATTENTIONS = flags.DEFINE_list("attentions", list(attention.NAMES), "Which to compare.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns that each attention takes.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 1, "Steps timed in a turn.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "results/step_speed.json", "File to write.")
 
 
-def _random_batch(config: ml_collections.ConfigDict) -> Examples:
+def _random_batch(config: ml_collections.ConfigDict) -> Batch:
     rng = np.random.default_rng(0)
-    shape = (config.train.batch_size, config.model.max_length)
-    return Examples(
-        rng.integers(1, config.model.vocab_size, shape, np.uint8),
-        np.full(shape[0], config.model.max_length, np.int32),
+    shape = (config.train.batch_size, *steps.token_shape(config))
+    return Batch(
+        rng.integers(1, min(config.model.vocab_size, 256), shape, np.uint8),
+        np.full(shape[:-1], config.model.max_length, np.int32),
         rng.integers(0, config.model.num_classes, shape[0], np.int32),
     )
 
@@ -51,11 +52,16 @@ def main() -> None:
     mesh = steps.make_mesh()
     runs, rows = {}, {}
     for name in _ATTENTIONS.value:
-        config = get_config(one_of("attention", name, attention.NAMES))
+        argument = ",".join(
+            filter(None, (one_of("attention", name, attention.NAMES), _VARIANT.value))
+        )
+        config = get_config(argument)
         model, optimizer = build_model(config), steps.make_optimizer(config)
-        state = steps.init_state(0, model, optimizer, config.model.max_length)
+        state = steps.init_state(0, model, optimizer, steps.token_shape(config))
         batch = steps.shard_batch(_random_batch(config), mesh)
-        step = steps.make_train_step(model, optimizer, mesh, config.train.log_every)
+        step = steps.make_train_step(
+            model, optimizer, mesh, config.train.log_every, evaluation.reading(config)
+        )
         start = time.perf_counter()
         compiled = step.lower(state, batch).compile()
         rows[name] = {
@@ -88,6 +94,7 @@ def main() -> None:
     result = {
         "what": "training step of the full setting, random tokens at full length",
         "config": _CONFIG.value,
+        "variant": _VARIANT.value,
         "batch_size": config.train.batch_size,
         "length": config.model.max_length,
         **provenance(mesh.size),

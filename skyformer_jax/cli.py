@@ -15,7 +15,7 @@ from skyformer_jax.errors import UserError
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
-def _fail(text: str) -> NoReturn:
+def _fail(text: str, status: int = 2) -> NoReturn:
     """Prints one line and ends the process at once.
 
     All of ours is closed by now; where the disk is full, threads and
@@ -24,7 +24,7 @@ def _fail(text: str) -> NoReturn:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2)
+    os._exit(status)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -55,6 +55,8 @@ def run(main: Callable[[], None]) -> None:
             python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
         try:
             main()
+        except KeyboardInterrupt:
+            _fail("interrupted; start the same command to go on", status=130)
         except UserError as error:
             _fail(str(error))
         except OSError as error:

@@ -14,6 +14,7 @@ from skyformer_jax.errors import UserError
 # Fields that say where things lie, not what is computed: they may differ between two runs of one
 # workdir.
 LOCATIONS = ("data.dir",)
+_DATA_FIELDS = ("dir", "source", "buckets", "mask_zeros")
 
 
 def one_of(what: str, got: str, allowed: Iterable[str]) -> str:
@@ -61,16 +62,40 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
         )
     if train.learning_rate <= 0:
         raise UserError(f"train.learning_rate must be positive; got {train.learning_rate}")
-    for field in ("vocab_size", "num_classes", "max_length"):
+    for field in ("vocab_size", "num_classes"):
         if model[field] < getattr(task, field):
             raise UserError(
                 f"model.{field} must be at least {getattr(task, field)} for task {task.name}; "
                 f"got {model[field]}"
             )
+    _check_data(config, task)
     if train.batch_size % num_devices:
         raise UserError(
             f"train.batch_size={train.batch_size} is not divisible by the {num_devices} devices; "
             f"nearest that is: {max(1, round(train.batch_size / num_devices)) * num_devices}"
+        )
+
+
+def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
+    """Raises a UserError for a field of config.data that cannot work."""
+    data, max_length = config.data, config.model.max_length
+    for field in data:
+        one_of(f"field of task {task.name}, data.", field, (*_DATA_FIELDS, *task.options))
+    for option in ("length", "shrink"):
+        if option in data and not 1 <= data[option] <= task.max_length:
+            raise UserError(f"data.{option} must be in 1..{task.max_length}; got {data[option]}")
+    longest = task.longest(data)
+    if max_length < longest:
+        raise UserError(
+            f"model.max_length must be at least {longest}, the length of task {task.name} as "
+            f"config.data has it; got {max_length}"
+        )
+    if config.model.num_documents != task.num_documents:
+        raise UserError(f"model.num_documents must be {task.num_documents} for task {task.name}")
+    if list(data.buckets) != sorted({size for size in data.buckets if 0 < size < max_length}):
+        raise UserError(
+            "data.buckets must be rising lengths below model.max_length="
+            f"{max_length}; got {tuple(data.buckets)}"
         )
 
 

@@ -1,12 +1,18 @@
 """The command that prepares a data set, run as a user runs it."""
 
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from skyformer_jax.data import prepare
+from skyformer_jax import tasks
+from skyformer_jax.data import pathfinder, prepare
+from skyformer_jax.data.batches import from_sequences
 
 TREES = ["[MAX 1 2 ]\t2", "[MIN 3 [SM 9 4 ] ]\t3", "[MED 5 5 6 ]\t5"]
 
@@ -27,10 +33,11 @@ def write_source(folder):
 
 
 def test_row_by_hand():
-    examples = [{"tokens": [1] * n, "label": y} for n, y in ((2, 0), (4, 0), (6, 0), (8, 7))]
+    sequences = [np.full(n, 1, np.uint8) for n in (2, 4, 6, 8)]
+    examples = from_sequences(sequences, [0, 0, 0, 1])
     assert prepare.row("task", "test", examples, 2_500_000) == [
         *("task", "test", "4", "25.0% - 75.0%"),
-        *("5", "5", "7", "2.5"),
+        *("5", "5", "7", "8", "2.5", examples.checksum()),
     ]
 
 
@@ -39,7 +46,7 @@ def test_prepares_and_prints_each_split(tmp_path):
     arguments = ("--task=listops", f"--source={tmp_path}", f"--data_dir={tmp_path / 'data'}")
     first = command(*arguments)
     assert first.returncode == 0, first.stderr
-    header, *rows = first.stdout.splitlines()[-4:]  # TFDS has its say before the table
+    header, *rows = first.stdout.splitlines()
     assert header.split()[:3] == ["task", "split", "examples"]
     assert [row.split()[:3] for row in rows] == [
         ["listops", "train", "1"],
@@ -72,3 +79,56 @@ def test_errors_are_one_line(tmp_path, arguments, message):
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert re.search(message, last)
+
+
+def workers_of(process):
+    """The processes that a preparation started."""
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    return [int(child) for child in Path(children).read_text().split()]
+
+
+def gone(pid):
+    try:
+        return "zombie" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+def test_an_interrupted_preparation_goes_on(tmp_path):
+    """Killed, stopped by Ctrl-C, and run to the end: as one that was not, and no process left."""
+    arguments = ["--task=pathfinder_small", f"--data_dir={tmp_path}"]
+    start = [sys.executable, "-m", "skyformer_jax.data.prepare", *arguments]
+    kind = "pathfinder/blocks-small_32_hard-*"
+    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        before = len(list(tmp_path.glob(f"{kind}/*.npz")))
+        process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob(f"{kind}/*.npz"))) < before + 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        workers = workers_of(process)
+        assert len(workers) >= 2
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == status
+        if number == signal.SIGINT:
+            assert stderr.splitlines()[-1].startswith("error: interrupted; start the same command")
+        deadline = time.monotonic() + 30
+        while not all(map(gone, workers)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert not list(tmp_path.glob("pathfinder/small_32_hard/*/dataset_info.json"))
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d+ of 20 blocks of images are there already", done.stderr)
+    assert not list(tmp_path.glob(kind))
+    images, labels = pathfinder.generate(20_000)
+    expected = sorted(zip(images.reshape(20_000, -1).tolist(), labels.tolist(), strict=True))
+    task = tasks.get("pathfinder_small")
+    stored = [
+        (example["tokens"].tolist(), example["label"])
+        for split in tasks.SPLITS
+        for example in task.load(split, tmp_path)
+    ]
+    assert sorted(stored) == expected

@@ -260,7 +260,9 @@ def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):
         ({"model.max_length": 20}, "at least 48"),
         ({"model.width": "wide"}, "wide"),
         ({"task": "listop"}, "did you mean 'listops'"),
-        ({"data.source": "/nowhere"}, "data.source is for listops"),
+        ({"data.source": "/nowhere"}, "takes no data.source"),
+        ({"data.buckets": "(32,16)"}, "rising lengths below model.max_length=48"),
+        ({"model.num_documents": 2}, "must be 1 for task listops_small"),
     ],
 )
 def test_bad_settings_get_one_line(tmp_path, data_dir, overrides, message):

@@ -8,8 +8,7 @@ import pytest
 from test_model import tiny_config
 
 from skyformer_jax import attention, models
-from skyformer_jax.data.batches import Examples, evaluation_rows, to_arrays, training_rows
-from skyformer_jax.errors import UserError
+from skyformer_jax.data.batches import Batch, from_sequences
 from skyformer_jax.training import checkpoints, evaluation, steps
 
 
@@ -17,13 +16,16 @@ def mesh_of(num_devices):
     return jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), (steps.AXIS,))
 
 
-def random_examples(count, seed=0):
+def random_batch(count, seed=0):
     rng = np.random.default_rng(seed)
-    return Examples(
+    return Batch(
         rng.integers(1, 16, (count, 48), np.uint8),
         rng.integers(1, 48, count, np.int32),
         rng.integers(0, 10, count, np.int32),
     )
+
+
+READING = steps.Reading()
 
 
 # Between the others and these only the attention differs, which knows nothing of devices.
@@ -38,19 +40,19 @@ def test_devices_do_not_change_the_step(name):
     """By SGD, which Adam's scale invariance would hide: 1, 2 and 8 devices, dropout and all."""
     config = tiny_config(name, num_layers=1)
     model, optimizer = models.build_model(config), optax.sgd(1.0)
-    batches = [random_examples(16, seed) for seed in range(2)]
+    batches = [random_batch(16, seed) for seed in range(2)]
 
     def run(num_devices):
         mesh = mesh_of(num_devices)
-        state = steps.init_state(0, model, optimizer, 48)
-        step = steps.make_train_step(model, optimizer, mesh, 2)
+        state = steps.init_state(0, model, optimizer, (48,))
+        step = steps.make_train_step(model, optimizer, mesh, 2, READING)
         for batch in batches:
             state, sums = step(state, steps.shard_batch(batch, mesh))
             jax.block_until_ready(sums)
         return jax.device_get((state.params, sums))
 
     params, sums = run(1)
-    initial = steps.init_state(0, model, optimizer, 48).params
+    initial = steps.init_state(0, model, optimizer, (48,)).params
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, initial)
     assert max(jax.tree.leaves(moved)) > 1e-3
     for num_devices in (2, 8):
@@ -67,11 +69,11 @@ def test_devices_do_not_change_the_step(name):
 def test_sums_start_anew_after_a_log():
     config = tiny_config("kernelized", num_layers=1)
     model, optimizer, mesh = models.build_model(config), optax.sgd(0.0), mesh_of(1)
-    state = steps.init_state(0, model, optimizer, 48)
-    step = steps.make_train_step(model, optimizer, mesh, 3)
+    state = steps.init_state(0, model, optimizer, (48,))
+    step = steps.make_train_step(model, optimizer, mesh, 3, READING)
     counts = []
     for seed in range(5):
-        state, sums = step(state, steps.shard_batch(random_examples(8, seed), mesh))
+        state, sums = step(state, steps.shard_batch(random_batch(8, seed), mesh))
         counts.append(int(sums["examples"]))
     assert counts == [8, 16, 24, 8, 16]
 
@@ -79,14 +81,19 @@ def test_sums_start_anew_after_a_log():
 def test_predictions_do_not_depend_on_batch_size_or_devices():
     config = tiny_config("skyformer")
     model = models.build_model(config)
-    variables = steps.init_state(0, model, optax.sgd(1.0), 48).variables
-    examples = random_examples(37)
+    variables = steps.init_state(0, model, optax.sgd(1.0), (48,)).variables
+    some = random_batch(37)
+    rows = zip(some.tokens, some.length, strict=True)
+    examples = from_sequences([row[:length] for row, length in rows], some.label)
     for rng in (None, jax.random.key(5)):
         results = []
-        for num_devices, batch_size in ((1, 37), (1, 5), (8, 16)):
+        # What is drawn at random depends on the padded length.
+        shorter = () if rng is not None else (16, 32)
+        for num_devices, batch_size, buckets in ((1, 37, ()), (1, 5, shorter), (8, 16, ())):
             mesh = mesh_of(num_devices)
-            predict_step = steps.make_predict_step(model, mesh)
-            logits = evaluation.predict(predict_step, variables, examples, batch_size, mesh, rng)
+            predict_step = steps.make_predict_step(model, mesh, READING)
+            batches = (batch_size, 48, buckets)
+            logits = evaluation.predict(predict_step, variables, examples, batches, mesh, rng)
             assert logits.shape == (37, 10)
             results.append(logits)
         for other in results[1:]:
@@ -119,35 +126,6 @@ def test_gradients_are_clipped_by_value():
     np.testing.assert_array_equal(*updates)
 
 
-def test_every_example_once_an_epoch_and_resumable():
-    rows = training_rows(10, 4, seed=1)
-    stream = np.concatenate([next(rows) for _ in range(25)])
-    epochs = stream.reshape(10, 10)
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert not np.array_equal(epochs[0], epochs[1])
-    for first in (1, 2, 7, 20):
-        later = training_rows(10, 4, seed=1, first_step=first)
-        np.testing.assert_array_equal(next(later), stream[4 * first : 4 * first + 4])
-    big = training_rows(3, 8, seed=0)  # a batch of several epochs
-    assert sorted(np.concatenate([next(big) for _ in range(3)])) == sorted([*range(3)] * 8)
-
-
-def test_evaluation_sees_every_example_once():
-    seen = np.concatenate([rows[:count] for rows, count in evaluation_rows(11, 4)])
-    np.testing.assert_array_equal(seen, np.arange(11))
-
-
-def test_to_arrays():
-    source = [{"tokens": np.array([3, 4]), "label": 1}, {"tokens": np.array([5]), "label": 0}]
-    tokens, length, label = to_arrays(source, 3)
-    np.testing.assert_array_equal(tokens, [[3, 4, 0], [5, 0, 0]])
-    assert (list(length), list(label), tokens.dtype) == ([2, 1], [1, 0], np.uint8)
-    with pytest.raises(UserError, match="max_length=1"):
-        to_arrays(source, 1)
-    with pytest.raises(UserError, match="empty"):
-        to_arrays([], 3)
-
-
 def test_score_and_interval():
     logits = np.array([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -163,11 +141,11 @@ def test_what_is_fixed_stays_through_training_and_checkpoints(tmp_path):
     """Performer's features: another than those at init would be silently wrong at evaluation."""
     config = tiny_config("performer", num_layers=1)
     model, optimizer, mesh = models.build_model(config), optax.sgd(1.0), mesh_of(2)
-    state = steps.init_state(0, model, optimizer, 48)
+    state = steps.init_state(0, model, optimizer, (48,))
     before = jax.device_get(state.fixed)
     assert len(jax.tree.leaves(before)) == 1
-    step = steps.make_train_step(model, optimizer, mesh, 2)
-    state, _ = step(state, steps.shard_batch(random_examples(16), mesh))
+    step = steps.make_train_step(model, optimizer, mesh, 2, READING)
+    state, _ = step(state, steps.shard_batch(random_batch(16), mesh))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.fixed), before)
     meta = {"step": 1, "validation": None}
     with checkpoints.open_manager(tmp_path) as manager:

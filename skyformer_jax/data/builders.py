@@ -1,23 +1,132 @@
-"""The data sets as TFDS builders: stored once as array_record, read without TensorFlow."""
+"""The data sets as TFDS builders: stored once as array_record, read without TensorFlow.
 
-import contextlib
+What each stores is the same whatever form of the source it was made from: reviews and photographs
+are put in the order of their contents' hashes, and Pathfinder images are divided by their names'.
+"""
+
 import dataclasses
-import fcntl
-import json
+import functools
+import itertools
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-import tqdm
 
-from skyformer_jax.data import listops
+from skyformer_jax.data import (
+    archives,
+    image,
+    listops,
+    parallel,
+    pathfinder,
+    pathfinder_files,
+    retrieval,
+    sources,
+    splits,
+    text,
+)
 from skyformer_jax.errors import UserError
+from skyformer_jax.progress import Progress, say, track
 
-_SOURCE_FILE = "source_sizes.json"  # in a data set made from published files: what they were
+SPLITS = ("train", "validation", "test")
+_LRA_HOMEPAGE = "https://github.com/google-research/long-range-arena"
+_LRA_CITATION = "Tay et al., Long Range Arena, 2020, arXiv 2011.04006"
+
+Documents = tuple[np.ndarray, ...]
+# Documents, uint8 each, and labels, uint8 [documents].
+Rows = tuple[Sequence[np.ndarray], np.ndarray]
+# Makes the examples of one file of a data set: documents (uint8 each) and a label.
+Shard = Callable[[], Iterator[tuple[Documents, int]]]
+
+
+class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """What the six have in common.
+
+    Attributes:
+      source: the folder or archive with the published files, or None to do without.
+      notes: what was found odd in the source, one text each.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    DESCRIPTION: ClassVar[str]
+    HOMEPAGE: ClassVar[str] = _LRA_HOMEPAGE
+    CITATION: ClassVar[str]
+    NUM_CLASSES: ClassVar[int]
+    NUM_DOCUMENTS: ClassVar[int] = 1
+
+    source: Path | None = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        tokens = tfds.features.Tensor(
+            shape=(None,), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.DESCRIPTION,
+            homepage=self.HOMEPAGE,
+            citation=f"{self.CITATION}; {_LRA_CITATION}",
+            features=tfds.features.FeaturesDict(
+                {
+                    **{name: tokens for name in document_features(self.NUM_DOCUMENTS)},
+                    "label": tfds.features.ClassLabel(num_classes=self.NUM_CLASSES),
+                }
+            ),
+        )
+
+    @functools.cached_property
+    def notes(self) -> list[str]:
+        """See the class."""
+        return []
+
+    def report(self, note: str) -> None:
+        """Says something odd, and keeps it with the data set."""
+        say(f"{self.name}: {note}")
+        self.notes.append(note)
+
+    def source_files(self) -> list[Path]:
+        """The files that the source is recognised by; none for a folder of very many.
+
+        Raises:
+          UserError: if the source is not what it should be, saying what that is.
+        """
+        raise NotImplementedError
+
+    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
+        """What makes the files of each split."""
+        raise NotImplementedError
+
+    def clean_up(self) -> None:
+        """Removes what the preparation needed and the data set does not."""
+
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> Mapping[str, Sequence[Callable[[], Iterator]]]:
+        return {
+            split: [functools.partial(self._encoded, shard) for shard in shards]
+            for split, shards in self.shards(dl_manager).items()
+        }
+
+    def _encoded(self, shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
+        names = document_features(self.NUM_DOCUMENTS)
+        for i, (documents, label) in enumerate(shard()):
+            yield i, {**dict(zip(names, documents, strict=True)), "label": label}
+
+
+def document_features(num_documents: int) -> tuple[str, ...]:
+    """Names of the features that hold an example's documents."""
+    return ("tokens",) if num_documents == 1 else ("tokens_1", "tokens_2")
+
+
+def _rows(values: Sequence[np.ndarray], labels: np.ndarray, what: str) -> Shard:
+    """A shard of one document each that lies in memory."""
+
+    def examples() -> Iterator[tuple[Documents, int]]:
+        for value, label in track(zip(values, labels, strict=True), len(labels), what):
+            yield (value,), int(label)
+
+    return examples
 
 
 @dataclasses.dataclass
@@ -35,10 +144,16 @@ class ListopsConfig(tfds.core.BuilderConfig):
     seed: int = 0
 
 
-class Listops(tfds.core.GeneratorBasedBuilder):
-    """ListOps: tokens (uint8 ids, see listops.SYMBOLS) and the value 0..9 of the expression."""
+class Listops(LraBuilder):
+    """ListOps: tokens (ids, see listops.SYMBOLS) and the value 0..9 of the expression."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")  # 1.0.0 had another order
+    DESCRIPTION = "Nested operations on digits, classified by their value."
+    CITATION = (
+        "Nangia and Bowman, ListOps: A Diagnostic Dataset for Latent Tree Learning, 2018, "
+        "arXiv 1804.06028"
+    )
+    NUM_CLASSES = 10
     BUILDER_CONFIGS = (
         ListopsConfig(
             name="generated",
@@ -56,194 +171,369 @@ class Listops(tfds.core.GeneratorBasedBuilder):
             sizes=(50_000, 2_000, 5_000),
         ),
     )
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Only for the config official: the folder with the three files."
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Nested operations on digits, classified by their value.",
-            homepage="https://github.com/google-research/long-range-arena",
-            citation=(
-                "Nangia and Bowman, ListOps: A Diagnostic Dataset for Latent Tree Learning, 2018, "
-                "arXiv 1804.06028; Tay et al., Long Range Arena, 2020, arXiv 2011.04006"
-            ),
-            features=tfds.features.FeaturesDict(
-                {
-                    "tokens": tfds.features.Tensor(
-                        shape=(None,), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-                    ),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-            ),
-        )
+    def source_files(self) -> list[Path]:
+        """The three published files."""
+        return list(_listops_files(self.source).values())
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
+        """Read, or generated."""
+        del dl_manager
         config = self.builder_config
         if config.grammar is None:
-            folder = _official_folder(dl_manager.manual_dir)
             return {
-                split: _examples(*listops.read_tsv(folder / f"basic_{name}.tsv"))
-                for split, name in (("train", "train"), ("validation", "val"), ("test", "test"))
+                split: [_rows(*listops.read_tsv(path), path.name)]
+                for split, path in _listops_files(self.source).items()
             }
-        total = sum(config.sizes)
-        with _bar(total, "generating ListOps") as bar:
-            sequences, labels = listops.generate(
-                total, seed=config.seed, grammar=config.grammar, progress=bar.update
+        progress = Progress(sum(config.sizes), "generating ListOps")
+        sequences, labels = listops.generate(
+            sum(config.sizes), seed=config.seed, grammar=config.grammar, progress=progress.update
+        )
+        progress.close()
+        ends = np.cumsum(config.sizes)
+        return {
+            split: [_rows(sequences[end - size : end], labels[end - size : end], split)]
+            for split, size, end in zip(SPLITS, config.sizes, ends, strict=True)
+        }
+
+
+def _listops_files(source: Path) -> dict[str, Path]:
+    """The three files by split; UserError naming what is missing."""
+    names = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
+    folder = archives.find_in_release(source, "listops-1000", list(names.values()))
+    return {split: folder / name for split, name in names.items()}
+
+
+@dataclasses.dataclass
+class HeldOutConfig(tfds.core.BuilderConfig):
+    """A data set that is published as train and test.
+
+    Attributes:
+      sizes: published examples of train and test.
+      num_validation: of train, held out by the hashes of their contents, equally many a class.
+    """
+
+    sizes: tuple[int, int] = (0, 0)
+    num_validation: int = 0
+
+
+class HeldOutBuilder(LraBuilder, skip_registration=True):
+    """A data set that is published as train and test, in an archive that can be downloaded.
+
+    Each split is stored in the order of its contents' hashes.
+    """
+
+    URL: ClassVar[str]
+    PUBLISHED: ClassVar[archives.Published]
+    TFDS_NAME: ClassVar[str]
+
+    def read(self, place: Path, sizes: Mapping[str, int]) -> dict[str, Rows]:
+        """Train and test, from the folder or archive as published."""
+        raise NotImplementedError
+
+    def read_prepared(self, folder: Path, split: str, size: int) -> Rows:
+        """A split, from a folder in which TFDS prepared its own data set."""
+        raise NotImplementedError
+
+    def source_files(self) -> list[Path]:
+        """The archive; or the files of the folder, where they are few."""
+        if sources.prepared_by_tfds(self.TFDS_NAME, self.source):
+            return []
+        place = archives.locate(self.source, self.PUBLISHED)
+        return [place] if place.is_file() else sorted(place.glob("*.bin"))
+
+    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
+        """Read from files, from what TFDS prepared, or from the downloaded archive."""
+        config = self.builder_config
+        sizes = dict(zip(("train", "test"), config.sizes, strict=True))
+        prepared = sources.prepared_by_tfds(self.TFDS_NAME, self.source)
+        if prepared:
+            say(f"reading {prepared}")
+            rows = {
+                split: self.read_prepared(prepared, split, size) for split, size in sizes.items()
+            }
+        else:
+            place = self.source or sources.download(
+                self.URL, self.PUBLISHED, Path(self.data_dir_root), dl_manager
             )
-        splits, start = {}, 0
-        for split, size in zip(("train", "validation", "test"), config.sizes, strict=True):
-            stop = start + size
-            splits[split] = _examples(sequences[start:stop], labels[start:stop])
-            start = stop
-        return splits
-
-    def _generate_examples(self) -> None:
-        raise NotImplementedError("each split has its own generator")
-
-
-def _examples(sequences: Sequence[np.ndarray], labels: np.ndarray) -> Iterator[tuple[int, dict]]:
-    for i, (sequence, label) in enumerate(zip(sequences, labels, strict=True)):
-        yield i, {"tokens": sequence, "label": int(label)}
+            rows = self.read(place, sizes)
+        for split, (values, labels) in rows.items():
+            hashes = np.array([splits.content_hash(value) for value in values], np.uint64)
+            order = np.lexsort((labels, hashes))
+            rows[split] = [values[i] for i in order], labels[order]
+        values, labels = rows["train"]
+        held_out = splits.hold_out(values, labels, config.num_validation, seed=0)
+        for split, chosen in (("train", ~held_out), ("validation", held_out)):
+            rows[split] = [values[i] for i in np.flatnonzero(chosen)], labels[chosen]
+        return {split: [_rows(*rows[split], f"storing {self.name} {split}")] for split in SPLITS}
 
 
-def _official_folder(source: Path) -> Path:
-    """Where in source the three files are; UserError naming what is missing."""
-    names = [f"basic_{name}.tsv" for name in ("train", "val", "test")]
-    places = [Path(source) / below for below in ("", "listops-1000", "lra_release/listops-1000")]
-    for place in places:
-        if all((place / name).is_file() for name in names):
-            return place
-    raise UserError(
-        f"{source} does not hold {', '.join(names)}, nor does listops-1000/ in it; "
-        "name the folder of the unpacked lra_release"
+class Text(HeldOutBuilder):
+    """IMDB reviews: bytes, and 1 for a positive one. Train, and 2,500 held out of it; test."""
+
+    URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+    PUBLISHED = text.PUBLISHED
+    TFDS_NAME = "imdb_reviews"
+    DESCRIPTION = "Movie reviews as bytes, classified as negative (0) or positive (1)."
+    CITATION = "Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011"
+    NUM_CLASSES = 2
+    BUILDER_CONFIGS = (
+        HeldOutConfig(
+            name="imdb",
+            description="All 50,000 labelled reviews, whole.",
+            sizes=(25_000, 25_000),
+            num_validation=2_500,
+        ),
+    )
+
+    def read(self, place: Path, sizes: Mapping[str, int]) -> dict[str, Rows]:
+        """See the base."""
+        reviews = text.read_reviews(place, sizes=sizes, report=self.report)
+        return {split: (_as_arrays(texts), labels) for split, (texts, labels) in reviews.items()}
+
+    def read_prepared(self, folder: Path, split: str, size: int) -> Rows:
+        """See the base."""
+        texts, labels = sources.read_tfds_reviews(folder, split, size)
+        return _as_arrays(texts), labels
+
+
+def _as_arrays(texts: Sequence[bytes]) -> list[np.ndarray]:
+    return [np.frombuffer(one, np.uint8) for one in texts]
+
+
+class Image(HeldOutBuilder):
+    """CIFAR-10 in gray: 1,024 pixels, row by row, and 10 classes. 5,000 of train held out."""
+
+    URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+    PUBLISHED = image.PUBLISHED
+    TFDS_NAME = "cifar10"
+    DESCRIPTION = "Photographs of 32 x 32 gray pixels (ITU-R 601 luma, 0..255), row by row."
+    HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+    CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
+    NUM_CLASSES = 10
+    BUILDER_CONFIGS = (
+        HeldOutConfig(
+            name="cifar10",
+            description="All 60,000 photographs.",
+            sizes=(50_000, 10_000),
+            num_validation=5_000,
+        ),
+    )
+
+    def read(self, place: Path, sizes: Mapping[str, int]) -> dict[str, Rows]:
+        """See the base."""
+        photographs = image.read_cifar10(place, sizes=sizes)
+        return {split: (image.to_gray(rgb), labels) for split, (rgb, labels) in photographs.items()}
+
+    def read_prepared(self, folder: Path, split: str, size: int) -> Rows:
+        """See the base."""
+        rgb, labels = sources.read_tfds_photographs(folder, split, size)
+        return image.to_gray(rgb), labels
+
+
+@dataclasses.dataclass
+class RetrievalConfig(tfds.core.BuilderConfig):
+    """A set of pairs of documents.
+
+    Attributes:
+      sizes: pairs of train, validation and test.
+      length: bytes kept of each document.
+    """
+
+    sizes: tuple[int, int, int] = (147_086, 18_090, 17_437)
+    length: int = 4_000
+
+
+class Retrieval(LraBuilder):
+    """AAN: two papers as bytes, and 1 if one cites the other."""
+
+    DESCRIPTION = (
+        "Pairs of papers' texts as bytes, the first 4,000 of each; 1 if one cites the other."
+    )
+    CITATION = "Radev et al., The ACL Anthology Network Corpus, 2013"
+    NUM_CLASSES = 2
+    NUM_DOCUMENTS = 2
+    BUILDER_CONFIGS = (
+        RetrievalConfig(name="aan", description="The files new_aan_pairs.{train,eval,test}.tsv."),
+    )
+
+    def source_files(self) -> list[Path]:
+        """The three published files."""
+        return list(retrieval.find_files(self.source).values())
+
+    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
+        """Streamed, one pair after another."""
+        del dl_manager
+        if self.source is None:
+            raise UserError(
+                "Retrieval has no download: unpack lra_release, which holds "
+                "tsv_data/new_aan_pairs.{train,eval,test}.tsv, and name its folder as the source"
+            )
+        config = self.builder_config
+        paths = retrieval.find_files(self.source)
+
+        def pairs(split: str, size: int) -> Iterator[tuple[Documents, int]]:
+            read = retrieval.read_pairs(paths[split], size, report=self.report)
+            for *documents, label in track(read, size, paths[split].name, "pairs"):
+                yield tuple(np.frombuffer(d[: config.length], np.uint8) for d in documents), label
+
+        return {
+            split: [functools.partial(pairs, split, size)]
+            for split, size in zip(SPLITS, config.sizes, strict=True)
+        }
+
+
+@dataclasses.dataclass
+class PathfinderConfig(tfds.core.BuilderConfig):
+    """A variety of Pathfinder.
+
+    Attributes:
+      size: pixels of a side.
+      difficulty: by the length of the two contours, see pathfinder.DIFFICULTIES.
+      num_images: how many are generated; None for the published files.
+      seed: of the generated ones.
+    """
+
+    size: int = 32
+    difficulty: str = "hard"
+    num_images: int | None = 200_000
+    seed: int = 0
+
+
+def pathfinder_config(size: int, difficulty: str, kind: str) -> PathfinderConfig:
+    """Kind is "generated", "official" or "small", the first 20,000 of the generated ones."""
+    return PathfinderConfig(
+        name=f"{kind}_{size}_{difficulty}",
+        description=f"{kind} images of {size} x {size} pixels, {difficulty}.",
+        size=size,
+        difficulty=difficulty,
+        num_images={"generated": 200_000, "official": None, "small": 20_000}[kind],
     )
 
 
-def _file_sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("basic_*.tsv"))}
+class Pathfinder(LraBuilder):
+    """Pathfinder: gray pixels, row by row, and 1 if one contour joins the two discs."""
 
+    DESCRIPTION = "Two dashed contours among others; 1 if the two discs are the ends of one."
+    CITATION = (
+        "Linsley et al., Learning long-range spatial dependencies with horizontal gated recurrent "
+        "units, NeurIPS 2018, arXiv 1805.08315"
+    )
+    NUM_CLASSES = 2
+    BUILDER_CONFIGS = tuple(
+        itertools.starmap(
+            pathfinder_config,
+            itertools.product(
+                pathfinder.SIZES, pathfinder.DIFFICULTIES, ("generated", "official", "small")
+            ),
+        )
+    )
+    _BLOCKS_A_FILE = 25
 
-def _check_same_source(place: Path, folder: Path) -> None:
-    """UserError if the data set was made from other files than those of the folder."""
-    record = place / _SOURCE_FILE
-    if record.exists() and json.loads(record.read_text()) != _file_sizes(folder):
-        raise UserError(
-            f"the data set in {place} was made from other files than those in {folder}; "
-            "name another data.dir, or delete that folder to make it again"
+    def source_files(self) -> list[Path]:
+        """The metadata files."""
+        config = self.builder_config
+        return pathfinder_files.find_metadata(
+            self.source, config.size, pathfinder.DIFFICULTIES[config.difficulty]
         )
 
+    @property
+    def workplace(self) -> Path:
+        """Where blocks of images lie until all are there."""
+        config = self.builder_config
+        name = f"blocks-{config.name}-{config.seed}-{self.VERSION}"
+        return Path(self.data_dir_root) / self.name / name
 
-def _bar(total: int, what: str) -> tqdm.tqdm:
-    return tqdm.tqdm(total=total, desc=what, unit=" examples", disable=not sys.stderr.isatty())
+    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
+        """Blocks of images, made or read by all cores, then put together."""
+        del dl_manager
+        self.workplace.mkdir(parents=True, exist_ok=True)
+        name = self.builder_config.name
+        make_blocks = self._read if self.builder_config.num_images is None else self._generate
+        num_blocks = make_blocks()
 
+        def images(split: str, blocks: Sequence[int]) -> Iterator[tuple[Documents, int]]:
+            for block in blocks:
+                with np.load(self._block_file(block)) as arrays:
+                    pixels, labels = arrays[f"{split}_pixels"], arrays[f"{split}_labels"]
+                progress[split].update(len(labels))
+                for row, label in zip(pixels, labels, strict=True):
+                    yield (row,), int(label)
 
-def _builder(config: str | ListopsConfig, data_dir: str) -> Listops:
-    return Listops(
-        config=config, data_dir=str(Path(data_dir).expanduser()), file_format="array_record"
-    )
+        totals = self._totals(num_blocks)
+        progress = {split: Progress(totals[split], f"storing {name} {split}") for split in SPLITS}
+        files = [
+            range(start, min(start + self._BLOCKS_A_FILE, num_blocks))
+            for start in range(0, num_blocks, self._BLOCKS_A_FILE)
+        ]
+        return {
+            split: [functools.partial(images, split, blocks) for blocks in files]
+            for split in SPLITS
+        }
 
+    def _generate(self) -> int:
+        """Makes the blocks that an interrupted preparation has not made; returns their number."""
+        config = self.builder_config
+        num_blocks = -(-config.num_images // pathfinder.CHUNK)
+        missing = [i for i in range(num_blocks) if not self._block_file(i).exists()]
+        if len(missing) < num_blocks:
+            say(f"{num_blocks - len(missing)} of {num_blocks} blocks of images are there already")
+        counts = [min(pathfinder.CHUNK, config.num_images - i * pathfinder.CHUNK) for i in missing]
+        made = parallel.ordered_map(
+            pathfinder.generate_chunk,
+            (
+                (config.size, config.difficulty, config.seed, i, count)
+                for i, count in zip(missing, counts, strict=True)
+            ),
+        )
+        progress = Progress(sum(counts), f"drawing {config.name}", "images")
+        for block, (images, labels) in zip(missing, made, strict=True):
+            names = [f"imgs/{block}/sample_{i}.png" for i in range(len(labels))]
+            self._store(block, names, images, labels)
+            progress.update(len(images))
+        progress.close()
+        return num_blocks
 
-def prepare(config: str | ListopsConfig, data_dir: str, source: str | None = None) -> None:
-    """Makes a data set unless it is there.
+    def _read(self) -> int:
+        """Reads the published files; returns the number of blocks."""
+        config = self.builder_config
+        blocks = pathfinder_files.read_folder(
+            self.source,
+            config.size,
+            pathfinder.DIFFICULTIES[config.difficulty],
+            report=self.report,
+        )
+        num_blocks = len(self.source_files())
+        read = track(blocks, num_blocks, f"reading {config.name}", "blocks")
+        for block, (names, images, labels) in enumerate(read):
+            self._store(block, names, images, labels)
+        return num_blocks
 
-    A process that is killed here leaves nothing that looks finished; several at once wait for
-    the one that began.
+    def _block_file(self, block: int) -> Path:
+        return self.workplace / f"{block}.npz"
 
-    Args:
-      config: of Listops: "generated", "official", "small", or one of the caller's own.
-      data_dir: folder of all data sets.
-      source: folder of the published files, for "official".
+    def _store(
+        self, block: int, names: Sequence[str], images: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """Stores a block's images, divided by the hashes of their names."""
+        chosen = np.array([splits.split_by_name(name) for name in names])
+        pixels = images.reshape(len(images), -1)
+        arrays = {f"{split}_pixels": pixels[chosen == split] for split in SPLITS}
+        arrays |= {f"{split}_labels": labels[chosen == split] for split in SPLITS}
+        partial = self._block_file(block).with_suffix(".tmp")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        partial.replace(self._block_file(block))
 
-    Raises:
-      UserError: if the source is missing or malformed.
-    """
-    builder = _builder(config, data_dir)
-    place = Path(builder.data_dir)
-    official = builder.builder_config.grammar is None
-    if place.is_dir():
-        if official and source and Path(source).is_dir():
-            _check_same_source(place, _official_folder(Path(source)))
-        return
-    if official:
-        _official_folder(Path(source or data_dir))  # TFDS asserts that the folder exists
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"data.dir={data_dir} cannot be made a folder ({error.strerror}); name another"
-        ) from None
-    with (place.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if place.is_dir():
-            return
-        for leftover in place.parent.glob("incomplete.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        print(f"preparing {builder.info.full_name} in {data_dir}", file=sys.stderr)
-        # TFDS prints what it does; standard output is the caller's.
-        with _quiet_tfds(), contextlib.redirect_stdout(sys.stderr):
-            builder.download_and_prepare(
-                download_config=tfds.download.DownloadConfig(manual_dir=source or data_dir)
-            )
-        if official:
-            sizes = _file_sizes(_official_folder(Path(source or data_dir)))
-            (place / _SOURCE_FILE).write_text(json.dumps(sizes))
+    def _totals(self, num_blocks: int) -> dict[str, int]:
+        """Images of each split."""
+        totals = dict.fromkeys(SPLITS, 0)
+        for block in range(num_blocks):
+            with np.load(self._block_file(block)) as arrays:
+                for split in SPLITS:
+                    totals[split] += len(arrays[f"{split}_labels"])
+        return totals
 
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Keeps TFDS's own bars, one below the other, for terminals."""
-    if sys.stderr.isatty():
-        yield
-        return
-    tfds.disable_progress_bar()
-    try:
-        yield
-    finally:
-        tfds.enable_progress_bar()
-
-
-class _Source(Sequence):
-    """A split in memory as it was stored: [i] -> {"tokens": uint8 array, "label": int}."""
-
-    def __init__(self, examples: list[Mapping[str, Any]]) -> None:
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        example = self._examples[i]
-        return {"tokens": example["tokens"], "label": int(example["label"])}
-
-
-def load(config: str | ListopsConfig, split: str, data_dir: str) -> Sequence[dict[str, Any]]:
-    """A split of a prepared data set, read whole.
-
-    Args:
-      config: as prepare.
-      split: "train", "validation" or "test".
-      data_dir: as prepare.
-
-    Returns:
-      A sequence of {"tokens": uint8 array, unpadded, "label": int}.
-
-    Raises:
-      UserError: if it is not prepared, or a file of it is missing or damaged.
-    """
-    builder = _builder(config, data_dir)
-    place = Path(builder.data_dir)
-    if not place.is_dir():
-        raise UserError(f"{place} is missing; prepare it by python -m skyformer_jax.data.prepare")
-    if split not in builder.info.splits:
-        raise UserError(f"unknown split {split!r}; choose one of: {', '.join(builder.info.splits)}")
-    try:
-        source = builder.as_data_source(split=split)
-        examples = list(source.__getitems__(range(len(source))))
-    except Exception as error:  # of TFDS, array_record and the parser of examples alike
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"the data set in {place} is damaged: {reason}; delete that folder to make it again"
-        ) from None
-    if len(examples) != builder.info.splits[split].num_examples or not examples:
-        raise UserError(f"split {split} in {place} is incomplete; delete that folder to remake it")
-    return _Source(examples)
+    def clean_up(self) -> None:
+        """Removes the blocks."""
+        shutil.rmtree(self.workplace)

@@ -6,12 +6,15 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
+# Python's own helper process clears up what an interrupted program left, and need not say so.
+_QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
 def num_cores() -> int:
@@ -36,6 +39,8 @@ def ordered_map(
     if workers == 1:
         yield from itertools.starmap(function, arguments)
         return
+    if _QUIET not in sys.warnoptions:
+        sys.warnoptions.append(_QUIET)  # handed on to that process
     # Not forked: JAX's threads would not survive that.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:

@@ -1,33 +1,40 @@
-"""Prepares a task's data set, and says what is in it.
+"""Prepares the tasks' data sets, and says what is in them.
 
-python -m skyformer_jax.data.prepare --task=listops [--source=DIR] [--data_dir=data]
+python -m skyformer_jax.data.prepare --task=all [--source=DIR] [--data_dir=data]
+
+Without a source ListOps and Pathfinder are generated, and Text and Image downloaded. The source is
+a folder as published: lra_release, aclImdb, cifar-10-batches-bin, an archive of these, or a folder
+in which TFDS prepared imdb_reviews or cifar10; or one that holds several of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags
 
 from skyformer_jax import cli, tasks
-from skyformer_jax.data import builders
+from skyformer_jax.data.batches import Examples
+from skyformer_jax.errors import UserError
+from skyformer_jax.progress import say
 
-_HEADER = ("task", "split", "examples", "label share", "mean", "median", "p90", "MB on disk")
+_HEADER = (
+    *("task", "split", "examples", "classes' shares"),
+    *("mean length", "median", "p90", "longest", "MB on disk", "checksum"),
+)
 
 
-def row(task: str, split: str, examples: Sequence[Mapping[str, Any]], num_bytes: int) -> list[str]:
+def row(task: str, split: str, examples: Examples, num_bytes: int) -> list[str]:
     """One line of the table, as text in the order of _HEADER.
 
     Args:
       task: name of the task.
       split: name of the split.
-      examples: at least one {"tokens": integers, "label": int}.
+      examples: at least one.
       num_bytes: the split's files on disk.
     """
-    lengths = np.array([len(example["tokens"]) for example in examples])
-    _, counts = np.unique([example["label"] for example in examples], return_counts=True)
-    shares = counts / counts.sum()
+    lengths = examples.lengths
+    shares = np.bincount(examples.label) / len(examples)
     return [
         task,
         split,
@@ -36,7 +43,9 @@ def row(task: str, split: str, examples: Sequence[Mapping[str, Any]], num_bytes:
         f"{lengths.mean():.0f}",
         f"{np.median(lengths):.0f}",
         f"{np.percentile(lengths, 90):.0f}",
+        f"{lengths.max()}",
         f"{num_bytes / 1e6:.1f}",
+        examples.checksum(),
     ]
 
 
@@ -50,30 +59,57 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def main(task_name: str, data_dir: str, source: str | None) -> None:
-    """Prepares what is missing and prints the table.
+def rows_of(task: tasks.Task, data_dir: str, source: str | None) -> list[list[str]]:
+    """Prepares a task's data set if it is missing; one row for each split.
 
     Raises:
       UserError: as the task's load.
     """
-    task = tasks.get(task_name)
-    variety = "official" if source else task.variety
     rows = []
     for split in tasks.SPLITS:
         examples = task.load(split, data_dir, source=source)
-        builder = builders.Listops(
-            config=variety, data_dir=str(Path(data_dir).expanduser()), file_format="array_record"
-        )
-        files = builder.info.splits[split].filepaths
+        files = task.data_set(data_dir, source=source).info.splits[split].filepaths
         rows.append(row(task.name, split, examples, sum(file.stat().length for file in files)))
-    print(table(rows))
+    return rows
+
+
+def main(name: str, data_dir: str, source: str | None) -> None:
+    """Prepares one task, or all six of the benchmark, and prints the table.
+
+    Of all six, one that cannot be had does not keep the others from being prepared; and one that
+    is not in the source is generated or downloaded.
+
+    Raises:
+      UserError: as the task's load; for all six at the end, naming those that failed.
+    """
+    if name != "all":
+        print(table(rows_of(tasks.get(name), data_dir, source)))
+        return
+    if source and not Path(source).expanduser().exists():
+        raise UserError(f"--source={source} does not exist")
+    rows, failed = [], []
+    for task in tasks.BENCHMARK:
+        found = source if source and task.is_in(source) else None
+        if source and not found:
+            say(f"{source} does not hold {task.name}: generated or downloaded instead")
+        try:
+            rows += rows_of(task, data_dir, found)
+        except UserError as error:
+            failed.append(f"{task.name}: {error}")
+            say(failed[-1])
+    if rows:
+        print(table(rows))
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(tasks.BENCHMARK)} tasks failed: {'; '.join(failed)}"
+        )
 
 
 if __name__ == "__main__":
     # Defined here, so that importing this module adds no flags to another program.
-    _TASK = flags.DEFINE_enum("task", None, tasks.NAMES, "Which task's data set.", required=True)
-    _SOURCE = flags.DEFINE_string(
-        "source", None, "Folder of the published files, if not generated."
+    _TASK = flags.DEFINE_enum(
+        "task", None, ("all", *tasks.NAMES), "Which task's data set.", required=True
     )
+    _SOURCE = flags.DEFINE_string("source", None, "Folder or archive of the published files.")
     _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of all data sets.")
     cli.run(lambda: main(_TASK.value, _DATA_DIR.value, _SOURCE.value))

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from skyformer_jax.errors import UserError
-from skyformer_jax.training.logs import say
+from skyformer_jax.progress import say
 
 # Metric of a checkpoint that was saved on the way, without a validation: never the best.
 NOT_VALIDATED = -1.0

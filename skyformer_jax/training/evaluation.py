@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 import skyformer_jax.config
 from skyformer_jax import tasks
 from skyformer_jax.attention import REGISTRY
-from skyformer_jax.data.batches import Examples, evaluation_rows, to_arrays
+from skyformer_jax.data import store
+from skyformer_jax.data.batches import Examples, evaluation_batches, padded_length
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
 from skyformer_jax.training import checkpoints, steps
@@ -25,21 +26,33 @@ from skyformer_jax.training import checkpoints, steps
 _IN_FLIGHT = 8
 
 
-def load_split(config: ml_collections.ConfigDict, split: str) -> Any:
-    """The examples of a split as the config's task gives them, unpadded."""
-    return tasks.get(config.task).load(
+def load_split(config: ml_collections.ConfigDict, split: str) -> Examples:
+    """The examples of a split as the config's task gives them.
+
+    Raises:
+      UserError: as the task's load; or if one is longer than model.max_length.
+    """
+    task = tasks.get(config.task)
+    examples = task.load(
         split,
         config.data.dir,
         source=config.data.source or None,
-        brackets=config.data.brackets,
+        **{option: config.data[option] for option in task.options if option in config.data},
     )
+    padded_length(int(examples.lengths.max()), config.model.max_length, ())
+    return examples
+
+
+def reading(config: ml_collections.ConfigDict) -> steps.Reading:
+    """How the model's tokens and mask are had from the task's bytes."""
+    return steps.Reading(tasks.get(config.task).shift, config.data.get("mask_zeros", False))
 
 
 def predict(
     predict_step: Callable[..., jax.Array],
     variables: Any,
     examples: Examples,
-    batch_size: int,
+    batches: tuple[int, int, Sequence[int]],
     mesh: jax.sharding.Mesh,
     rng: jax.Array | None = None,
 ) -> np.ndarray:
@@ -49,26 +62,31 @@ def predict(
       predict_step: of steps.make_predict_step.
       variables: the model's, of the TrainState.
       examples: the split.
-      batch_size: a multiple of the number of devices; it does not change the result.
+      batches: their size, a multiple of the number of devices, the length to pad to, and shorter
+        ones for short examples, see evaluation_batches; they do not change the result.
       mesh: of the devices.
       rng: draws landmarks; None is deterministic.
     """
-    outstanding, done = collections.deque(), []
+    outstanding, logits = collections.deque(), None
 
     def fetch() -> None:
-        logits, count = outstanding.popleft()
-        done.append(np.asarray(logits)[:count])
+        nonlocal logits
+        rows, some = outstanding.popleft()
+        some = np.asarray(some)
+        if logits is None:
+            logits = np.zeros((len(examples), some.shape[1]), some.dtype)
+        logits[rows] = some[: len(rows)]
 
-    first = 0
-    for rows, count in evaluation_rows(len(examples.label), batch_size):
-        batch = steps.shard_batch(examples.take(rows), mesh)
-        outstanding.append((predict_step(variables, batch, rng, first), count))
-        first += count
+    size, max_length, buckets = batches
+    for rows, batch in evaluation_batches(examples, size, max_length, buckets=buckets):
+        places = np.pad(rows, (0, size - len(rows))).astype(np.int32)
+        batch, places = steps.shard_batch((batch, places), mesh)
+        outstanding.append((rows, predict_step(variables, batch, rng, places)))
         if len(outstanding) > _IN_FLIGHT:
             fetch()
     while outstanding:
         fetch()
-    return np.concatenate(done)
+    return logits
 
 
 def score(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -119,7 +137,7 @@ def evaluate(
     Returns:
       What the file holds: accuracy and interval in 0..1, loss in nats,
       confusion[label][prediction], accuracy of each class, floors, seconds, checkpoint and
-      config digest.
+      config digest, and what the data were.
 
     Raises:
       UserError: if the workdir, the checkpoint or the data are not there or damaged.
@@ -138,19 +156,19 @@ def evaluate(
     state, meta = checkpoints.restore(
         directory, step, steps.abstract_state(config, model, optimizer, mesh)
     )
-    source = load_split(config, split)
-    examples = to_arrays(source, config.model.max_length)
+    task = tasks.get(config.task)
+    examples = load_split(config, split)
 
     batch_size = -(-(batch_size or config.train.batch_size) // mesh.size) * mesh.size
-    predict_step = steps.make_predict_step(model, mesh)
+    batches = (batch_size, config.model.max_length, config.data.get("buckets", ()))
+    predict_step = steps.make_predict_step(model, mesh, reading(config))
     start = time.perf_counter()
-    logits = predict(predict_step, state.variables, examples, batch_size, mesh)
+    logits = predict(predict_step, state.variables, examples, batches, mesh)
     seconds = time.perf_counter() - start
+    batches = (batch_size, config.model.max_length, ())  # draws depend on the padded length
     drawn = [
         score(
-            predict(
-                predict_step, state.variables, examples, batch_size, mesh, jax.random.key(draw)
-            ),
+            predict(predict_step, state.variables, examples, batches, mesh, jax.random.key(draw)),
             examples.label,
         )["accuracy"]
         for draw in range(landmark_draws)
@@ -169,13 +187,17 @@ def evaluate(
         "accuracy": scores["accuracy"],
         "interval_95": wilson_interval(scores["accuracy"], len(examples.label)),
         "loss": round(scores["loss"], 6),  # further digits depend on the batch size
-        "floors": tasks.get(config.task).floors(source),
+        "floors": task.floors(examples),
         "per_class_accuracy": [
             row[i] / row.sum() if row.sum() else None for i, row in enumerate(confusion)
         ],
         "confusion": confusion.tolist(),
         "seconds": round(seconds, 2),
         "config_digest": config_digest(config),
+        "data": {
+            **store.describe(task.data_set(config.data.dir, source=config.data.source or None)),
+            "checksum": examples.checksum(),
+        },
     }
     if drawn:
         result["landmark_draws"] = {

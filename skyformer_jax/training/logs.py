@@ -9,10 +9,7 @@ from typing import Any
 import tensorboardX
 import tqdm
 
-
-def say(text: str) -> None:
-    """Prints a line to standard error, above a progress bar if there is one."""
-    tqdm.tqdm.write(text, file=sys.stderr)
+from skyformer_jax.progress import say
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -119,7 +116,13 @@ def plot_learning_curve(workdir: Path, floors: dict[str, float]) -> Path:
         axis.grid(alpha=0.3)
     for floor, accuracy in floors.items():
         axes[1].axhline(accuracy, ls="--", lw=1, color="gray")
-        axes[1].text(0, accuracy, f" {floor}", va="bottom", fontsize=8, color="gray")
+        axes[1].text(
+            *(0, accuracy, f" {floor}"),
+            transform=axes[1].get_yaxis_transform(),  # x in parts of the width
+            va="bottom",
+            fontsize=8,
+            color="gray",
+        )
     axes[0].legend()
     path = workdir / "learning_curve.png"
     figure.savefig(path, dpi=150)

@@ -18,11 +18,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import skyformer_jax.config
-from skyformer_jax.data.batches import Examples, to_arrays, training_rows
+from skyformer_jax.data.batches import Examples, training_batches
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
+from skyformer_jax.progress import say
 from skyformer_jax.training import checkpoints, evaluation, logs, steps
-from skyformer_jax.training.logs import say
 
 # Steps that may be dispatched and not finished: enough to keep a device busy, few enough that
 # stopping is prompt and their batches fit.
@@ -49,11 +49,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     model, optimizer, mesh = build_model(config), steps.make_optimizer(config), steps.make_mesh()
     abstract_state = steps.abstract_state(config, model, optimizer, mesh)
     with _open_workdir(workdir, config, abstract_state):
-        train_split, validation_split = (
-            to_arrays(evaluation.load_split(config, split), config.model.max_length)
-            for split in ("train", "validation")
-        )
-        splits = train_split, validation_split
+        splits = tuple(evaluation.load_split(config, split) for split in ("train", "validation"))
         with _stop_signals() as stop:
             step = _run(config, workdir, model, optimizer, mesh, abstract_state, splits, stop)
         if step < config.train.num_steps:
@@ -86,7 +82,7 @@ def _run(
             static_argnums=(1, 2, 3),
             out_shardings=NamedSharding(mesh, P()),
         )
-        state = init(config.seed, model, optimizer, config.model.max_length)
+        state = init(config.seed, model, optimizer, steps.token_shape(config))
         step = 0
         say(
             f"training {config.attention.name} on {config.task}: {len(train_split.label):,} "
@@ -101,8 +97,9 @@ def _run(
     if step == settings.num_steps:
         return step
 
-    train_step = steps.make_train_step(model, optimizer, mesh, settings.log_every)
-    predict_step = steps.make_predict_step(model, mesh)
+    reading = evaluation.reading(config)
+    train_step = steps.make_train_step(model, optimizer, mesh, settings.log_every, reading)
+    predict_step = steps.make_predict_step(model, mesh, reading)
     schedule = steps.learning_rate_schedule(config)
     log = logs.MetricsLog(workdir, step)
     progress = logs.Progress(step, settings.num_steps)
@@ -122,7 +119,8 @@ def _run(
                 f"the training loss is {loss} at step {done}; the last good checkpoint is kept in "
                 f"{directory}; lower train.learning_rate"
             )
-        rate = clock.steps_per_second(done) * settings.batch_size
+        input_share, steps_per_second = clock.lap(done)
+        rate = steps_per_second * settings.batch_size
         progress.metrics(done, loss=loss, accuracy=accuracy, rate=rate)
         log.write(
             done,
@@ -131,6 +129,7 @@ def _run(
             accuracy=accuracy,
             learning_rate=float(schedule(done - 1)),
             examples_per_second=rate,
+            input_share=input_share,
         )
 
     def save(validation: dict[str, float] | None) -> None:
@@ -142,8 +141,15 @@ def _run(
         }
         checkpoints.save(manager, state, meta)
 
-    rows = training_rows(
-        len(train_split.label), settings.batch_size, seed=config.seed, first_step=step
+    buckets = config.data.get("buckets", ())
+    batches = training_batches(
+        train_split,
+        settings.batch_size,
+        config.model.max_length,
+        seed=config.seed,
+        first_step=step,
+        buckets=buckets,
+        process=(jax.process_index(), jax.process_count()),
     )
     with (
         _disk_errors(directory),
@@ -152,7 +158,8 @@ def _run(
         checkpoints.open_manager(directory) as manager,
     ):
         while step < settings.num_steps:
-            batch = steps.shard_batch(train_split.take(next(rows)), mesh)
+            with clock.input():
+                batch = steps.shard_batch(next(batches), mesh)
             state, sums = train_step(state, batch)
             step += 1
             outstanding.append((step, sums))
@@ -162,7 +169,11 @@ def _run(
             if validate:
                 with clock.paused():
                     logits = evaluation.predict(
-                        predict_step, state.variables, validation_split, settings.batch_size, mesh
+                        predict_step,
+                        state.variables,
+                        validation_split,
+                        (settings.batch_size, config.model.max_length, buckets),
+                        mesh,
                     )
                     scores = evaluation.score(logits, validation_split.label)
                     log.write(step, "validation", **scores)
@@ -182,16 +193,26 @@ class _Clock:
     """Steps per second since the last question, leaving out what is paused."""
 
     def __init__(self, step: int) -> None:
-        self._step, self._start = step, time.perf_counter()
+        self._step, self._start, self._input = step, time.perf_counter(), 0.0
 
-    def steps_per_second(self, step: int) -> float:
+    def lap(self, step: int) -> tuple[float, float]:
+        """Share of the time since the last lap that went into input, and steps per second."""
         now = time.perf_counter()
-        rate = (step - self._step) / (now - self._start)
-        self._step, self._start = step, now
-        return rate
+        elapsed = now - self._start
+        share, rate = self._input / elapsed, (step - self._step) / elapsed
+        self._step, self._start, self._input = step, now, 0.0
+        return share, rate
+
+    @contextlib.contextmanager
+    def input(self) -> Iterator[None]:
+        """Counts its block as input; the devices may be busy with earlier steps meanwhile."""
+        begin = time.perf_counter()
+        yield
+        self._input += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Leaves its block out."""
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from skyformer_jax.data.batches import Examples
+from skyformer_jax.data.batches import Batch
 
 AXIS = "data"
 
@@ -68,11 +68,17 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 def init_state(
-    seed: int, model: nn.Module, optimizer: optax.GradientTransformation, max_length: int
+    seed: int,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    token_shape: tuple[int, ...],
 ) -> TrainState:
-    """The state before the first step; a pure function, to be jitted or only shape-evaluated."""
+    """The state before the first step; a pure function, to be jitted or only shape-evaluated.
+
+    token_shape is that of an example's tokens: (length,), or (2, length) for pairs of documents.
+    """
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    tokens = jnp.zeros((1, max_length), jnp.uint8)
+    tokens = jnp.zeros((1, *token_shape), jnp.uint8)
     variables = model.init(init_key, tokens, jnp.ones(tokens.shape, bool))
     params = variables["params"]
     return TrainState(
@@ -85,6 +91,31 @@ def init_state(
     )
 
 
+def token_shape(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """Shape of an example's tokens, padded: (length,), or (2, length) for pairs of documents."""
+    documents = config.model.get("num_documents", 1)
+    return (config.model.max_length,) if documents == 1 else (documents, config.model.max_length)
+
+
+class Reading(NamedTuple):
+    """How the bytes of a batch become a model's tokens and mask.
+
+    Attributes:
+      shift: token id = byte + shift.
+      mask_zeros: True takes tokens of value 0 for padding, wherever they stand.
+    """
+
+    shift: int = 0
+    mask_zeros: bool = False
+
+    def __call__(self, values: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Values uint8 [..., length], length int [...] -> tokens int32, mask bool, both alike."""
+        mask = jnp.arange(values.shape[-1]) < length[..., None]
+        if self.mask_zeros:
+            mask &= values != 0
+        return jnp.where(mask, values.astype(jnp.int32) + self.shift, 0), mask
+
+
 def abstract_state(
     config: ml_collections.ConfigDict,
     model: nn.Module,
@@ -92,7 +123,7 @@ def abstract_state(
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing it."""
-    make = functools.partial(init_state, config.seed, model, optimizer, config.model.max_length)
+    make = functools.partial(init_state, config.seed, model, optimizer, token_shape(config))
     replicated = NamedSharding(mesh, P())
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
@@ -101,7 +132,13 @@ def abstract_state(
 
 
 def _logits(
-    model: nn.Module, variables: Any, batch: Examples, keys: jax.Array | None, *, train: bool
+    model: nn.Module,
+    variables: Any,
+    batch: Batch,
+    keys: jax.Array | None,
+    *,
+    reading: Reading,
+    train: bool,
 ) -> jax.Array:
     """Logits [batch, classes], each example with its own random key.
 
@@ -109,11 +146,11 @@ def _logits(
     the global batch, not on how many devices share the work.
     """
 
-    def one(tokens: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
+    def one(values: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
         rngs = {}
         if key is not None:
             rngs["landmarks"], rngs["dropout"] = jax.random.split(key)
-        mask = jnp.arange(tokens.shape[0]) < length
+        tokens, mask = reading(values, length)
         return model.apply(variables, tokens[None], mask[None], deterministic=not train, rngs=rngs)[
             0
         ]
@@ -123,19 +160,19 @@ def _logits(
     )
 
 
-def _keys(rng: jax.Array, local_batch: int, first: jax.Array | int = 0) -> jax.Array:
-    """A key for each local example, by its place in the global batch (which starts at first)."""
-    places = first + jax.lax.axis_index(AXIS) * local_batch + jnp.arange(local_batch)
+def _keys(rng: jax.Array, places: jax.Array) -> jax.Array:
+    """A key for each of the places, int [examples]."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, places)
 
 
 def train_step(
     state: TrainState,
-    batch: Examples,
+    batch: Batch,
     *,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     log_every: int,
+    reading: Reading,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on this device's share of the batch; the named axis joins the shares.
 
@@ -143,11 +180,13 @@ def train_step(
       The next state, and its sums, in buffers of their own (the state's are donated onwards).
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    keys = _keys(rng, len(batch.label))
+    # By each example's place in the global batch.
+    local_batch = len(batch.label)
+    keys = _keys(rng, jax.lax.axis_index(AXIS) * local_batch + jnp.arange(local_batch))
 
     def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables = {"params": params, "fixed": state.fixed}
-        logits = _logits(model, variables, batch, keys, train=True)
+        logits = _logits(model, variables, batch, keys, reading=reading, train=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
         correct = (logits.argmax(axis=-1) == batch.label).sum()
         return losses.mean(), {
@@ -172,15 +211,21 @@ def train_step(
 
 
 def predict_step(
-    variables: Any, batch: Examples, rng: jax.Array | None, first: jax.Array, *, model: nn.Module
+    variables: Any,
+    batch: Batch,
+    rng: jax.Array | None,
+    rows: jax.Array,
+    *,
+    model: nn.Module,
+    reading: Reading,
 ) -> jax.Array:
     """Logits [local batch, classes] without dropout.
 
     variables are those of the TrainState. rng, if any, draws the landmarks, by each example's place
-    in the split; first is that of the global batch's first example.
+    in the split, which rows, int [local batch], gives.
     """
-    keys = None if rng is None else _keys(rng, len(batch.label), first)
-    return _logits(model, variables, batch, keys, train=False)
+    keys = None if rng is None else _keys(rng, rows)
+    return _logits(model, variables, batch, keys, reading=reading, train=False)
 
 
 def make_mesh() -> jax.sharding.Mesh:
@@ -188,9 +233,10 @@ def make_mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def shard_batch(batch: Examples, mesh: jax.sharding.Mesh) -> Examples:
-    """The batch on the devices, divided along the data axis."""
-    return jax.device_put(batch, NamedSharding(mesh, P(AXIS)))
+def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The arrays of this process's share of a batch on its devices, as parts of global arrays."""
+    sharding = NamedSharding(mesh, P(AXIS))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def make_train_step(
@@ -198,11 +244,14 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     log_every: int,
-) -> Callable[[TrainState, Examples], tuple[TrainState, dict[str, jax.Array]]]:
+    reading: Reading,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """train_step on every device of the mesh, compiled; the state given to it is used up."""
     # With check_vma=True the gradients of the replicated parameters would be summed before pmean.
     mapped = jax.shard_map(
-        functools.partial(train_step, model=model, optimizer=optimizer, log_every=log_every),
+        functools.partial(
+            train_step, model=model, optimizer=optimizer, log_every=log_every, reading=reading
+        ),
         mesh=mesh,
         in_specs=(P(), P(AXIS)),
         out_specs=(P(), P()),
@@ -212,13 +261,13 @@ def make_train_step(
 
 
 def make_predict_step(
-    model: nn.Module, mesh: jax.sharding.Mesh
-) -> Callable[[Any, Examples, jax.Array | None, int], jax.Array]:
+    model: nn.Module, mesh: jax.sharding.Mesh, reading: Reading
+) -> Callable[[Any, Batch, jax.Array | None, jax.Array], jax.Array]:
     """predict_step on every device of the mesh, compiled."""
     mapped = jax.shard_map(
-        functools.partial(predict_step, model=model),
+        functools.partial(predict_step, model=model, reading=reading),
         mesh=mesh,
-        in_specs=(P(), P(AXIS), P(), P()),
+        in_specs=(P(), P(AXIS), P(), P(AXIS)),
         out_specs=P(AXIS),
         check_vma=False,
     )

@@ -1,0 +1,166 @@
+"""Data sets on disk: made once, by their TFDS builders, and read whole."""
+
+import contextlib
+import fcntl
+import io
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from skyformer_jax.data.batches import Examples
+from skyformer_jax.data.builders import LraBuilder, document_features
+from skyformer_jax.data.splits import content_hash
+from skyformer_jax.errors import UserError
+from skyformer_jax.progress import say
+
+_SOURCE_FILE = "source.json"  # what a data set was made of, and what was odd in it
+_READ_AT_ONCE = 4096
+
+
+def make(builder: type[LraBuilder], config: str | Any, data_dir: str) -> LraBuilder:
+    """A builder of a data set below data_dir.
+
+    Args:
+      builder: the class.
+      config: the name of one of its configs, or one of the caller's own.
+      data_dir: folder of all data sets.
+    """
+    return builder(
+        config=config, data_dir=str(Path(data_dir).expanduser()), file_format="array_record"
+    )
+
+
+def prepare(builder: LraBuilder, source: str | None = None) -> None:
+    """Makes a data set unless it is there.
+
+    A process that is killed here leaves nothing that looks finished; several at once wait for
+    the one that began.
+
+    Args:
+      builder: of make.
+      source: folder or archive with the published files, where the data set is made of such.
+
+    Raises:
+      UserError: if the source is missing, malformed, or not the one it was made of.
+    """
+    builder.source = Path(source).expanduser() if source else None
+    place = Path(builder.data_dir)
+    if place.is_dir():
+        if builder.source is not None and builder.source.exists():
+            _check_same_source(place, builder.source_files())
+        return
+    if builder.source is not None:
+        builder.source_files()  # complains before anything is written
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"data.dir={builder.data_dir_root} cannot be made a folder ({error.strerror}); "
+            "name another"
+        ) from None
+    with (place.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if place.is_dir():
+            return
+        for leftover in place.parent.glob("incomplete.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        say(f"preparing {builder.info.full_name} in {builder.data_dir_root}")
+        # TFDS prints that sizes are unknown; standard output is the caller's.
+        with contextlib.redirect_stdout(io.StringIO()), _without_tfds_bars():
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(force_checksums_validation=True)
+            )
+        files = builder.source_files() if builder.source is not None else []
+        record = {
+            "source": str(builder.source or "downloaded or generated"),
+            "files": {path.name: _fingerprint(path) for path in files},
+            "notes": builder.notes,
+        }
+        (place / _SOURCE_FILE).write_text(json.dumps(record, indent=1) + "\n")
+        builder.clean_up()
+
+
+def describe(builder: LraBuilder) -> dict[str, Any]:
+    """Name and version of a prepared data set, what it was made of, and what was odd in that."""
+    record = json.loads((Path(builder.data_dir) / _SOURCE_FILE).read_text())
+    return {
+        "name": builder.info.full_name,
+        "source": record["source"],
+        "notes": record["notes"],
+    }
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    """Size, and a hash of the first and the last MiB."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = file.read(1 << 20)
+        file.seek(max(0, size - (1 << 20)))
+        ends += file.read()
+    return [size, f"{content_hash(ends):016x}"]
+
+
+def _check_same_source(place: Path, files: Sequence[Path]) -> None:
+    """UserError if the data set was made from other contents of the same files."""
+    record = place / _SOURCE_FILE
+    known = json.loads(record.read_text())["files"] if record.exists() else {}
+    for path in files:
+        if path.name in known and known[path.name] != _fingerprint(path):
+            raise UserError(
+                f"the data set in {place} was made from another {path.name} than {path}; "
+                "name another data.dir, or delete that folder to make it again"
+            )
+
+
+@contextlib.contextmanager
+def _without_tfds_bars() -> Iterator[None]:
+    """Ours are shown instead."""
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+def load(builder: LraBuilder, split: str) -> Examples:
+    """A split of a prepared data set, read whole.
+
+    Args:
+      builder: of make.
+      split: "train", "validation" or "test".
+
+    Raises:
+      UserError: if it is not prepared, or a file of it is missing or damaged.
+    """
+    place = Path(builder.data_dir)
+    if not place.is_dir():
+        raise UserError(f"{place} is missing; prepare it by python -m skyformer_jax.data.prepare")
+    size = builder.info.splits[split].num_examples
+    names = document_features(builder.NUM_DOCUMENTS)
+    values, lengths, labels = bytearray(), [], []
+    try:
+        source = builder.as_data_source(split=split)
+        for start in range(0, size, _READ_AT_ONCE):
+            for example in source.__getitems__(range(start, min(start + _READ_AT_ONCE, size))):
+                for name in names:
+                    values += example[name].data
+                    lengths.append(len(example[name]))
+                labels.append(example["label"])
+    except Exception as error:  # of TFDS, array_record and the parser of examples alike
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"the data set in {place} is damaged: {reason}; delete that folder to make it again"
+        ) from None
+    if len(labels) != size or not size:
+        raise UserError(f"split {split} in {place} is incomplete; delete that folder to remake it")
+    return Examples(
+        np.frombuffer(values, np.uint8),
+        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        np.array(labels, np.int32),
+        num_documents=builder.NUM_DOCUMENTS,
+    )

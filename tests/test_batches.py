@@ -1,0 +1,203 @@
+"""Examples in memory, their order, and batches: every example once, whatever the circumstances."""
+
+import numpy as np
+import pytest
+
+from skyformer_jax.data import batches
+from skyformer_jax.data.batches import Examples, from_sequences
+from skyformer_jax.errors import UserError
+
+
+def random_examples(count, longest=40, documents=1, seed=0, shift=0):
+    """Examples, and the same as a list of (documents, label)."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, count * documents)
+    texts = [rng.integers(0, 256, n, np.uint8) for n in lengths]
+    labels = rng.integers(0, 3, count)
+    examples = Examples(
+        np.concatenate(texts),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        labels.astype(np.int32),
+        num_documents=documents,
+        shift=shift,
+    )
+    plain = [
+        ([texts[i * documents + j] for j in range(documents)], int(labels[i])) for i in range(count)
+    ]
+    return examples, plain
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_examples_are_a_sequence(documents):
+    examples, plain = random_examples(17, documents=documents, shift=1)
+    assert len(examples) == 17
+    for i in (0, 5, 16, -1):
+        example, (texts, label) = examples[i], plain[i]
+        tokens = example["tokens"] if documents == 2 else (example["tokens"],)
+        for got, text in zip(tokens, texts, strict=True):
+            np.testing.assert_array_equal(got, text.astype(int) + 1)  # byte 255 is token 256
+        assert example["label"] == label
+    with pytest.raises(IndexError, match="17"):
+        examples[17]
+    np.testing.assert_array_equal(
+        examples.lengths, [[len(text) for text in texts] for texts, _ in plain]
+    )
+    assert len(list(examples)) == 17
+
+
+def test_cut_select_and_follow():
+    examples, plain = random_examples(23, documents=2)
+    cut = examples.cut(7)
+    for i, (texts, _) in enumerate(plain):
+        for got, text in zip(cut[i]["tokens"], texts, strict=True):
+            np.testing.assert_array_equal(got, text[:7])
+    assert examples.cut(40) is examples
+    selected = examples.select(examples.values != 3)
+    for i, (texts, _) in enumerate(plain):
+        for got, text in zip(selected[i]["tokens"], texts, strict=True):
+            np.testing.assert_array_equal(got, text[text != 3])
+    both = cut.followed_by(examples)
+    assert len(both) == 46 and both.checksum() != examples.followed_by(cut).checksum()
+    for i in range(23):
+        for j, part in ((i, cut), (23 + i, examples)):
+            for a, b in zip(both[j]["tokens"], part[i]["tokens"], strict=True):
+                np.testing.assert_array_equal(a, b)
+            assert both[j]["label"] == part[i]["label"]
+
+
+def test_shrunk_is_the_mean_of_squares():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 8, 8), np.uint8)
+    examples = from_sequences(list(images.reshape(5, 64)), np.zeros(5))
+    shrunk = examples.shrunk(2)
+    for i in range(5):
+        expected = [
+            images[i, y : y + 2, x : x + 2].mean() for y in range(0, 8, 2) for x in range(0, 8, 2)
+        ]
+        np.testing.assert_array_equal(shrunk[i]["tokens"], np.rint(expected))
+    assert examples.shrunk(1) is examples
+    with pytest.raises(UserError, match="must divide 8"):
+        examples.shrunk(3)
+
+
+def test_checksum_depends_on_everything():
+    base = [np.array(x, np.uint8) for x in ([1, 2], [3])]
+    sums = {
+        from_sequences(sequences, labels).checksum()
+        for sequences, labels in (
+            (base, [0, 1]),
+            (base, [1, 0]),
+            (base[::-1], [0, 1]),
+            ([np.array([1], np.uint8), np.array([2, 3], np.uint8)], [0, 1]),
+            ([*base, np.array([1], np.uint8)], [0, 1, 0]),
+        )
+    }
+    assert len(sums) == 5
+    assert from_sequences(base, [0, 1]).checksum() == from_sequences(base, [0, 1]).checksum()
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_batches_are_padded(documents):
+    examples, plain = random_examples(9, documents=documents)
+    rows = np.array([4, 0, 8])
+    batch = batches.make_batch(examples, rows, 50)
+    assert batch.tokens.dtype == np.uint8
+    assert batch.tokens.shape == ((3, 50) if documents == 1 else (3, 2, 50))
+    tokens, lengths = batch.tokens.reshape(3, -1, 50), batch.length.reshape(3, -1)
+    for place, row in enumerate(rows):
+        texts, label = plain[row]
+        assert batch.label[place] == label
+        for j, text in enumerate(texts):
+            assert lengths[place, j] == len(text)
+            np.testing.assert_array_equal(tokens[place, j], np.pad(text, (0, 50 - len(text))))
+
+
+@pytest.mark.parametrize("sorted_by_length", [False, True])
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (97, 8), (3, 8), (640, 5)])
+def test_every_example_once_an_epoch(count, batch_size, sorted_by_length):
+    """In the stream of whole windows; epochs are permutations of their own."""
+    lengths = np.random.default_rng(0).integers(1, 100, count) if sorted_by_length else None
+    steps = 64 * count  # whole windows, and whole epochs
+    rows = batches.training_rows(count, batch_size, seed=1, lengths=lengths)
+    stream = np.concatenate([next(rows) for _ in range(steps)])
+    np.testing.assert_array_equal(np.bincount(stream), np.full(count, steps * batch_size // count))
+    if not sorted_by_length:
+        epochs = stream.reshape(-1, count)
+        assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+        assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_an_epoch_of_batches_by_length_holds_every_example_once():
+    """Where the windows and the epochs end together, every epoch by itself."""
+    count, batch_size = 64 * 6, 6
+    lengths = np.random.default_rng(0).integers(1, 1000, count)
+    rows = batches.training_rows(count, batch_size, seed=3, lengths=lengths)
+    epochs = np.array([next(rows) for _ in range(3 * 64)]).reshape(3, count)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(count))
+    spread = np.ptp(lengths[epochs[0].reshape(-1, batch_size)], axis=1)
+    assert np.median(spread) < 50  # of 1000: like lengths stand together
+    order = lengths[epochs[0].reshape(-1, batch_size)].mean(axis=1)
+    assert (np.diff(order) < 0).mean() > 0.3  # but not shortest first
+
+
+@pytest.mark.parametrize("buckets", [(), (8, 24)])
+def test_resuming_reads_on_exactly(buckets):
+    examples, _ = random_examples(50)
+
+    def read(first_step, count):
+        stream = batches.training_batches(
+            examples, 4, 40, seed=2, first_step=first_step, buckets=buckets
+        )
+        return [next(stream) for _ in range(count)]
+
+    whole = read(0, 200)
+    for first in (1, 7, 63, 64, 65, 130):
+        for a, b in zip(read(first, 5), whole[first : first + 5], strict=True):
+            for x, y in zip(a, b, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_each_batch(processes):
+    """Their parts, put together in order, are one process's batches: none twice, none left out."""
+    examples, _ = random_examples(30)
+    whole = batches.training_batches(examples, 8, 40, seed=5, buckets=(16,))
+    parts = [
+        batches.training_batches(examples, 8, 40, seed=5, buckets=(16,), process=(i, processes))
+        for i in range(processes)
+    ]
+    for _ in range(100):
+        together = zip(*(next(part) for part in parts), strict=True)
+        for expected, shares in zip(next(whole), together, strict=True):
+            np.testing.assert_array_equal(np.concatenate(shares), expected)
+
+
+def test_buckets_hold_their_examples():
+    examples, _ = random_examples(100)
+    seen = set()
+    stream = batches.training_batches(examples, 4, 40, seed=0, buckets=(8, 24))
+    for _ in range(100):
+        batch = next(stream)
+        length = batch.tokens.shape[1]
+        seen.add(length)
+        below = {8: 0, 24: 8, 40: 24}[length]
+        assert below < batch.length.max() <= length
+    assert seen == {8, 24, 40}
+    with pytest.raises(UserError, match=r"model\.max_length=20"):
+        next(batches.training_batches(examples, 100, 20, seed=0))
+
+
+@pytest.mark.parametrize("buckets", [(), (8, 24)])
+def test_evaluation_sees_every_example_once(buckets):
+    examples, plain = random_examples(23)
+    seen = []
+    for rows, batch in batches.evaluation_batches(examples, 4, 40, buckets=buckets):
+        assert batch.tokens.shape[0] == 4
+        for place, row in enumerate(rows):
+            text = plain[row][0][0]
+            np.testing.assert_array_equal(batch.tokens[place, : len(text)], text)
+            assert batch.length[place] == len(text)
+        seen.extend(rows)
+    assert sorted(seen) == list(range(23))
+    assert buckets or seen == list(range(23))
