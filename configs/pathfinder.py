@@ -1,0 +1,45 @@
+"""Pathfinder of the Long Range Arena: are two discs the ends of one contour?
+
+Data: about 160,000 / 20,000 / 20,000 images of 32 x 32 pixels (Linsley et al., 2018), "hard": two
+contours of 14 dashes among shorter ones, row by row: 1,024 tokens of 256 gray levels, all of them
+real, the black ground included. Generated here on the first run (minutes, all cores, no licence to
+mind), or the published PNGs where --config.data.source=DIR names the folder of lra_release.
+
+Splits are by a hash of the images' names.
+
+Floor: 50 %. Test accuracy in the paper's table 1 (mean of three seeds, 50,000 steps): softmax
+65.26, kernelized 70.73, Nystromformer 69.48, Linformer 60.93, Informer 57.83, Performer 66.30,
+Reformer 66.49, BigBird 68.72, Skyformer 70.73.
+
+Variant "paper" restores what the published code does and this one mends: black pixels, two thirds
+of an image, count as padding, and the mean pooling divides by the full length. Variant "small" is
+the first 20,000 generated images at 16 x 16 pixels, each the mean of four, and a smaller model, for
+a CPU; it learns little.
+
+    python train.py --config=configs/pathfinder.py:skyformer
+    python train.py --config=configs/pathfinder.py:performer,small
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+    """argument: "attention[,variant]", variant "", "paper" or "small"."""
+    attention, variant = common.parse(argument, common.VARIANTS)
+    task = "pathfinder_small" if variant == "small" else "pathfinder"
+    config = common.paper_config(task, attention, max_length=1024)
+    config.train.learning_rate = 2e-4
+    config.train.batch_size = 128
+    config.train.warmup_steps = 312
+    config.train.eval_every = 500
+    if variant == "paper":
+        config.data.mask_zeros = True
+        config.model.pooling = "padded_mean"
+    if variant == "small":
+        config.data.shrink = 2
+        config.model.max_length = 256
+        config.train.batch_size = 32
+        common.make_small(config, num_steps=500)
+    return config

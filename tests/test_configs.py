@@ -1,0 +1,175 @@
+"""The configs of the six tasks: what they say, and that each trains with every attention."""
+
+import importlib
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_data
+
+from configs import common
+from skyformer_jax import attention, config, tasks, training
+from skyformer_jax.data import parallel
+from skyformer_jax.errors import UserError
+from skyformer_jax.training import evaluation, steps
+
+NAMES = [task.name for task in tasks.BENCHMARK]
+VARIANTS = ("", *common.VARIANTS)
+
+
+def get(name, argument=""):
+    return importlib.import_module(f"configs.{name}").get_config(argument)
+
+
+def test_the_settings_are_the_papers():
+    """Batch, peak learning rate, warm-up, padded length, steps between validations."""
+    table = {
+        "text": (16, 1e-4, 80, 4096, 500),
+        "listops": (32, 1e-4, 1000, 2048, 500),
+        "retrieval": (16, 2e-4, 800, 4096, 1000),
+        "pathfinder": (128, 2e-4, 312, 1024, 500),
+        "image": (256, 1e-4, 175, 1024, 50),
+    }
+    for name, expected in table.items():
+        settings = get(name)
+        train = settings.train
+        assert expected == (
+            *(train.batch_size, train.learning_rate, train.warmup_steps),
+            *(settings.model.max_length, train.eval_every),
+        )
+        assert train.num_steps == 50_000
+        assert settings.model.to_dict() | {"dropout": 0.1, "num_layers": 2, "width": 64} == (
+            settings.model.to_dict()
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_attentions_and_variants_pass_the_check(name):
+    for attention_name, variant in itertools.product(attention.NAMES, VARIANTS):
+        settings = get(name, f"{attention_name},{variant}" if variant else attention_name)
+        config.check(settings, num_devices=1)
+        assert settings.attention.name == attention_name
+    with pytest.raises(UserError, match="did you mean 'small'"):
+        get(name, "skyformer,smal")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_is_a_data_sheet(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    for word in ("Data:", "Floor", "--config=configs/", 'Variant "paper"', "small"):
+        assert word in text
+
+
+def test_bad_data_fields_are_named():
+    for name, field, value, message in (
+        ("text", "length", 4001, "data.length must be in 1..4000"),
+        ("text", "length", 0, "data.length must be in 1..4000"),
+        ("image", "shrink", 0, "data.shrink must be in 1..1024"),
+        ("image", "brackets", True, "unknown field of task image, data. 'brackets'"),
+        ("image", "buckets", (512, 256), "rising lengths"),
+        ("image", "buckets", (1024,), "rising lengths"),
+    ):
+        settings = get(name)
+        with settings.unlocked():
+            settings.data[field] = value
+        with pytest.raises(UserError, match=message.replace(".", r"\.")):
+            config.check(settings, num_devices=1)
+    settings = get("text", "skyformer,small")
+    settings.data.length = 1000
+    with pytest.raises(UserError, match=r"model\.max_length must be at least 1000"):
+        config.check(settings, num_devices=1)
+
+
+def test_tokens_and_masks_are_as_defined():
+    """Bytes are shifted by one and padded by 0; black pixels are real but in the variant paper."""
+    values = np.array([[0, 255, 7, 9], [5, 0, 0, 0]], np.uint8)
+    length = np.array([3, 4], np.int32)
+    ids, mask = evaluation.reading(get("text"))(values, length)
+    np.testing.assert_array_equal(ids, [[1, 256, 8, 0], [6, 1, 1, 1]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1, 0], [1, 1, 1, 1]])
+    full = np.array([4, 4], np.int32)
+    ids, mask = evaluation.reading(get("image"))(values, full)
+    np.testing.assert_array_equal(ids, values)
+    assert mask.all()
+    _, mask = evaluation.reading(get("pathfinder", "softmax,paper"))(values, full)
+    np.testing.assert_array_equal(mask, values != 0)
+    pairs = np.stack([values, values], axis=1)
+    ids, mask = evaluation.reading(get("retrieval"))(pairs, np.stack([length, full], axis=1))
+    assert ids.shape == mask.shape == (2, 2, 4)
+    np.testing.assert_array_equal(mask[0], [[1, 1, 1, 0], [1, 1, 1, 1]])
+
+
+@pytest.fixture(scope="module")
+def tiny_benchmark(tmp_path_factory):
+    """The tasks in miniature, in place of those that the configs name, and their data."""
+    source, data_dir = (tmp_path_factory.mktemp(name) for name in ("source", "data"))
+    tiny = tiny_data.tiny_tasks()
+    tiny_data.write_sources(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "num_cores", lambda: 1)
+        tiny_data.load_all(tiny, source, data_dir)
+        patch.setattr(tasks, "TASKS", tasks.TASKS | tiny)
+        yield source, data_dir
+
+
+def two_steps(name, argument, tiny_benchmark, workdir):
+    """Trains two steps of a config, evaluates, and returns what train does."""
+    source, data_dir = tiny_benchmark
+    settings = get(name, argument)
+    settings.data.dir = str(data_dir)
+    settings.data.source = "" if name == "listops" else str(source)
+    settings.train.update({"num_steps": 2, "warmup_steps": 1, "batch_size": 8, "eval_every": 2})
+    result = training.train(settings, workdir)
+    assert np.isfinite(result["loss"])
+    assert (workdir / "checkpoints" / "2").is_dir()
+    return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_task_trains(name, tiny_benchmark, tmp_path):
+    result = two_steps(name, "performer,small", tiny_benchmark, tmp_path / "run")
+    data = json.loads((tmp_path / "run" / "eval_test.json").read_text())["data"]
+    assert data == result["data"]
+    assert len(data["checksum"]) == 16
+    entries = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (train,) = [e for e in map(json.loads, entries) if e["split"] == "train"]
+    assert 0 < train["input_share"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention_name", attention.NAMES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_trains_with_every_attention(name, attention_name, tiny_benchmark, tmp_path):
+    two_steps(name, f"{attention_name},small", tiny_benchmark, tmp_path / "run")
+
+
+def test_buckets_change_no_prediction_and_resume_exactly(tiny_benchmark, tmp_path):
+    """Text in buckets: a run in two halves ends as one in one go; evaluation as without buckets."""
+    source, data_dir = tiny_benchmark
+    settings = get("text", "softmax,small")
+    settings.data.update({"dir": str(data_dir), "source": str(source), "length": 1000})
+    settings.data.buckets = (420, 440)
+    settings.model.update({"max_length": 1000, "width": 16, "mlp_dim": 16})
+    settings.train.update({"num_steps": 6, "warmup_steps": 1, "batch_size": 8, "eval_every": 3})
+    whole = training.train(settings, tmp_path / "whole")
+    halves = tmp_path / "halves"
+    halves.mkdir()
+    (halves / "checkpoints").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (halves / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (tmp_path / "whole" / "checkpoints" / "3").rename(halves / "checkpoints" / "3")
+    assert training.train(settings, halves)["loss"] == whole["loss"]
+    edited = json.loads((halves / "config.json").read_text())
+    edited["data"]["buckets"] = []
+    (halves / "config.json").write_text(json.dumps(edited))
+    plain = training.evaluate(halves)
+    np.testing.assert_allclose(plain["loss"], whole["loss"], rtol=1e-4)
+
+
+def test_the_model_of_pairs_has_their_shape():
+    settings = get("retrieval", "skyformer,small")
+    assert steps.token_shape(settings) == (2, 256)
+    assert steps.token_shape(get("text")) == (4096,)
+    assert jax.device_count() == 8
