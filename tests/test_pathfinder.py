@@ -1,0 +1,361 @@
+"""Pathfinder against independent constructions and against statistics of the original's images."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from skyformer_jax.data import pathfinder
+from skyformer_jax.errors import UserError
+
+ALL = list(itertools.product(pathfinder.SIZES, pathfinder.DIFFICULTIES))
+# Drawing pairs of long targets into little space takes a thousand tries each.
+QUICK = [pair for pair in ALL if pair not in [(64, "hard"), (128, "hard")]]
+
+
+def tables_of(size, difficulty="easy"):
+    drawn = pathfinder.settings(size, difficulty)
+    return [pathfinder._make_tables(drawn, margin) for margin in drawn.margins]
+
+
+def test_settings_by_hand():
+    drawn = pathfinder.settings(32, "hard")
+    assert (drawn.target_dashes, drawn.distractor_dashes, drawn.num_distractors) == (14, 4, 5)
+    drawn = pathfinder.settings(128, "intermediate")
+    assert (drawn.target_dashes, drawn.distractor_dashes, drawn.num_distractors) == (9, 3, 11)
+    assert (drawn.seed_distance, drawn.margins, drawn.dash_thickness) == (20, (2, 3), 1.5)
+    assert pathfinder.settings(256, "easy").padding == 22
+
+
+@pytest.mark.parametrize("size", pathfinder.SIZES)
+def test_fewer_are_the_first_of_more(size, monkeypatch):
+    monkeypatch.setattr(pathfinder, "CHUNK", 4)
+    kwargs = {"size": size, "difficulty": "easy", "seed": 3, "workers": 1}
+    news = []
+    images, labels = pathfinder.generate(10, progress=news.append, **kwargs)
+    assert images.shape == (10, size, size)
+    assert (images.dtype, labels.dtype, news) == (np.uint8, np.uint8, [4, 4, 2])
+    fewer_images, fewer_labels = pathfinder.generate(6, **kwargs)
+    np.testing.assert_array_equal(fewer_images, images[:6])
+    np.testing.assert_array_equal(fewer_labels, labels[:6])
+    second_images, second_labels = pathfinder.generate_chunk(size, "easy", 3, 1)
+    np.testing.assert_array_equal(second_images, images[4:8])
+    np.testing.assert_array_equal(second_labels, labels[4:8])
+    assert len({image.tobytes() for image in images}) == 10
+
+
+def test_same_for_any_number_of_workers(monkeypatch):
+    monkeypatch.setattr(pathfinder, "CHUNK", 5)
+    one, two = (pathfinder.generate(12, seed=7, workers=workers) for workers in (1, 2))
+    for left, right in zip(one, two, strict=True):
+        np.testing.assert_array_equal(left, right)
+    other, _ = pathfinder.generate(12, seed=8, workers=1)
+    assert (other != one[0]).any(axis=(1, 2)).all()
+
+
+def test_no_images():
+    images, labels = pathfinder.generate(0)
+    assert (images.shape, labels.shape) == ((0, 32, 32), (0,))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"size": 48}, "no Pathfinder of size 48; sizes are 32, 64, 128, 256"),
+        (
+            {"difficulty": "harder"},
+            "no Pathfinder difficulty 'harder'; there are easy, intermediate, hard",
+        ),
+        ({"seed": -1}, "the seed of Pathfinder must not be negative; got -1"),
+    ],
+)
+def test_errors_in_one_line(kwargs, message):
+    with pytest.raises(UserError) as error:
+        pathfinder.generate(5, **kwargs)
+    assert str(error.value) == message
+
+
+def disc_mask(radius):
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    return y**2 + x**2 <= radius**2
+
+
+def lanczos_matrix(wide, narrow):
+    """Resampling from wide to narrow pixels: sinc(x) sinc(x / 3), stretched by their ratio."""
+    ratio = wide / narrow
+    centres = (np.arange(narrow) + 0.5) * ratio
+    distance = np.abs(np.arange(wide) + 0.5 - centres[:, None]) / ratio
+    kernel = np.where(distance < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
+    return kernel / kernel.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", pathfinder.SIZES)
+def test_stamps_against_floating_point_resampling(size):
+    for tables in tables_of(size):
+        drawn, margin = tables.drawn, tables.margin
+        reach = drawn.dash_length + math.ceil(drawn.dash_thickness) + margin
+        assert tables.line.shape[1:] == (2 * reach + 1, 2 * reach + 1)
+        matrix = lanczos_matrix(4 * reach + 1, 2 * reach + 1)
+        for kind in range(0, len(tables.line), 23):
+            # First dashes are drawn forwards from the middle, others backwards to it.
+            angle = math.atan2(*tables.ahead[kind]) + (math.pi if kind >= 360 else 0)
+            end_row, end_col = (
+                math.ceil(round(2 * (reach + drawn.dash_length * f(angle)), 9))
+                for f in (math.sin, math.cos)
+            )
+            canvas = Image.new("1", (4 * reach + 1, 4 * reach + 1))
+            ImageDraw.Draw(canvas).line(
+                [(2 * reach, 2 * reach), (end_col, end_row)], 1, round(2 * drawn.dash_thickness)
+            )
+            fine = np.asarray(canvas)
+            blocked = ndimage.binary_dilation(fine, disc_mask(2 * margin))
+            for stamp, canvas in ((tables.line[kind], fine), (tables.mask[kind], blocked)):
+                # Pillow resamples along rows first, and rounds in between.
+                across = np.clip(np.rint(255.0 * canvas @ matrix.T), 0, 255)
+                expected = np.clip(np.rint(matrix @ across), 0, 255)
+                assert np.abs(stamp - expected).max() <= 1
+            halo = ndimage.grey_dilation(
+                np.pad(tables.mask[kind], margin), footprint=disc_mask(margin), mode="constant"
+            )
+            np.testing.assert_array_equal(tables.halo[kind], halo)
+
+
+@pytest.mark.parametrize("size", pathfinder.SIZES)
+def test_discs_against_resampling_of_the_whole_image(size):
+    radius = pathfinder.settings(size, "easy").marker_radius
+    rng = np.random.default_rng(0)
+    for row, col in [(0, 0), (2, size - 2), *rng.integers(1, size - 1, (3, 2))]:
+        y, x = np.mgrid[: 2 * size, : 2 * size]
+        inside = (y - 2 * row) ** 2 + (x - 2 * col) ** 2 <= (2 * radius) ** 2
+        canvas = Image.fromarray(np.uint8(255) * inside)
+        expected = np.asarray(canvas.resize((size, size), Image.Resampling.LANCZOS))
+        disc = pathfinder._draw_disc(size, radius, np.array([row, col]))
+        np.testing.assert_array_equal(disc, expected)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_free_places_point_by_point(size):
+    rng = np.random.default_rng(size)
+    tables = tables_of(size)[-1]
+    drawn, rim = tables.drawn, tables.rim
+    image = rng.random((size, size)) < 0.02
+    image[[0, -1]] = image[:, [0, -1]] = True
+    half, width = tables.mask.shape[1] // 2, drawn.dash_length + tables.margin
+    somewhere = 0
+    for kind in range(0, 360, 11):
+        offsets = [
+            (row - half + 1, col - half + 1)
+            for row, col in zip(*np.nonzero(tables.mask[kind] == 255), strict=True)
+        ]
+        offsets = [offset for offset in offsets if max(map(abs, offset)) <= width]
+
+        def inside(row, col, offsets=offsets):
+            return [
+                image[row + down, col + right]
+                for down, right in offsets
+                if 0 <= row + down < size and 0 <= col + right < size
+            ]
+
+        points = list(itertools.product(range(size), repeat=2))
+        corners = itertools.product((0, size - 1), repeat=2)
+        if all(inside(*corner) for corner in corners):
+            expected = [row * size + col for row, col in points if not any(inside(row, col))]
+        else:
+            expected = []
+        free = pathfinder._free_places(np.pad(image, rim), tables.footprints[kind], rim)
+        assert free.tolist() == expected
+        somewhere += len(expected)
+    assert somewhere
+
+
+def full_mask(tables, kind, place):
+    """What a dash blocks, in the coordinates of the image, padded so that all of it fits."""
+    size, half = tables.drawn.size, tables.mask.shape[1] // 2
+    out = np.zeros((size + 4 * half, size + 4 * half), int)
+    row, col = place + half
+    out[row : row + 2 * half + 1, col : col + 2 * half + 1] = tables.mask[kind]
+    return out[2 * half : -2 * half, 2 * half : -2 * half]
+
+
+@pytest.mark.parametrize(("size", "difficulty"), QUICK)
+def test_contours(size, difficulty):
+    for tables in tables_of(size, difficulty):
+        drawn = tables.drawn
+        rng = np.random.default_rng(0)
+        stream = pathfinder._draw_targets(tables, rng)
+        radius = drawn.dash_length + tables.margin
+        for targets in itertools.islice(stream, 4):
+            assert targets.kinds.shape == (2, drawn.target_dashes)
+            first, second = targets.places[:, 0]
+            assert abs(np.hypot(*(first - second)) - drawn.seed_distance) <= 0.71
+            assert (np.minimum(first, size - 1 - first) >= 2 * drawn.seed_distance).all()
+            contours = list(zip(targets.kinds, targets.places, strict=True))
+            distractors = pathfinder._draw_distractors(tables, targets, rng)
+            assert len(distractors) <= drawn.num_distractors
+            contours += [(found.kinds[0], found.places[0]) for found in distractors]
+            for kinds, places in contours:
+                assert (kinds[0] < 360, (kinds[1:] >= 360).all()) == (True, True)
+                angles = np.arctan2(*tables.ahead[kinds].T)
+                turns = np.abs((np.diff(angles) + np.pi) % (2 * np.pi) - np.pi)
+                assert turns.max() <= np.pi / 2 / drawn.continuity + 1e-3
+                # From the end of one dash to the end of the next: a dash and two margins or so.
+                steps = np.hypot(*np.diff(places[1:], axis=0).T)
+                assert (np.abs(steps - radius - tables.margin) <= tables.margin + 2.5).all()
+                edge = np.minimum(places, size - 1 - places)
+                assert edge.min() >= drawn.padding
+
+            # Further dashes of distractors overlap with none of what was there before them,
+            # but for the last dash of the first target, of which the original does not know.
+            known = np.full((size, size), 255)
+            inner = slice(drawn.padding, -drawn.padding)
+            known[inner, inner] = 0
+            for kinds, places in [
+                (targets.kinds[0][:-1], targets.places[0][:-1]),
+                (targets.kinds[1], targets.places[1]),
+            ]:
+                for dash in zip(kinds, places, strict=True):
+                    known = np.maximum(known, full_mask(tables, *dash))
+            for found in distractors:
+                masks = [
+                    full_mask(tables, *dash)
+                    for dash in zip(found.kinds[0], found.places[0], strict=True)
+                ]
+                for i in range(1, len(masks)):
+                    before = np.maximum.reduce([known, *masks[: i - 1]])
+                    assert (before + masks[i]).max() < 1.8 * 255
+                known = np.maximum.reduce([known, *masks])
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_discs_mark_what_the_label_says(size, monkeypatch):
+    drawn_targets = []
+
+    def remember(tables, rng, draw=pathfinder._draw_targets):
+        for targets in draw(tables, rng):
+            drawn_targets.append(targets)
+            yield targets
+
+    monkeypatch.setattr(pathfinder, "_draw_targets", remember)
+    images, labels = pathfinder.generate_chunk(size, "easy", 1, 0, 24)
+    seen = set()
+    for image, label, targets in zip(images, labels, drawn_targets, strict=True):
+        assert (image.min(), image.max()) == (0, 255)
+        # Around the centre of a disc all is bright, at the end of a line is not.
+        filled = ndimage.minimum_filter(image, footprint=disc_mask(2)) > 100
+        tips = [(contour, end) for contour in (0, 1) for end in (0, -1)]
+        places = [targets.places[tip] for tip in tips]
+        if min(np.hypot(*(x - y)) for x, y in itertools.combinations(places, 2)) < 8:
+            continue  # one disc may cover another tip
+        marked = [tip for tip in tips if filled[tuple(targets.places[tip])]]
+        assert len(marked) == 2
+        (one, beginning), (other, end) = sorted(marked, key=lambda tip: -tip[1])
+        assert (beginning, end, one == other) == (0, -1, bool(label))
+        seen.add((one, other))
+    assert len(seen) == 4
+
+
+def test_nothing_is_drawn_in_the_padding():
+    images, _ = pathfinder.generate_chunk(256, "hard", 0, 0, 20)
+    # Discs reach 5 pixels around tips that keep 3 away from the padding of 22; resampling rings.
+    images[:, 18:-18, 18:-18] = 0
+    assert images.max() < 16
+
+
+# Of 500 images at 32 pixels, "hard", made with the published code: mean and standard deviation.
+ORIGINAL = {
+    "share 0..0": (0.65881, 0.03878),
+    "share 1..30": (0.19345, 0.02473),
+    "share 31..90": (0.036395, 0.008918),
+    "share 91..150": (0.052189, 0.01094),
+    "share 151..255": (0.059158, 0.009613),
+    "lit pixels": (130.75, 13.85),
+    "mean": (20.188, 2.061),
+    "deviation": (50.97, 2.646),
+    "components": (21.342, 3.383),
+    "disc pixels": (28.782, 9.069),
+    "distance of discs": (13.003, 5.061),
+    "pairs along \\": (42.448, 8.651),
+    "pairs along /": (42.278, 9.348),
+    "pairs across": (62.87, 9.316),
+    "pairs down": (59.648, 8.579),
+    "lit in the middle": (47.042, 10.93),
+}
+
+
+def statistics(images):
+    lit = images > 60
+    # Discs fill three by three pixels; little else does.
+    around = np.stack([ndimage.uniform_filter(image, 3) for image in images.astype(float)])
+    rows, cols = np.mgrid[:32, :32]
+    remaining, peaks = around.copy(), []
+    for _ in range(2):
+        peak = np.unravel_index(remaining.reshape(len(images), -1).argmax(axis=1), (32, 32))
+        distance = np.hypot(rows - peak[0][:, None, None], cols - peak[1][:, None, None])
+        remaining[distance <= 3] = 0
+        peaks.append(np.stack(peak))
+    grays = ((0, 0), (1, 30), (31, 90), (91, 150), (151, 255))
+    return {
+        **{
+            f"share {low}..{high}": ((images >= low) & (images <= high)).mean(axis=(1, 2))
+            for low, high in grays
+        },
+        "lit pixels": lit.sum(axis=(1, 2)),
+        "mean": images.mean(axis=(1, 2)),
+        "deviation": images.std(axis=(1, 2)),
+        "components": np.array([ndimage.label(image)[1] for image in lit]),
+        "disc pixels": (around > 90).sum(axis=(1, 2)),
+        "distance of discs": np.hypot(*(peaks[0] - peaks[1])),
+        "pairs along \\": (lit[:, 1:, 1:] & lit[:, :-1, :-1]).sum(axis=(1, 2)),
+        "pairs along /": (lit[:, 1:, :-1] & lit[:, :-1, 1:]).sum(axis=(1, 2)),
+        "pairs across": (lit[:, :, 1:] & lit[:, :, :-1]).sum(axis=(1, 2)),
+        "pairs down": (lit[:, 1:] & lit[:, :-1]).sum(axis=(1, 2)),
+        "lit in the middle": lit[:, 8:-8, 8:-8].sum(axis=(1, 2)),
+    }
+
+
+def test_statistics_of_the_originals():
+    images, labels = pathfinder.generate_chunk(32, "hard", 0, 0, 1000)
+    ours = statistics(images)
+    assert ours.keys() == ORIGINAL.keys()
+    for name, (mean, deviation) in ORIGINAL.items():
+        error = np.sqrt(deviation**2 / 500 + ours[name].var() / 1000)
+        # 16 statistics within 3.5 standard errors: a false alarm in 130 seeds.
+        assert abs(ours[name].mean() - mean) < 3.5 * error, name
+        # Deviations of samples so large err by a few per cent.
+        assert 0.85 < ours[name].std() / deviation < 1.18, name
+    assert abs(labels.mean() - 0.5) < 3.5 * 0.5 / np.sqrt(1000)
+
+
+@pytest.mark.parametrize(
+    ("size", "difficulty", "distractors", "lit"),
+    [
+        # Mean and standard error with a direct transcription of the published code, using OpenCV:
+        # distractors that found a place, and per cent of pixels above 60.
+        (32, "easy", (3.302, 0.065), (7.772, 0.044)),
+        (32, "intermediate", (1.746, 0.049), (9.530, 0.053)),
+        (32, "hard", (1.157, 0.029), (12.787, 0.040)),
+        (64, "intermediate", (4.625, 0.084), (7.795, 0.054)),
+        (128, "easy", (16.993, 0.007), (3.347, 0.008)),
+        (128, "intermediate", (10.953, 0.020), (3.675, 0.010)),
+        (256, "easy", (15.0, 0.01), (1.149, 0.001)),
+        (256, "hard", (6.977, 0.010), (1.459, 0.001)),
+    ],
+)
+def test_number_of_distractors_and_of_lit_pixels(size, difficulty, distractors, lit, monkeypatch):
+    counts = []
+
+    def count(*args, draw=pathfinder._draw_distractors):
+        found = draw(*args)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(pathfinder, "_draw_distractors", count)
+    num = 100 if size > 32 else 200
+    images, _ = pathfinder.generate_chunk(size, difficulty, 5, 0, num)
+    ours = np.array(counts), 100 * (images > 60).mean(axis=(1, 2))
+    for values, (mean, error) in zip(ours, (distractors, lit), strict=True):
+        # Within 4 standard errors, and a bit where nearly all distractors find a place.
+        assert abs(values.mean() - mean) < 4 * np.hypot(values.std() / num**0.5, error) + 0.01
