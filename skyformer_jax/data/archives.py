@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from skyformer_jax.data import splits
 from skyformer_jax.errors import UserError
 
 # The official release of the Long Range Arena unpacks into lra_release/lra_release.
@@ -109,6 +110,16 @@ def _files_of_archive(
         raise UserError(
             f"{place} is damaged or partly downloaded ({reason}); download it again"
         ) from None
+
+
+def fingerprint(path: Path) -> list[int | str]:
+    """Size of a file, and a hash of its first and its last MiB."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = file.read(1 << 20)
+        file.seek(max(0, size - (1 << 20)))
+        ends += file.read()
+    return [size, f"{splits.content_hash(ends):016x}"]
 
 
 def check_count(place: Path, count: int, expected: int, what: str) -> None:

@@ -7,6 +7,7 @@ are put in the order of their contents' hashes, and Pathfinder images are divide
 import dataclasses
 import functools
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from skyformer_jax.data import (
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import Progress, say, track
 
+SOURCE_FILE = "source.json"  # what a data set was made of, and what was odd in it
 SPLITS = ("train", "validation", "test")
 _LRA_HOMEPAGE = "https://github.com/google-research/long-range-arena"
 _LRA_CITATION = "Tay et al., Long Range Arena, 2020, arXiv 2011.04006"
@@ -99,6 +101,19 @@ class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def clean_up(self) -> None:
         """Removes what the preparation needed and the data set does not."""
+
+    def _download_and_prepare(
+        self, dl_manager: tfds.download.DownloadManager, *arguments: Any, **options: Any
+    ) -> None:
+        super()._download_and_prepare(dl_manager, *arguments, **options)
+        files = self.source_files() if self.source is not None else []
+        record = {
+            "source": str(self.source or "downloaded or generated"),
+            "files": {path.name: archives.fingerprint(path) for path in files},
+            "notes": self.notes,
+        }
+        # Into the folder that is not yet named as finished.
+        (Path(self.data_dir) / SOURCE_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
     def _shard_iterators_per_split(
         self, dl_manager: tfds.download.DownloadManager
@@ -536,4 +551,4 @@ class Pathfinder(LraBuilder):
 
     def clean_up(self) -> None:
         """Removes the blocks."""
-        shutil.rmtree(self.workplace)
+        shutil.rmtree(self.workplace, ignore_errors=True)

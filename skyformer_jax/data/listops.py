@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from skyformer_jax.data import parallel
 from skyformer_jax.errors import UserError
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
@@ -28,7 +29,6 @@ VOCAB_SIZE = len(SYMBOLS) + 1
 FIRST_OPERATOR, CLOSE = TOKENS["[MIN"], TOKENS["]"]
 
 _CHUNK = 16_384  # roots drawn together; part of what a seed means
-_THREADS = 2
 # Chunks in a row without a new tree, after which there are taken to be no more.
 _PATIENCE = 20
 
@@ -232,11 +232,12 @@ def generate(
 
 def _chunks(grammar: Grammar, seed: int) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
     """The stream of chunks in order, made by threads (NumPy lets go of the lock) a bit ahead."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    threads = parallel.num_cores()
+    with ThreadPoolExecutor(threads) as pool:
         ahead: collections.deque[Future] = collections.deque()
         for chunk in itertools.count():
             ahead.append(pool.submit(draw_chunk, grammar, seed, chunk))
-            if len(ahead) > _THREADS:
+            if len(ahead) > threads:
                 yield ahead.popleft().result()
 
 

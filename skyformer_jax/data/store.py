@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from skyformer_jax.data import archives
 from skyformer_jax.data.batches import Examples
-from skyformer_jax.data.builders import LraBuilder, document_features
-from skyformer_jax.data.splits import content_hash
+from skyformer_jax.data.builders import SOURCE_FILE, LraBuilder, document_features
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 
-_SOURCE_FILE = "source.json"  # what a data set was made of, and what was odd in it
 _READ_AT_ONCE = 4096
 
 
@@ -51,6 +50,7 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
     builder.source = Path(source).expanduser() if source else None
     place = Path(builder.data_dir)
     if place.is_dir():
+        builder.clean_up()  # should it have been killed just before that
         if builder.source is not None and builder.source.exists():
             _check_same_source(place, builder.source_files())
         return
@@ -75,19 +75,12 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(force_checksums_validation=True)
             )
-        files = builder.source_files() if builder.source is not None else []
-        record = {
-            "source": str(builder.source or "downloaded or generated"),
-            "files": {path.name: _fingerprint(path) for path in files},
-            "notes": builder.notes,
-        }
-        (place / _SOURCE_FILE).write_text(json.dumps(record, indent=1) + "\n")
         builder.clean_up()
 
 
 def describe(builder: LraBuilder) -> dict[str, Any]:
     """Name and version of a prepared data set, what it was made of, and what was odd in that."""
-    record = json.loads((Path(builder.data_dir) / _SOURCE_FILE).read_text())
+    record = json.loads((Path(builder.data_dir) / SOURCE_FILE).read_text())
     return {
         "name": builder.info.full_name,
         "source": record["source"],
@@ -95,22 +88,12 @@ def describe(builder: LraBuilder) -> dict[str, Any]:
     }
 
 
-def _fingerprint(path: Path) -> list[Any]:
-    """Size, and a hash of the first and the last MiB."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        ends = file.read(1 << 20)
-        file.seek(max(0, size - (1 << 20)))
-        ends += file.read()
-    return [size, f"{content_hash(ends):016x}"]
-
-
 def _check_same_source(place: Path, files: Sequence[Path]) -> None:
     """UserError if the data set was made from other contents of the same files."""
-    record = place / _SOURCE_FILE
-    known = json.loads(record.read_text())["files"] if record.exists() else {}
+    record = place / SOURCE_FILE
+    known = json.loads(record.read_text())["files"]
     for path in files:
-        if path.name in known and known[path.name] != _fingerprint(path):
+        if path.name in known and known[path.name] != archives.fingerprint(path):
             raise UserError(
                 f"the data set in {place} was made from another {path.name} than {path}; "
                 "name another data.dir, or delete that folder to make it again"
