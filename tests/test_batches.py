@@ -1,5 +1,11 @@
 """Examples in memory, their order, and batches: every example once, whatever the circumstances."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -171,6 +177,71 @@ def test_processes_share_each_batch(processes):
         together = zip(*(next(part) for part in parts), strict=True)
         for expected, shares in zip(next(whole), together, strict=True):
             np.testing.assert_array_equal(np.concatenate(shares), expected)
+
+
+PROCESS = """
+import sys
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from skyformer_jax.data.batches import training_batches
+from skyformer_jax.training import steps
+from test_batches import random_examples
+
+jax.config.update("jax_num_cpu_devices", 2)
+address, index, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(address, num_processes=2, process_id=index)
+examples, _ = random_examples(30)
+process = jax.process_index(), jax.process_count()
+stream = training_batches(examples, 8, 40, seed=5, process=process)
+mesh = steps.make_mesh()
+assert mesh.size == 4
+seen = []
+for _ in range(15):
+    batch = steps.shard_batch(next(stream), mesh)
+    assert batch.tokens.shape == (8, 40)
+    seen.append(multihost_utils.process_allgather(batch, tiled=True))
+arrays = {name: np.stack([getattr(batch, name) for batch in seen]) for name in batch._fields}
+np.savez(out, **arrays)
+"""
+
+
+def test_two_real_processes_see_one_stream(tmp_path):
+    """Over jax.distributed on 127.0.0.1: the global batches are those of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "process.py").write_text(PROCESS)
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "process.py", address, str(i), tmp_path / f"{i}.npz"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        for process in processes:
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, stderr
+    finally:
+        for process in processes:
+            process.kill()
+    examples, _ = random_examples(30)
+    stream = batches.training_batches(examples, 8, 40, seed=5)
+    expected = [next(stream) for _ in range(15)]
+    for i in range(2):
+        with np.load(tmp_path / f"{i}.npz") as seen:
+            for name in batches.Batch._fields:
+                np.testing.assert_array_equal(
+                    seen[name], [getattr(batch, name) for batch in expected]
+                )
 
 
 def test_buckets_hold_their_examples():
