@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -129,8 +130,14 @@ def two_steps(name, argument, tiny_benchmark, workdir):
 
 # The others with the slow ones.
 @pytest.mark.parametrize("name", ["text", "retrieval", "pathfinder"])
-def test_each_task_trains(name, tiny_benchmark, tmp_path):
+def test_each_task_trains(name, tiny_benchmark, tmp_path, monkeypatch):
+    """With a relative source; evaluated from another folder."""
+    source, data_dir = tiny_benchmark
+    monkeypatch.chdir(source)
+    tiny_benchmark = Path("."), data_dir
     result = two_steps(name, "performer,small", tiny_benchmark, tmp_path / "run")
+    monkeypatch.chdir(tmp_path.parent)
+    assert training.evaluate(tmp_path / "run")["loss"] == result["loss"]
     data = json.loads((tmp_path / "run" / "eval_test.json").read_text())["data"]
     assert data == result["data"]
     assert len(data["checksum"]) == 16

@@ -217,6 +217,7 @@ def config_digest(config: ml_collections.ConfigDict) -> str:
     flat = skyformer_jax.config.flatten(skyformer_jax.config.to_dict(config))
     for field in skyformer_jax.config.LOCATIONS:
         flat.pop(field)
+    flat["data.source"] = bool(flat["data.source"])  # published, or generated or downloaded
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -270,6 +270,10 @@ def _open_workdir(
             raise UserError(f"another process is training in {workdir}") from None
         path = workdir / "config.json"
         asked = skyformer_jax.config.to_dict(config)
+        for location in ("dir", "source"):  # eval.py may be called from elsewhere
+            if asked["data"][location]:
+                absolute = Path(asked["data"][location]).expanduser().absolute()
+                asked["data"][location] = str(absolute)
         if path.exists():
             saved = skyformer_jax.config.to_dict(skyformer_jax.config.read(path))
             different = skyformer_jax.config.differences(saved, asked)
@@ -292,7 +296,6 @@ def _open_workdir(
                 f"needs {needed / 2**20:,.0f} MiB: free some space or name another --workdir"
             )
         partial = path.with_suffix(".json.tmp")
-        asked["data"]["dir"] = str(Path(config.data.dir).expanduser().absolute())
         partial.write_text(json.dumps(asked, indent=1) + "\n")
         partial.replace(path)
         yield
