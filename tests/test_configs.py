@@ -153,6 +153,22 @@ def test_every_task_trains_with_every_attention(name, attention_name, tiny_bench
     two_steps(name, f"{attention_name},small", tiny_benchmark, tmp_path / "run")
 
 
+def test_a_missing_source_can_be_added(tiny_benchmark, tmp_path):
+    """In the same workdir, as the error says to."""
+    source, _ = tiny_benchmark
+    settings = get("retrieval", "softmax,small")
+    settings.model.update({"width": 16, "mlp_dim": 16})
+    settings.train.update({"num_steps": 1, "warmup_steps": 0, "batch_size": 8, "eval_every": 1})
+    settings.data.dir = str(tmp_path / "data")
+    with pytest.raises(UserError, match="name its folder as the source"):
+        training.train(settings, tmp_path / "run")
+    settings.data.source = str(source)
+    assert training.train(settings, tmp_path / "run")["examples"] == tiny_data.PAIRS["test"]
+    settings.data.source = ""
+    with pytest.raises(UserError, match=r"another config.*data\.source"):
+        training.train(settings, tmp_path / "run")
+
+
 def test_buckets_change_no_prediction_and_resume_exactly(tiny_benchmark, tmp_path):
     """Text in buckets: a run in two halves ends as one in one go; evaluation as without buckets."""
     source, data_dir = tiny_benchmark

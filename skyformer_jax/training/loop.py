@@ -274,7 +274,10 @@ def _open_workdir(
             if asked["data"][location]:
                 absolute = Path(asked["data"][location]).expanduser().absolute()
                 asked["data"][location] = str(absolute)
-        if path.exists():
+        begun = bool(checkpoints.steps(workdir / "checkpoints"))
+        if begun and not path.exists():
+            raise UserError(f"{workdir} has checkpoints but no config.json; name another --workdir")
+        if begun:  # else nothing depends on the config of an earlier attempt
             saved = skyformer_jax.config.to_dict(skyformer_jax.config.read(path))
             different = skyformer_jax.config.differences(saved, asked)
             if different:
@@ -282,8 +285,6 @@ def _open_workdir(
                     f"{workdir} holds a run of another config; name another --workdir, or restore: "
                     + "; ".join(different)
                 )
-        elif checkpoints.steps(workdir / "checkpoints"):
-            raise UserError(f"{workdir} has checkpoints but no config.json; name another --workdir")
         # Three checkpoints kept, and one being written.
         needed = 4 * sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state)
