@@ -289,6 +289,7 @@ class Text(HeldOutBuilder):
     URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
     PUBLISHED = text.PUBLISHED
     TFDS_NAME = "imdb_reviews"
+    HOMEPAGE = "https://ai.stanford.edu/~amaas/data/sentiment/"
     DESCRIPTION = "Movie reviews as bytes, classified as negative (0) or positive (1)."
     CITATION = "Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011"
     NUM_CLASSES = 2
