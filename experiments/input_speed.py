@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import ml_collections
 from absl import flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments.provenance import provenance
 from skyformer_jax import cli, tasks
@@ -62,6 +64,7 @@ def step_times(examples: Examples, config: ml_collections.ConfigDict) -> tuple[f
     """Seconds of all steps, and of these what went into input; compilation apart."""
     model, optimizer, mesh = build_model(config), steps.make_optimizer(config), steps.make_mesh()
     state = steps.init_state(0, model, optimizer, steps.token_shape(config))
+    state = jax.device_put(state, NamedSharding(mesh, P()))  # where the step leaves it
     step = steps.make_train_step(
         model, optimizer, mesh, config.train.log_every, evaluation.reading(config)
     )
