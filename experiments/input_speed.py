@@ -85,12 +85,10 @@ def step_times(examples: Examples, config: ml_collections.ConfigDict) -> tuple[f
 def measure(name: str) -> dict[str, Any]:
     """All figures of a task."""
     get_config = importlib.import_module(f"configs.{name}").get_config
-    result: dict[str, Any] = {"variants": {}}
+    result: dict[str, Any] = {}
     for variant in ("", "small"):
         config = get_config(",".join(filter(None, (_ATTENTION.value, variant))))
         config.data.dir, config.data.source = _DATA_DIR.value, _SOURCE.value
-        if config.task.endswith("_small"):
-            config.task = name  # the same data as the full task
         start = time.perf_counter()
         examples = evaluation.load_split(config, "train")
         seconds = time.perf_counter() - start
@@ -100,7 +98,9 @@ def measure(name: str) -> dict[str, Any]:
         for what, buckets in (("fixed length", ()), ("buckets", (longest // 4, longest // 2))):
             config.data.buckets = buckets
             rates[what] = statistics.median(examples_a_second(examples, config))
-        result["variants"][variant or "full"] = {
+        data_set = tasks.get(config.task).data_set(_DATA_DIR.value, source=_SOURCE.value or None)
+        result[variant or "full"] = {
+            "data": store.describe(data_set),
             "examples": len(examples),
             "checksum": examples.checksum(),
             "mean_length": float(examples.lengths.mean()),
@@ -117,8 +117,6 @@ def measure(name: str) -> dict[str, Any]:
             f"{100 * spent / total:8.2f} % input",
             flush=True,
         )
-    data_set = tasks.get(name).data_set(_DATA_DIR.value, source=_SOURCE.value or None)
-    result["data"] = store.describe(data_set)
     return result
 
 
