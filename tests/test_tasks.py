@@ -329,7 +329,7 @@ def test_what_was_odd_is_kept_with_the_data(tiny, tmp_path, monkeypatch):
     total = sum(len(task.load(s, tmp_path / "data", source=str(tmp_path))) for s in SPLITS)
     assert total == tiny_data.IMAGES - 1
     described = store.describe(task.data_set(tmp_path / "data", source=str(tmp_path)))
-    assert described["source"] == str(tmp_path)
+    assert described["source"] == tmp_path.name
     (note,) = described["notes"]
     assert "skipped 1 of" in note and "sample_7.png" in note and "empty" in note
     json.dumps(described)

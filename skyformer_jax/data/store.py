@@ -79,11 +79,11 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
 
 
 def describe(builder: LraBuilder) -> dict[str, Any]:
-    """Name and version of a prepared data set, what it was made of, and what was odd in that."""
+    """Name and version of a prepared data set, its source's name, and what was odd in that."""
     record = json.loads((Path(builder.data_dir) / SOURCE_FILE).read_text())
     return {
         "name": builder.info.full_name,
-        "source": record["source"],
+        "source": Path(record["source"]).name,  # where it lies is nobody else's business
         "notes": record["notes"],
     }
 
