@@ -29,10 +29,12 @@ class Progress:
             self._bar = tqdm.tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True)
 
     def update(self, count: int) -> None:
-        """Count more are done."""
+        """Count more are done; all of them close the bar."""
         self._count += count
         if self._bar is not None:
             self._bar.update(count)
+            if self._count >= self._total:
+                self.close()
             return
         now = time.monotonic()
         if now - self._said >= _SECONDS_BETWEEN_LINES:

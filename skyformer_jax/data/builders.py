@@ -468,16 +468,16 @@ class Pathfinder(LraBuilder):
         make_blocks = self._read if self.builder_config.num_images is None else self._generate
         num_blocks = make_blocks()
 
+        progress = Progress(len(SPLITS) * num_blocks, f"storing {name}", "blocks")
+
         def images(split: str, blocks: Sequence[int]) -> Iterator[tuple[Documents, int]]:
             for block in blocks:
                 with np.load(self._block_file(block)) as arrays:
                     pixels, labels = arrays[f"{split}_pixels"], arrays[f"{split}_labels"]
-                progress[split].update(len(labels))
                 for row, label in zip(pixels, labels, strict=True):
                     yield (row,), int(label)
+                progress.update(1)
 
-        totals = self._totals(num_blocks)
-        progress = {split: Progress(totals[split], f"storing {name} {split}") for split in SPLITS}
         files = [
             range(start, min(start + self._BLOCKS_A_FILE, num_blocks))
             for start in range(0, num_blocks, self._BLOCKS_A_FILE)
@@ -540,15 +540,6 @@ class Pathfinder(LraBuilder):
         with partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
         partial.replace(self._block_file(block))
-
-    def _totals(self, num_blocks: int) -> dict[str, int]:
-        """Images of each split."""
-        totals = dict.fromkeys(SPLITS, 0)
-        for block in range(num_blocks):
-            with np.load(self._block_file(block)) as arrays:
-                for split in SPLITS:
-                    totals[split] += len(arrays[f"{split}_labels"])
-        return totals
 
     def clean_up(self) -> None:
         """Removes the blocks."""
