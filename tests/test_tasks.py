@@ -104,6 +104,20 @@ def test_retrieval_keeps_pairs_and_the_first_4000_bytes(tiny, data_dir, source):
                 assert list(tokens) == [byte + 1 for byte in document.encode()[:4000]]
 
 
+def test_retrieval_is_stored_in_pieces_of_one_stream(tiny, data_dir, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(builders.Retrieval, "_PAIRS_A_FILE", 10)  # a multiple of train's 30
+    task = tiny["retrieval"]
+    for split in SPLITS:
+        expected = task.load(split, data_dir, source=str(source)).checksum()
+        assert task.load(split, tmp_path / "data", source=str(source)).checksum() == expected
+    assert len(list((tmp_path / "data").rglob("*-train.array_record*"))) == 3
+    tiny_data.write_pairs(tmp_path / "longer")
+    with (tmp_path / "longer" / "new_aan_pairs.train.tsv").open("a") as file:
+        file.write("1.0\tA\tB\tone more\tpair\n")
+    with pytest.raises(UserError, match=r"31 of 30 pairs"):
+        task.load("train", tmp_path / "other", source=str(tmp_path / "longer"))
+
+
 @pytest.mark.parametrize(("name", "size"), [("pathfinder", 32), ("pathx", 128)])
 def test_pathfinder_is_divided_by_names(tiny, data_dir, source, name, size):
     folder = source / "lra_release" / f"pathfinder{size}"

@@ -372,6 +372,7 @@ class Retrieval(LraBuilder):
     BUILDER_CONFIGS = (
         RetrievalConfig(name="aan", description="The files new_aan_pairs.{train,eval,test}.tsv."),
     )
+    _PAIRS_A_FILE = 10_000  # the writer's memory grows with its file
 
     def source_files(self) -> list[Path]:
         """The three published files."""
@@ -393,10 +394,17 @@ class Retrieval(LraBuilder):
             for *documents, label in track(read, size, paths[split].name, "pairs"):
                 yield tuple(np.frombuffer(d[: config.length], np.uint8) for d in documents), label
 
-        return {
-            split: [functools.partial(pairs, split, size)]
-            for split, size in zip(SPLITS, config.sizes, strict=True)
-        }
+        shards = {}
+        for split, size in zip(SPLITS, config.sizes, strict=True):
+            # The files are written one after another, so one stream can serve them all; the last
+            # one takes what is left, so that a wrong number of pairs is noticed.
+            stream = pairs(split, size)
+            shards[split] = [
+                functools.partial(itertools.islice, stream, self._PAIRS_A_FILE)
+                for _ in range((size - 1) // self._PAIRS_A_FILE)
+            ]
+            shards[split].append(functools.partial(iter, stream))
+        return shards
 
 
 @dataclasses.dataclass
