@@ -12,6 +12,8 @@ from skyformer_jax import attention, tasks
 from skyformer_jax.config import one_of
 from skyformer_jax.errors import UserError
 
+VARIANTS = ("paper", "small")  # beside "", the right one
+
 
 def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
     """Splits "attention[,variant]" in two; skyformer and "" where left out."""
@@ -20,9 +22,6 @@ def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
     if variant and not variants:
         raise UserError(f"unknown variant {variant!r}; this config has none")
     return name or "skyformer", one_of("variant", variant, ("", *variants)) if variant else ""
-
-
-VARIANTS = ("paper", "small")
 
 
 def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.ConfigDict:
@@ -77,7 +76,7 @@ def make_small(config: ml_collections.ConfigDict, *, num_steps: int) -> None:
     One layer, 32 landmarks or features, a higher learning rate; five validations.
     """
     config.model.num_layers = 1
-    for option in ("num_landmarks", "num_features", "projection_dim"):
+    for option in ("num_landmarks", "num_features"):
         if option in config.attention:
             config.attention[option] = 32
     config.train.num_steps = num_steps

@@ -37,7 +37,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         config.model.pooling = "padded_mean"
     if variant == "small":
         config.data.shrink = 4
-        config.model.max_length = 1_024
+        config.model.max_length = 1024
         config.train.batch_size = 8
         common.make_small(config, num_steps=100)
     return config

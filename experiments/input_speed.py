@@ -87,7 +87,7 @@ def measure(name: str) -> dict[str, Any]:
     get_config = importlib.import_module(f"configs.{name}").get_config
     result: dict[str, Any] = {}
     for variant in ("", "small"):
-        config = get_config(",".join(filter(None, (_ATTENTION.value, variant))))
+        config = get_config(f"{_ATTENTION.value},{variant}")
         config.data.dir, config.data.source = _DATA_DIR.value, _SOURCE.value
         start = time.perf_counter()
         examples = evaluation.load_split(config, "train")

@@ -52,10 +52,8 @@ def main() -> None:
     mesh = steps.make_mesh()
     runs, rows = {}, {}
     for name in _ATTENTIONS.value:
-        argument = ",".join(
-            filter(None, (one_of("attention", name, attention.NAMES), _VARIANT.value))
-        )
-        config = get_config(argument)
+        name = one_of("attention", name, attention.NAMES)
+        config = get_config(f"{name},{_VARIANT.value}")
         model, optimizer = build_model(config), steps.make_optimizer(config)
         state = steps.init_state(0, model, optimizer, steps.token_shape(config))
         batch = steps.shard_batch(_random_batch(config), mesh)

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tqdm
 
@@ -16,6 +16,13 @@ def say(text: str) -> None:
     tqdm.tqdm.write(text, file=sys.stderr)
 
 
+def open_bar(total: int, **options: Any) -> tqdm.tqdm | None:
+    """A bar of that total on a terminal, with further options of tqdm's; None elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+    return tqdm.tqdm(total=total, dynamic_ncols=True, file=sys.stderr, **options)
+
+
 class Progress:
     """Counts up to a total, with rate and time left."""
 
@@ -24,9 +31,7 @@ class Progress:
         self._total, self._what, self._unit = total, what, unit
         self._count, self._start = 0, time.monotonic()
         self._said = self._start
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm.tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True)
+        self._bar = open_bar(total, desc=what, unit=f" {unit}", unit_scale=True)
 
     def update(self, count: int) -> None:
         """Count more are done; all of them close the bar."""

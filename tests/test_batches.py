@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_data import from_sequences
 
 from skyformer_jax.data import batches
-from skyformer_jax.data.batches import Examples, from_sequences
+from skyformer_jax.data.batches import Examples
 from skyformer_jax.errors import UserError
 
 

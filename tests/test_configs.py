@@ -49,7 +49,7 @@ def test_the_settings_are_the_papers():
 @pytest.mark.parametrize("name", NAMES)
 def test_all_attentions_and_variants_pass_the_check(name):
     for attention_name, variant in itertools.product(attention.NAMES, VARIANTS):
-        settings = get(name, f"{attention_name},{variant}" if variant else attention_name)
+        settings = get(name, f"{attention_name},{variant}")
         config.check(settings, num_devices=1)
         assert settings.attention.name == attention_name
     with pytest.raises(UserError, match="did you mean 'small'"):

@@ -5,10 +5,10 @@ import statistics
 
 import numpy as np
 import pytest
+from tiny_data import from_sequences
 
 from skyformer_jax import tasks
 from skyformer_jax.data import builders, listops, store
-from skyformer_jax.data.batches import from_sequences
 from skyformer_jax.errors import UserError
 
 SMALL = listops.Grammar(min_length=4, max_length=40, max_depth=4, max_args=4)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_data import from_sequences
 
 from skyformer_jax import tasks
 from skyformer_jax.data import pathfinder, prepare
-from skyformer_jax.data.batches import from_sequences
 
 TREES = ["[MAX 1 2 ]\t2", "[MIN 3 [SM 9 4 ] ]\t3", "[MED 5 5 6 ]\t5"]
 

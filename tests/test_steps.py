@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 from test_model import tiny_config
+from tiny_data import from_sequences
 
 from skyformer_jax import attention, models
-from skyformer_jax.data.batches import Batch, from_sequences
+from skyformer_jax.data.batches import Batch, evaluation_batches
 from skyformer_jax.training import checkpoints, evaluation, steps
 
 
@@ -92,8 +93,8 @@ def test_predictions_do_not_depend_on_batch_size_or_devices():
         for num_devices, batch_size, buckets in ((1, 37, ()), (1, 5, shorter), (8, 16, ())):
             mesh = mesh_of(num_devices)
             predict_step = steps.make_predict_step(model, mesh, READING)
-            batches = (batch_size, 48, buckets)
-            logits = evaluation.predict(predict_step, variables, examples, batches, mesh, rng)
+            batches = evaluation_batches(examples, batch_size, 48, buckets=buckets)
+            logits = evaluation.predict(predict_step, variables, batches, mesh, rng)
             assert logits.shape == (37, 10)
             results.append(logits)
         for other in results[1:]:

@@ -10,6 +10,18 @@ from PIL import Image
 
 from skyformer_jax import tasks
 from skyformer_jax.data import builders, listops
+from skyformer_jax.data.batches import Examples
+
+
+def from_sequences(sequences, labels):
+    """Examples of one document each, of uint8 arrays."""
+    lengths = [len(sequence) for sequence in sequences]
+    return Examples(
+        np.concatenate([np.zeros(0, np.uint8), *sequences]),
+        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        np.asarray(labels, np.int32),
+    )
+
 
 PAIRS = {"train": 30, "validation": 8, "test": 12}
 IMAGES = 100  # of each size of Pathfinder

@@ -5,7 +5,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,6 +150,12 @@ def find_in_release(source: Path, folder: str, contents: Sequence[str]) -> Path:
             "name the folder of the unpacked lra_release"
         )
     return found
+
+
+def find_files(source: Path, folder: str, names: Mapping[str, str]) -> dict[str, Path]:
+    """As find_in_release, of names by split: the files by split."""
+    found = find_in_release(source, folder, list(names.values()))
+    return {split: found / name for split, name in names.items()}
 
 
 def _first_with(source: Path, places: Sequence[str], contents: Sequence[str]) -> Path | None:

@@ -112,16 +112,6 @@ class Examples(Sequence):
         return sha.hexdigest()[:16]
 
 
-def from_sequences(sequences: Sequence[np.ndarray], labels: Sequence[int]) -> Examples:
-    """Examples of one document each, of uint8 arrays."""
-    lengths = [len(sequence) for sequence in sequences]
-    return Examples(
-        np.concatenate([np.zeros(0, np.uint8), *sequences]),
-        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        np.asarray(labels, np.int32),
-    )
-
-
 class Batch(NamedTuple):
     """Examples padded to one length.
 

@@ -20,7 +20,6 @@ from skyformer_jax.data import (
     archives,
     image,
     listops,
-    parallel,
     pathfinder,
     pathfinder_files,
     retrieval,
@@ -33,6 +32,7 @@ from skyformer_jax.progress import Progress, say, track
 
 SOURCE_FILE = "source.json"  # what a data set was made of, and what was odd in it
 SPLITS = ("train", "validation", "test")
+DOCUMENT_LENGTH = 4_000  # bytes of a document that the benchmark reads
 _LRA_HOMEPAGE = "https://github.com/google-research/long-range-arena"
 _LRA_CITATION = "Tay et al., Long Range Arena, 2020, arXiv 2011.04006"
 
@@ -189,7 +189,7 @@ class Listops(LraBuilder):
 
     def source_files(self) -> list[Path]:
         """The three published files."""
-        return list(_listops_files(self.source).values())
+        return list(listops.find_files(self.source).values())
 
     def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
         """Read, or generated."""
@@ -198,7 +198,7 @@ class Listops(LraBuilder):
         if config.grammar is None:
             return {
                 split: [_rows(*listops.read_tsv(path), path.name)]
-                for split, path in _listops_files(self.source).items()
+                for split, path in listops.find_files(self.source).items()
             }
         progress = Progress(sum(config.sizes), "generating ListOps")
         sequences, labels = listops.generate(
@@ -210,13 +210,6 @@ class Listops(LraBuilder):
             split: [_rows(sequences[end - size : end], labels[end - size : end], split)]
             for split, size, end in zip(SPLITS, config.sizes, ends, strict=True)
         }
-
-
-def _listops_files(source: Path) -> dict[str, Path]:
-    """The three files by split; UserError naming what is missing."""
-    names = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
-    folder = archives.find_in_release(source, "listops-1000", list(names.values()))
-    return {split: folder / name for split, name in names.items()}
 
 
 @dataclasses.dataclass
@@ -297,7 +290,7 @@ class Text(HeldOutBuilder):
         HeldOutConfig(
             name="imdb",
             description="All 50,000 labelled reviews, whole.",
-            sizes=(25_000, 25_000),
+            sizes=tuple(text.SIZES.values()),
             num_validation=2_500,
         ),
     )
@@ -331,7 +324,7 @@ class Image(HeldOutBuilder):
         HeldOutConfig(
             name="cifar10",
             description="All 60,000 photographs.",
-            sizes=(50_000, 10_000),
+            sizes=tuple(image.SIZES.values()),
             num_validation=5_000,
         ),
     )
@@ -356,8 +349,8 @@ class RetrievalConfig(tfds.core.BuilderConfig):
       length: bytes kept of each document.
     """
 
-    sizes: tuple[int, int, int] = (147_086, 18_090, 17_437)
-    length: int = 4_000
+    sizes: tuple[int, int, int] = tuple(retrieval.SIZES.values())
+    length: int = DOCUMENT_LENGTH
 
 
 class Retrieval(LraBuilder):
@@ -498,25 +491,25 @@ class Pathfinder(LraBuilder):
     def _generate(self) -> int:
         """Makes the blocks that an interrupted preparation has not made; returns their number."""
         config = self.builder_config
-        num_blocks = -(-config.num_images // pathfinder.CHUNK)
-        missing = [i for i in range(num_blocks) if not self._block_file(i).exists()]
-        if len(missing) < num_blocks:
-            say(f"{num_blocks - len(missing)} of {num_blocks} blocks of images are there already")
-        counts = [min(pathfinder.CHUNK, config.num_images - i * pathfinder.CHUNK) for i in missing]
-        made = parallel.ordered_map(
-            pathfinder.generate_chunk,
-            (
-                (config.size, config.difficulty, config.seed, i, count)
-                for i, count in zip(missing, counts, strict=True)
-            ),
+        counts = pathfinder.chunk_sizes(config.num_images)
+        missing = [i for i in range(len(counts)) if not self._block_file(i).exists()]
+        if len(missing) < len(counts):
+            say(f"{len(counts) - len(missing)} of {len(counts)} blocks of images are there already")
+        made = pathfinder.chunks(
+            config.num_images,
+            size=config.size,
+            difficulty=config.difficulty,
+            seed=config.seed,
+            which=missing,
         )
-        progress = Progress(sum(counts), f"drawing {config.name}", "images")
+        total = sum(counts[i] for i in missing)
+        progress = Progress(total, f"drawing {config.name}", "images")
         for block, (images, labels) in zip(missing, made, strict=True):
             names = [f"imgs/{block}/sample_{i}.png" for i in range(len(labels))]
             self._store(block, names, images, labels)
             progress.update(len(images))
         progress.close()
-        return num_blocks
+        return len(counts)
 
     def _read(self) -> int:
         """Reads the published files; returns the number of blocks."""

@@ -9,17 +9,16 @@ bounds are rejected, and duplicates dropped.
 Whole chunks of trees grow together, level by level, in NumPy.
 """
 
-import collections
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from skyformer_jax.data import parallel
+from skyformer_jax.data import archives, parallel
 from skyformer_jax.errors import UserError
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
@@ -29,6 +28,7 @@ VOCAB_SIZE = len(SYMBOLS) + 1
 FIRST_OPERATOR, CLOSE = TOKENS["[MIN"], TOKENS["]"]
 
 _CHUNK = 16_384  # roots drawn together; part of what a seed means
+_FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
 # Chunks in a row without a new tree, after which there are taken to be no more.
 _PATIENCE = 20
 
@@ -233,12 +233,21 @@ def generate(
 def _chunks(grammar: Grammar, seed: int) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
     """The stream of chunks in order, made by threads (NumPy lets go of the lock) a bit ahead."""
     threads = parallel.num_cores()
+    arguments = ((grammar, seed, chunk) for chunk in itertools.count())
     with ThreadPoolExecutor(threads) as pool:
-        ahead: collections.deque[Future] = collections.deque()
-        for chunk in itertools.count():
-            ahead.append(pool.submit(draw_chunk, grammar, seed, chunk))
-            if len(ahead) > threads:
-                yield ahead.popleft().result()
+        yield from parallel.in_order(pool, draw_chunk, arguments, ahead=threads)
+
+
+def find_files(source: Path) -> dict[str, Path]:
+    """The published files of the splits "train", "validation" and "test".
+
+    Args:
+      source: the folder with the three files, or one with listops-1000/, or with lra_release/.
+
+    Raises:
+      UserError: if they are not all there.
+    """
+    return archives.find_files(source, "listops-1000", _FILES)
 
 
 def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:

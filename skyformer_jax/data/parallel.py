@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -44,16 +44,33 @@ def ordered_map(
     # Not forked: JAX's threads would not survive that.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        ahead: collections.deque[Future] = collections.deque()
-        try:
-            for argument in arguments:
-                ahead.append(pool.submit(function, *argument))
-                if len(ahead) > 2 * workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        yield from in_order(pool, function, arguments, ahead=2 * workers)
+
+
+def in_order(
+    pool: Executor, function: Callable[..., T], arguments: Iterable[tuple], *, ahead: int
+) -> Iterator[T]:
+    """Yields function(*argument) for each argument, in order, by a pool that this uses up.
+
+    Args:
+      pool: of threads or processes.
+      function: as ordered_map.
+      arguments: as ordered_map; there may be no end of them.
+      ahead: calls beyond the one whose result is taken next.
+
+    Raises:
+      What function raises, at its place in the order.
+    """
+    calls: collections.deque[Future] = collections.deque()
+    try:
+        for argument in arguments:
+            calls.append(pool.submit(function, *argument))
+            if len(calls) > ahead:
+                yield calls.popleft().result()
+        while calls:
+            yield calls.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start_worker() -> None:

@@ -17,7 +17,7 @@ once, with what they block, and then copied. Most pairs of targets are given up 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -659,8 +659,19 @@ def generate_chunk(
     return draw(settings(size, difficulty), (seed, chunk), num_images)
 
 
+def chunk_sizes(num_images: int) -> list[int]:
+    """Images of each of the chunks that make so many images; the last one is cut."""
+    return [min(CHUNK, num_images - start) for start in range(0, num_images, CHUNK)]
+
+
 def chunks(
-    num_images: int, *, size: int, difficulty: str, seed: int, workers: int | None = None
+    num_images: int,
+    *,
+    size: int,
+    difficulty: str,
+    seed: int,
+    which: Sequence[int] | None = None,
+    workers: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the chunks of a stream in order, the last one cut, so many images in all.
 
@@ -669,6 +680,7 @@ def chunks(
       size: as generate_chunk.
       difficulty: as generate_chunk.
       seed: as generate_chunk.
+      which: indices of the chunks wanted; None means all.
       workers: processes; None means one for each core, 1 draws in this process.
 
     Raises:
@@ -677,10 +689,9 @@ def chunks(
     settings(size, difficulty)
     if seed < 0:
         raise UserError(f"the seed of Pathfinder must not be negative; got {seed}")
-    arguments = (
-        (size, difficulty, seed, chunk, min(CHUNK, num_images - chunk * CHUNK))
-        for chunk in range(-(-num_images // CHUNK))
-    )
+    counts = chunk_sizes(num_images)
+    wanted = range(len(counts)) if which is None else which
+    arguments = ((size, difficulty, seed, chunk, counts[chunk]) for chunk in wanted)
     yield from ordered_map(generate_chunk, arguments, workers=workers)
 
 

@@ -32,8 +32,7 @@ def find_files(source: Path) -> dict[str, Path]:
     Raises:
       UserError: if they are not all there.
     """
-    folder = archives.find_in_release(source, "tsv_data", list(_FILES.values()))
-    return {split: folder / name for split, name in _FILES.items()}
+    return archives.find_files(source, "tsv_data", _FILES)
 
 
 def read_pairs(

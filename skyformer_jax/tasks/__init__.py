@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 from skyformer_jax.data import builders, listops
 from skyformer_jax.data.batches import Examples
-from skyformer_jax.data.builders import SPLITS
+from skyformer_jax.data.builders import DOCUMENT_LENGTH, SPLITS
 from skyformer_jax.errors import UserError
 from skyformer_jax.tasks.task import Task
 
 _BYTES = {"vocab_size": 257, "shift": 1}  # id 0 pads, byte b is b + 1
-_LENGTH = 4_000  # bytes of a document that the benchmark reads
 
 
 def _listops(load: Callable[[str], Examples], split: str, brackets: bool) -> Examples:
@@ -71,7 +70,6 @@ def pathfinder(
         f"{generated}_{size}_{difficulty}",
         f"official_{size}_{difficulty}",
         max_length=size * size,
-        num_classes=2,
         **_GRAY,
     )
 
@@ -79,7 +77,6 @@ def pathfinder(
 _LISTOPS = {
     "builder": builders.Listops,
     "vocab_size": listops.VOCAB_SIZE,
-    "num_classes": 10,
     "options": {"brackets": True},
     "variety": _listops,
     "more_floors": _root_operator,
@@ -92,9 +89,8 @@ BENCHMARK = (
         builders.Text,
         "imdb",
         "imdb",
-        max_length=_LENGTH,
-        num_classes=2,
-        options={"length": _LENGTH, "validate_on_test": False},
+        max_length=DOCUMENT_LENGTH,
+        options={"length": DOCUMENT_LENGTH, "validate_on_test": False},
         variety=_text,
         **_BYTES,
     ),
@@ -103,14 +99,12 @@ BENCHMARK = (
         builders.Retrieval,
         "aan",
         "aan",
-        max_length=_LENGTH,
-        num_classes=2,
-        num_documents=2,
-        options={"length": _LENGTH},
+        max_length=DOCUMENT_LENGTH,
+        options={"length": DOCUMENT_LENGTH},
         variety=_retrieval,
         **_BYTES,
     ),
-    Task("image", builders.Image, "cifar10", "cifar10", max_length=1_024, num_classes=10, **_GRAY),
+    Task("image", builders.Image, "cifar10", "cifar10", max_length=1_024, **_GRAY),
     pathfinder("pathfinder", 32),
     pathfinder("pathx", 128),
 )

@@ -32,8 +32,6 @@ class Task:
       source_config: the builder's config where published files are named; None if there are none.
       max_length: no document is longer.
       vocab_size: token ids, that of padding included.
-      num_classes: of the labels.
-      num_documents: of an example, 1 or 2.
       shift: token id = stored byte + shift.
       options: what load may be asked for, with its defaults.
       variety: load's last step: makes a split, as the options ask for it, from the stored ones.
@@ -46,12 +44,20 @@ class Task:
     source_config: str | Any | None
     max_length: int
     vocab_size: int
-    num_classes: int
-    num_documents: int = 1
     shift: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     variety: Callable[..., Examples] = _as_stored
     more_floors: Callable[[Examples], dict[str, float]] = _no_more_floors
+
+    @property
+    def num_classes(self) -> int:
+        """Of the labels."""
+        return self.builder.NUM_CLASSES
+
+    @property
+    def num_documents(self) -> int:
+        """Of an example, 1 or 2."""
+        return self.builder.NUM_DOCUMENTS
 
     def data_set(self, data_dir: str, *, source: str | None = None) -> builders.LraBuilder:
         """The TFDS builder of the task's data, prepared or not.

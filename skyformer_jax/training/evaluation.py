@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import skyformer_jax.config
 from skyformer_jax import tasks
 from skyformer_jax.attention import REGISTRY
 from skyformer_jax.data import store
-from skyformer_jax.data.batches import Examples, evaluation_batches, padded_length
+from skyformer_jax.data.batches import Batch, Examples, evaluation_batches, padded_length
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
 from skyformer_jax.training import checkpoints, steps
@@ -51,8 +51,7 @@ def reading(config: ml_collections.ConfigDict) -> steps.Reading:
 def predict(
     predict_step: Callable[..., jax.Array],
     variables: Any,
-    examples: Examples,
-    batches: tuple[int, int, Sequence[int]],
+    batches: Iterable[tuple[np.ndarray, Batch]],
     mesh: jax.sharding.Mesh,
     rng: jax.Array | None = None,
 ) -> np.ndarray:
@@ -61,32 +60,27 @@ def predict(
     Args:
       predict_step: of steps.make_predict_step.
       variables: the model's, of the TrainState.
-      examples: the split.
-      batches: their size, a multiple of the number of devices, the length to pad to, and shorter
-        ones for short examples, see evaluation_batches; they do not change the result.
+      batches: of batches.evaluation_batches, their size a multiple of the number of devices; size
+        and padding do not change the result.
       mesh: of the devices.
       rng: draws landmarks; None is deterministic.
     """
-    outstanding, logits = collections.deque(), None
+    outstanding, order, done = collections.deque(), [], []
 
     def fetch() -> None:
-        nonlocal logits
-        rows, some = outstanding.popleft()
-        some = np.asarray(some)
-        if logits is None:
-            logits = np.zeros((len(examples), some.shape[1]), some.dtype)
-        logits[rows] = some[: len(rows)]
+        count, some = outstanding.popleft()
+        done.append(np.asarray(some)[:count])
 
-    size, max_length, buckets = batches
-    for rows, batch in evaluation_batches(examples, size, max_length, buckets=buckets):
-        places = np.pad(rows, (0, size - len(rows))).astype(np.int32)
+    for rows, batch in batches:
+        order.append(rows)
+        places = np.pad(rows, (0, len(batch.label) - len(rows))).astype(np.int32)
         batch, places = steps.shard_batch((batch, places), mesh)
-        outstanding.append((rows, predict_step(variables, batch, rng, places)))
+        outstanding.append((len(rows), predict_step(variables, batch, rng, places)))
         if len(outstanding) > _IN_FLIGHT:
             fetch()
     while outstanding:
         fetch()
-    return logits
+    return np.concatenate(done)[np.argsort(np.concatenate(order))]
 
 
 def score(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -160,19 +154,22 @@ def evaluate(
     examples = load_split(config, split)
 
     batch_size = -(-(batch_size or config.train.batch_size) // mesh.size) * mesh.size
-    batches = (batch_size, config.model.max_length, config.data.get("buckets", ()))
+    max_length = config.model.max_length
     predict_step = steps.make_predict_step(model, mesh, reading(config))
     start = time.perf_counter()
-    logits = predict(predict_step, state.variables, examples, batches, mesh)
+    batches = evaluation_batches(
+        examples, batch_size, max_length, buckets=config.data.get("buckets", ())
+    )
+    logits = predict(predict_step, state.variables, batches, mesh)
     seconds = time.perf_counter() - start
-    batches = (batch_size, config.model.max_length, ())  # draws depend on the padded length
-    drawn = [
-        score(
-            predict(predict_step, state.variables, examples, batches, mesh, jax.random.key(draw)),
-            examples.label,
-        )["accuracy"]
-        for draw in range(landmark_draws)
-    ]
+
+    def redrawn_accuracy(draw: int) -> float:
+        # Without buckets, as draws depend on the padded length.
+        batches = evaluation_batches(examples, batch_size, max_length)
+        logits = predict(predict_step, state.variables, batches, mesh, jax.random.key(draw))
+        return score(logits, examples.label)["accuracy"]
+
+    drawn = [redrawn_accuracy(draw) for draw in range(landmark_draws)]
 
     scores = score(logits, examples.label)
     confusion = np.zeros((config.model.num_classes,) * 2, int)

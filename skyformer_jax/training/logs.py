@@ -1,7 +1,6 @@
 """What a run tells: the progress bar or lines, metrics.jsonl, TensorBoard, the learning curve."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import tensorboardX
 import tqdm
 
-from skyformer_jax.progress import say
+from skyformer_jax.progress import open_bar, say
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -61,15 +60,7 @@ class Progress:
     def __init__(self, first_step: int, num_steps: int) -> None:
         self._first_step, self._num_steps = first_step, num_steps
         self._start = time.perf_counter()
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm.tqdm(
-                total=num_steps,
-                initial=first_step,
-                unit="step",
-                dynamic_ncols=True,
-                file=sys.stderr,
-            )
+        self._bar = open_bar(num_steps, initial=first_step, unit="step")
 
     def step(self, step: int) -> None:
         """Moves the bar to a finished step."""

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import skyformer_jax.config
-from skyformer_jax.data.batches import Examples, training_batches
+from skyformer_jax.data.batches import Examples, evaluation_batches, training_batches
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import say
@@ -168,12 +168,14 @@ def _run(
                 finish_one()
             if validate:
                 with clock.paused():
-                    logits = evaluation.predict(
-                        predict_step,
-                        state.variables,
+                    validation_batches = evaluation_batches(
                         validation_split,
-                        (settings.batch_size, config.model.max_length, buckets),
-                        mesh,
+                        settings.batch_size,
+                        config.model.max_length,
+                        buckets=buckets,
+                    )
+                    logits = evaluation.predict(
+                        predict_step, state.variables, validation_batches, mesh
                     )
                     scores = evaluation.score(logits, validation_split.label)
                     log.write(step, "validation", **scores)
