@@ -34,7 +34,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except UserError as error:
         _fail(str(error))
     except flags.Error as error:
-        _fail(str(error))
+        # A config file's own error comes as the last line of a traceback in the text.
+        _, _, own = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
+        _fail(own or str(error))
     except (AttributeError, KeyError) as error:
         _fail(f"no such config field: {error.args[0]}")
     except (OSError, TypeError, ValueError) as error:

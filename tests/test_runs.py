@@ -291,6 +291,7 @@ def test_bad_files_get_one_line(tmp_path, data_dir):
         assert done.returncode == 2, done.stderr
         (line,) = done.stderr.strip().splitlines()
         assert message in line, line
+        assert "Traceback" not in line
 
     train, evaluate, quickstart = (
         ROOT / "train.py",
