@@ -21,7 +21,7 @@ def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
     one_of("attention", name or "skyformer", attention.NAMES)
     if variant and not variants:
         raise UserError(f"unknown variant {variant!r}; this config has none")
-    return name or "skyformer", one_of("variant", variant, ("", *variants)) if variant else ""
+    return name or "skyformer", one_of("variant", variant, variants) if variant else ""
 
 
 def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.ConfigDict:

@@ -1,0 +1,101 @@
+"""The numbers of docs/data.md: how long each data set takes to prepare, its size, what is in it.
+
+    python experiments/data_sheet.py --tasks=listops,text --source=DIR --work=FOLDER
+
+Each task is prepared from nothing, in a folder of its own below --work, and then read as stored.
+Writes JSON with commit, versions, hardware and the data's source and checksums. Pathfinder takes
+minutes, Path-X half an hour.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from absl import flags
+
+from experiments.provenance import provenance
+from skyformer_jax import cli, tasks
+from skyformer_jax.data import store
+from skyformer_jax.data.batches import Examples
+from skyformer_jax.errors import UserError
+
+_TASKS = flags.DEFINE_list("tasks", ["listops", "text", "image", "pathfinder"], "Which tasks.")
+_SOURCE = flags.DEFINE_string("source", None, "Folder of the published files, where it holds them.")
+_WORK = flags.DEFINE_string("work", None, "Folder for what is prepared; kept.", required=True)
+_OUT = flags.DEFINE_string("out", "results/data_sheet.json", "File to write.")
+
+
+def describe_split(task: tasks.Task, whole: Examples, read: Examples) -> dict[str, Any]:
+    """What is in a split, and what of it is read.
+
+    Args:
+      task: of the split.
+      whole: as stored.
+      read: as the task gives it by default.
+    """
+    lengths = whole.lengths
+    described = {
+        "examples": len(whole),
+        "checksum": read.checksum(),
+        "shares_of_classes": (np.bincount(whole.label) / len(whole)).round(4).tolist(),
+        "length": {
+            "shortest": int(lengths.min()),
+            "mean": float(read.lengths.mean()),
+            "longest": int(lengths.max()),
+            "share_cut": float((lengths > read.lengths).mean()),
+        },
+        "distinct_values": len(np.unique(whole.values)),
+        "share_of_value_0": float((whole.values == 0).mean()),
+        "floors": task.floors(read),
+    }
+    if "brackets" in task.options:
+        bare = task.variety(lambda split: whole, "", brackets=False)
+        described["mean_length_without_brackets"] = float(bare.lengths.mean())
+    return described
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Prepares a task's data set and reads it."""
+    task, data_dir = tasks.get(name), Path(_WORK.value) / name
+    if data_dir.exists():
+        raise UserError(f"{data_dir} exists; name another --work, or delete it to measure anew")
+    source = _SOURCE.value if _SOURCE.value and task.is_in(_SOURCE.value) else None
+    data_set = task.data_set(str(data_dir), source=source)
+    start = time.perf_counter()
+    store.prepare(data_set, source)
+    seconds = time.perf_counter() - start
+    files = [path for path in Path(data_set.data_dir).rglob("*") if path.is_file()]
+    result = {
+        "data": store.describe(data_set),
+        "seconds_to_prepare": seconds,
+        "bytes_on_disk": sum(path.stat().st_size for path in files),
+        "splits": {
+            split: describe_split(
+                task, store.load(data_set, split), task.load(split, str(data_dir), source=source)
+            )
+            for split in tasks.SPLITS
+        },
+    }
+    print(f"{name:11}{seconds:9.1f} s {result['bytes_on_disk'] / 1e6:9.1f} MB", flush=True)
+    return result
+
+
+def main() -> None:
+    """Measures the tasks one after the other and writes the JSON."""
+    result = {
+        "what": "preparation of the data sets from nothing, and what is in them",
+        **provenance(1),
+        "tasks": {name: measure(name) for name in _TASKS.value},
+    }
+    path = Path(_OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)
