@@ -1,0 +1,157 @@
+"""The primitive: its forms agree with each other and with float64, in memory linear in length."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import assert_directional_derivatives, gaussian_kernel
+
+from skyformer_jax.attention import gaussian, kernelized_attention, skyformer_attention
+from skyformer_jax.attention.gaussian import gaussian_attention
+
+# One tile, several along either side or both, lengths that tiles do not divide, and none alike.
+LENGTHS = [(1, 1), (3, 200), (200, 3), (1100, 130), (130, 1100), (300, 300), (2050, 1), (520, 1040)]
+
+
+def arrays(q_length, kv_length, *, batch=2, heads=2, head_dim=4, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = (q_length, kv_length, kv_length, q_length)
+    return [jnp.asarray(rng.normal(size=(batch, n, heads, head_dim)), jnp.float32) for n in lengths]
+
+
+@functools.cache
+def value_and_gradients(implementation):
+    def loss(query, key, value, scale, weights):
+        out = gaussian_attention(query, key, value, scale=scale, implementation=implementation)
+        return (out * weights).sum(), out
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 24 x 16, so that short sequences have many."""
+    monkeypatch.setattr(gaussian, "_TILE", {"cpu": (24, 16)})
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_forms_agree_in_values_and_gradients(lengths):
+    *qkv, weights = arrays(*lengths)
+    scale = jnp.float32(0.6)
+    (_, dense), dense_gradients = value_and_gradients("dense")(*qkv, scale, weights)
+    for other in ("chunked", "auto"):
+        (_, out), gradients = value_and_gradients(other)(*qkv, scale, weights)
+        np.testing.assert_allclose(out, dense, rtol=1e-5, atol=1e-5 * np.abs(dense).max())
+        for mine, expected in zip(gradients, dense_gradients, strict=True):
+            atol = 2e-5 * np.abs(expected).max()
+            np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=atol)
+
+
+def test_values_are_those_of_float64():
+    q, k, v, _ = arrays(200, 150)
+    out = gaussian_attention(q, k, v, scale=0.6, implementation="chunked")
+    expected = [
+        gaussian_kernel(*(np.asarray(x[b, :, h], np.float64) for x in (q, k)), 0.6)
+        @ np.asarray(v[b, :, h], np.float64)
+        for b in range(2)
+        for h in range(2)
+    ]
+    expected = np.swapaxes(np.reshape(expected, (2, 2, 200, 4)), 1, 2)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_by_finite_differences(small_tiles):
+    q, k, v, weights = arrays(61, 50)
+
+    def reference(q, k, v, scale):
+        out = [
+            [gaussian_kernel(q[b, :, h], k[b, :, h], scale) @ v[b, :, h] for h in range(2)]
+            for b in range(2)
+        ]
+        return np.swapaxes(np.array(out), 1, 2)
+
+    def loss(q, k, v, scale):
+        out = gaussian_attention(q, k, v, scale=scale, implementation="chunked")
+        return (out * weights).sum()
+
+    inputs = (q, k, v, jnp.float32(0.6))
+    gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(*inputs)
+    assert_directional_derivatives(
+        gradients,
+        lambda *x: (reference(*x) * np.asarray(weights)).sum(),
+        inputs,
+        np.random.default_rng(1),
+        tolerance=1e-4,
+    )
+
+
+def test_second_derivatives(small_tiles):
+    """Reverse mode through the gradient rule itself."""
+    *qkv, weights = arrays(40, 33, batch=1)
+
+    def gradient_norm(qkv, implementation):
+        def loss(q, k, v):
+            out = gaussian_attention(q, k, v, scale=0.6, implementation=implementation)
+            return (out * weights).sum()
+
+        return sum((g**2).sum() for g in jax.grad(loss, argnums=(0, 1, 2))(*qkv))
+
+    for mine, expected in zip(
+        jax.grad(gradient_norm)(qkv, "chunked"), jax.grad(gradient_norm)(qkv, "dense"), strict=True
+    ):
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_mapped_over_examples(small_tiles):
+    """vmap, also where only some arguments have the mapped axis."""
+    q, k, v, weights = arrays(50, 70)
+
+    def gradients(q, k):
+        def loss(q, k):
+            out = gaussian_attention(q[None], k[None], v[:1], scale=0.5, implementation="chunked")
+            return (out * weights[:1]).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(q, k)
+
+    mapped = jax.vmap(gradients, in_axes=(0, None))(q, k[0])
+    for b in range(2):
+        for mine, expected in zip(mapped, gradients(q[b], k[0]), strict=True):
+            np.testing.assert_allclose(mine[b], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", gaussian.IMPLEMENTATIONS)
+def test_empty_sequences(implementation):
+    for lengths in ((0, 3), (3, 0)):
+        q, k, v, _ = arrays(*lengths)
+        out = kernelized_attention(q, k, v, implementation=implementation)
+        np.testing.assert_array_equal(out, np.zeros(q.shape))
+
+
+def test_an_unknown_implementation_is_refused():
+    q, k, v, _ = arrays(4, 4)
+    with pytest.raises(ValueError, match="auto, dense, chunked"):
+        kernelized_attention(q, k, v, implementation="flash")
+
+
+def temporaries(function, batch, length, *, head_dim=32):
+    """Bytes that the gradients of the sum of a function's output need beside what they return."""
+    shape = jax.ShapeDtypeStruct((batch, length, 2, head_dim), jnp.float32)
+    gradients = jax.jit(jax.grad(lambda q, k, v: function(q, k, v).sum(), argnums=(0, 1, 2)))
+    return gradients.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_at_the_length_of_text():
+    """Paper's Text, four examples: a quarter more than measured would be noticed."""
+    assert temporaries(skyformer_attention, 4, 4096) < 32e6
+    assert temporaries(kernelized_attention, 4, 4096) < 16e6
+    dense = functools.partial(kernelized_attention, implementation="dense")
+    assert temporaries(dense, 4, 4096) > 1e9  # else this test measures nothing
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square():
+    for function in (skyformer_attention, kernelized_attention):
+        per_token = [temporaries(function, 1, n) / n for n in (8192, 65536, 262144)]
+        assert per_token[1] <= per_token[0] and per_token[2] <= per_token[1]
+    assert temporaries(kernelized_attention, 1, 65536) < 1e9
