@@ -19,15 +19,23 @@ def provenance(num_devices: int) -> dict[str, Any]:
     Returns:
       commit, versions, device and cores.
     """
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).resolve().parent,
-        capture_output=True,
-        text=True,
-        check=False,
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).resolve().parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip()
+
+    # A result that is written anew changes a tracked file, but not the code it comes from.
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"
     )
     return {
-        "commit": done.stdout.strip() or "unknown",
+        "commit": (git("describe", "--always") or "unknown") + ("-dirty" if changed else ""),
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,
