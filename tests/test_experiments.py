@@ -1,0 +1,114 @@
+"""What the speed experiments record, when they skip, and how they go on."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from experiments import attention_cells
+from experiments.attention_cells import Settings
+
+SETTINGS = Settings(
+    attentions=("softmax", "linformer"),
+    dtypes=("float32",),
+    passes=attention_cells.PASSES,
+    batch=1,
+    heads=2,
+    head_dim=8,
+    rounds=2,
+)
+HEADER = {"what": "a test", "commit": "abc", "device": "8 x cpu", "cores": 2}
+
+
+def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results" / "speed.json"
+    result = attention_cells.measure(SETTINGS, [16, 32], path, HEADER)
+    assert json.loads(path.read_text()) == result
+    assert [(cell["length"], cell["pass"], cell["attention"]) for cell in result["cells"]] == [
+        (length, kind, name)
+        for length in (16, 32)
+        for kind in SETTINGS.passes
+        for name in SETTINGS.attentions
+    ]
+    for cell in result["cells"]:
+        assert len(cell["seconds"]) == 2 and min(cell["seconds"]) > 0
+        assert cell["median_seconds"] == np.mean(cell["seconds"])
+        assert cell["compile_seconds"] > 0
+    cell = result["cells"][-1]
+    inputs = attention_cells.make_inputs(SETTINGS, 32, "float32")
+    function, arguments = attention_cells.make_program("linformer", "gradients", SETTINGS, inputs)
+    memory = function.lower(*arguments).compile().memory_analysis()
+    assert cell["temporaries_bytes"] == memory.temp_size_in_bytes
+    # Gradients of query, key and value, and of both projections to 128 features, in four bytes.
+    assert (
+        4 * (3 * 32 * 2 * 8 + 2 * 32 * 128) <= cell["output_bytes"] == memory.output_size_in_bytes
+    )
+
+    attention_cells.plot(result, path.with_suffix(".png"))
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert "linformer" in attention_cells.tables(result["cells"])
+
+    # The limits: a slow cell is timed once and not again, a large one is not run.
+    hasty = dataclasses.replace(SETTINGS, passes=("forward",), max_seconds=0)
+    for cell in attention_cells.measure_length(hasty, 16, []):
+        assert len(cell["seconds"]) == 1
+    for cell in attention_cells.measure_length(hasty, 32, result["cells"][:4]):
+        assert cell["skipped"].startswith("length 16 took")
+        assert "temporaries_bytes" in cell and "seconds" not in cell
+    narrow = dataclasses.replace(SETTINGS, passes=("gradients",), max_temporaries=1)
+    for cell in attention_cells.measure_length(narrow, 16, []):
+        assert "GiB of temporaries" in cell["skipped"] and cell["temporaries_bytes"] > 1
+        assert "seconds" not in cell
+    # Without the platform's library for it, a reason; nothing is raised.
+    flash = dataclasses.replace(SETTINGS, attentions=("flash",), passes=("forward",))
+    (cell,) = attention_cells.measure_length(flash, 16, [])
+    assert "cuDNN" in cell["skipped"]
+
+    # Going on: only what is missing is measured, and that only of the same code and settings.
+    measured = []
+
+    def record(settings, length, shorter):
+        measured.append((length, len(shorter)))
+        return []
+
+    monkeypatch.setattr(attention_cells, "measure_length", record)
+    attention_cells.measure(SETTINGS, [16, 32, 64], path, HEADER)
+    assert measured == [(64, 8)]
+    for settings, header, said in (
+        (SETTINGS, {**HEADER, "commit": "def"}, "other commit"),
+        (dataclasses.replace(SETTINGS, rounds=3), HEADER, "other settings"),
+    ):
+        path.write_text(json.dumps(result))
+        measured.clear()
+        capsys.readouterr()
+        attention_cells.measure(settings, [16, 32], path, header)
+        assert measured == [(16, 0), (32, 0)]
+        assert said in capsys.readouterr().err
+    path.write_text(json.dumps({**result, "commit": "abc-dirty"}))
+    measured.clear()
+    attention_cells.measure(SETTINGS, [16], path, {**HEADER, "commit": "abc-dirty"})
+    assert measured == [(16, 0)]
+
+
+def test_exponents_of_power_laws():
+    lengths = [1024, 4096, 8192, 16384]
+    for power in (0.0, 1.0, 2.0):
+        values = [1e9] + [3e-5 * n**power for n in lengths[1:]]  # the first is not fitted
+        np.testing.assert_allclose(attention_cells.fit_exponent(lengths, values), power, atol=1e-12)
+    assert attention_cells.fit_exponent(lengths[:3], values[:3]) is None
+    assert attention_cells.fit_exponent(lengths[1:], [0, 1, 2]) is None
+    cells = [
+        {
+            "attention": "softmax",
+            "dtype": "float32",
+            "pass": "forward",
+            "length": n,
+            "batch": 65536 // n,
+            "temporaries_bytes": (65536 // n) * n**2,
+            **({"median_seconds": 7 * 65536 * n} if n < 16384 else {"skipped": "for its time"}),
+        }
+        for n in lengths
+    ]
+    (row,) = attention_cells.exponents(cells)
+    assert row["time"] is None  # of one sequence; two points are too few
+    np.testing.assert_allclose(row["temporaries"], 2)
