@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from experiments import attention_cells
 from experiments.attention_cells import Settings
@@ -112,3 +117,36 @@ def test_exponents_of_power_laws():
     (row,) = attention_cells.exponents(cells)
     assert row["time"] is None  # of one sequence; two points are too few
     np.testing.assert_allclose(row["temporaries"], 2)
+
+
+@pytest.mark.slow
+def test_accelerator_command(tmp_path):
+    """The whole command, tiny, on a CPU."""
+    root = Path(__file__).resolve().parent.parent
+    out = tmp_path / "accelerator.json"
+    done = subprocess.run(
+        [sys.executable, "experiments/accelerator.py", "--small", f"--out={out}"],
+        cwd=root,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(out.read_text())
+    # Four sequences of 128 tokens, two heads of 32 and 128 landmarks; by hand.
+    forward, gradients = result["gaussian_passes"][:2]
+    pairs, bytes_of_array = 4 * 2 * 128 * 128, 4 * (4 * 2 * 128 * 32)
+    assert forward["operations"] == pairs * (2 * 32 + 2 * 32)
+    assert forward["bytes"] == 4 * bytes_of_array  # query, key, value and output
+    assert gradients["operations"] == pairs * 7 * 2 * 32
+    assert gradients["bytes"] == 8 * bytes_of_array
+    assert all(0 < row["shares"]["float32"] < 1 for row in result["gaussian_passes"])
+    assert {cell["attention"] for cell in result["attention"]["cells"] if "seconds" in cell} == {
+        "skyformer",
+        "softmax",
+        "kernelized",
+    }
+    assert len(result["steps"]) == 15
+    assert all(row["steps_per_second"] > 0 for row in result["steps"])
+    assert "steps/s" in done.stdout
+    assert out.with_suffix(".png").exists()
