@@ -33,12 +33,15 @@ class MultiHeadAttention(nn.Module):
       head_dim: features of each head.
       options: keyword arguments of the attention function (num_landmarks for example) and of what
         describes its arrays (Nystromformer's conv_size, Linformer's sharing).
+      dtype: of the projections and their results; parameters stay float32, and so does what an
+        attention computes within.
     """
 
     attention: str
     num_heads: int
     head_dim: int
     options: Mapping[str, Any]
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(
@@ -74,7 +77,9 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"{self.attention} shares queries and keys: leave out inputs_kv")
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
-            return nn.DenseGeneral((self.num_heads, self.head_dim), name=name)(inputs)
+            return nn.DenseGeneral((self.num_heads, self.head_dim), dtype=self.dtype, name=name)(
+                inputs
+            )
 
         rng = None
         if entry.stream is not None and self.has_rng(entry.stream):
@@ -88,7 +93,7 @@ class MultiHeadAttention(nn.Module):
             **self._arrays(inputs_kv.shape[1], redraw=rng is not None),
             **function_options,
         )
-        return nn.DenseGeneral(inputs_q.shape[-1], axis=(-2, -1), name="out")(out)
+        return nn.DenseGeneral(inputs_q.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out")(out)
 
     def _arrays(self, kv_length: int, *, redraw: bool) -> dict[str, jax.Array]:
         """What this layer keeps for its attention; what is fixed only unless it is redrawn."""

@@ -108,3 +108,84 @@ def test_too_long_a_sequence_is_refused():
     params = model.init(jax.random.key(0), *batch())
     with pytest.raises(ValueError, match="max_length=48"):
         model.apply(params, *batch(49))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
+    x = jnp.ones((400, 333))  # an odd size
+    out = np.asarray(models.dropout(jax.random.key(0), x, rate))
+    dropped = (out == 0).mean()
+    assert abs(dropped - rate) < 5 * np.sqrt(rate * (1 - rate) / x.size)
+    np.testing.assert_allclose(out[out != 0], 1 / (1 - rate), rtol=1e-4)
+    # Neighbours, in a row and across rows, are dropped independently of each other.
+    for a, b in ((out[:, 1:], out[:, :-1]), (out[1:], out[:-1]), (out[:, 2:], out[:, :-2])):
+        both = ((a == 0) & (b == 0)).mean()
+        assert abs(both - rate**2) < 5 * np.sqrt(rate**2 / a.size)
+
+
+def test_dropout_depends_on_its_key_alone():
+    x = jax.random.normal(jax.random.key(1), (3, 7, 5))
+    keys = jax.random.split(jax.random.key(2), 3)
+    mapped = jax.vmap(lambda key, x: models.dropout(key, x, 0.5))(keys, x)
+    for i in range(3):
+        np.testing.assert_array_equal(mapped[i], models.dropout(keys[i], x[i], 0.5))
+    assert not np.array_equal(mapped[0] == 0, mapped[1] == 0)
+    np.testing.assert_array_equal(models.dropout(keys[0], x, 0.0), x)
+
+
+@pytest.mark.parametrize("name", ["skyformer", "performer", "linformer"])
+def test_recomputed_blocks_are_the_same(name):
+    """Logits and gradients, with the same parameters, and less memory for gradients."""
+    tokens, mask = batch()
+    plain, remat = (
+        models.build_model(tiny_config(name, num_layers=4, remat=remat)) for remat in (False, True)
+    )
+    variables = plain.init(jax.random.key(0), tokens, mask)
+    jax.tree.map(
+        np.testing.assert_array_equal, remat.init(jax.random.key(0), tokens, mask), variables
+    )
+
+    def gradients(model):
+        def loss(params):
+            logits = model.apply({**variables, "params": params}, tokens, mask)
+            return (logits**2).sum()
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(variables["params"]).compile()
+        return compiled(variables["params"]), compiled.memory_analysis().temp_size_in_bytes
+
+    (results, memory), (other_results, less_memory) = gradients(plain), gradients(remat)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()),
+        other_results,
+        results,
+    )
+    assert less_memory < 0.8 * memory
+
+
+def test_recomputed_blocks_draw():
+    """Every block of the loop has dropout and landmarks of its own."""
+    tokens, mask = batch()
+    model = models.build_model(tiny_config(num_layers=2, remat=True, dropout=0.5))
+    variables = model.init(jax.random.key(0), tokens, mask)
+
+    def logits(seed):
+        rngs = {"dropout": jax.random.key(seed), "landmarks": jax.random.key(seed + 1)}
+        return model.apply(variables, tokens, mask, deterministic=False, rngs=rngs)
+
+    np.testing.assert_array_equal(logits(0), logits(0))
+    assert np.abs(logits(0) - logits(5)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["softmax", "kernelized", "skyformer"])
+def test_bfloat16_is_for_activations_only(name):
+    tokens, mask = batch()
+    exact, rounded = (models.build_model(tiny_config(name, dtype=dtype)) for dtype in models.DTYPES)
+    variables = rounded.init(jax.random.key(0), tokens, mask)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits, state = rounded.apply(variables, tokens, mask, capture_intermediates=True)
+    assert logits.dtype == jnp.float32
+    (block,) = state["intermediates"]["block_0"]["__call__"]
+    assert block.dtype == jnp.bfloat16
+    expected = exact.apply(variables, tokens, mask)
+    scale = np.abs(expected).max()
+    assert 0 < np.abs(logits - expected).max() < 0.05 * scale

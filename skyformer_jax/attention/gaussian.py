@@ -68,10 +68,10 @@ def gaussian_attention(
     """G(query, key) value.
 
     Args:
-      query: float32 [batch, q_length, heads, head_dim].
-      key: float32 [batch, kv_length, heads, head_dim].
-      value: float32 [batch, kv_length, heads, head_dim]; 0 where masked, which is all that a
-        mask has to do here, since nothing normalises the sum.
+      query: [batch, q_length, heads, head_dim].
+      key: [batch, kv_length, heads, head_dim].
+      value: [batch, kv_length, heads, head_dim]; 0 where masked, which is all that a mask has to
+        do here, since nothing normalises the sum.
       scale: the kernel's inverse squared width.
       implementation: "dense" holds all q_length x kv_length scores, and again for gradients;
         "chunked" holds a tile of them at a time and computes it anew in the backward pass, so that
@@ -79,7 +79,7 @@ def gaussian_attention(
         is not defined); "auto" is dense for the smallest sizes, where that is faster.
 
     Returns:
-      float32 [batch, q_length, heads, head_dim].
+      float32 [batch, q_length, heads, head_dim], computed in float32.
 
     Raises:
       ValueError: for another implementation.
@@ -91,6 +91,7 @@ def gaussian_attention(
     q_length, kv_length = query.shape[1], key.shape[1]
     few = q_length * kv_length <= _DENSE_SCORES
     if implementation == "dense" or (implementation == "auto" and few):
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
         return jnp.einsum("bhqk,bkhp->bqhp", gaussian_scores(query, key, scale), value)
 
     long, short = _TILE.get(jax.default_backend(), _ACCELERATOR_TILE)
@@ -123,13 +124,14 @@ def _pad(array: jax.Array, rows: int) -> jax.Array:
     return jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else array
 
 
-# Within the chunked form blocks are [batch, heads, rows, head_dim]: plain matrix products.
+# Within the chunked form blocks are float32 [batch, heads, rows, head_dim], whatever the arrays: no
+# copy of those in float32 has to exist, and the products are plain.
 
 
 def _block(array: jax.Array, index: jax.Array | int, rows: int) -> jax.Array:
     """Block index of [batch, length, heads, head_dim]."""
     block = jax.lax.dynamic_slice_in_dim(array, index * rows, rows, axis=1)
-    return jnp.swapaxes(block, 1, 2)
+    return jnp.swapaxes(block, 1, 2).astype(jnp.float32)
 
 
 def _put(array: jax.Array, block: jax.Array, index: jax.Array | int) -> jax.Array:
@@ -200,7 +202,7 @@ def _chunked_value(
         sums = _loop(key.shape[1] // key_rows, by_key, jnp.zeros_like(queries))
         return _put(out, sums, i)
 
-    return _loop(query.shape[1] // query_rows, by_query, jnp.zeros_like(query))
+    return _loop(query.shape[1] // query_rows, by_query, jnp.zeros(query.shape, jnp.float32))
 
 
 _chunked = jax.custom_vjp(_chunked_value, nondiff_argnums=(4, 5))
@@ -246,11 +248,12 @@ def _chunked_backward(
         )
         return _put(d_query, scale * (w_keys - w_sums * queries), i), d_key, d_value
 
-    zeros = tuple(jnp.zeros_like(x) for x in (query, key, value))
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
     d_query, d_key, d_value = _loop(query.shape[1] // query_rows, by_query, zeros)
     d_key = scale * (d_key - (value * d_value).sum(axis=-1, keepdims=True) * key)
     d_scale = ((query * d_query).sum() + (key * d_key).sum()) / (2 * scale)
-    return d_query, d_key, d_value, d_scale
+    gradients = (d_query, d_key, d_value, d_scale)
+    return tuple(g.astype(x.dtype) for g, x in zip(gradients, residuals, strict=True))
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -290,7 +293,6 @@ def kernelized_attention(
     del rng
     dtype = value.dtype
     key, value = check_and_hide_masked(query, key, value, mask)
-    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out = gaussian_attention(query, key, value, scale=scale, implementation=implementation)
     return out.astype(dtype)

@@ -47,18 +47,19 @@ def choose_landmarks(
     Args:
       kind: of LANDMARKS.
       rng: a jax.random key, or None.
-      rows: float32 [batch, rows, heads, head_dim], finite everywhere.
+      rows: [batch, rows, heads, head_dim], finite everywhere.
       candidates: bool [batch, rows], the rows that count.
       num_landmarks: d, at most rows.
       scale: the Gaussian kernel's inverse squared width.
       gamma: what M has on its diagonal beside the kernel; "leverage" takes it as its least ridge.
 
     Returns:
-      float32 [batch, d, heads, head_dim] and bool [batch, d], which of them count.
+      [batch, d, heads, head_dim] and bool [batch, d], which of them count.
     """
     if kind == "segment_means":
         counts = candidates.sum(axis=1, dtype=jnp.int32)
         num_segments = jnp.minimum(counts, num_landmarks)
+        rows = rows.astype(jnp.float32)
         means = segment_means(rows, candidates, num_landmarks, num_segments)
         return means, jnp.arange(num_landmarks) < num_segments[:, None]
     if kind == "strided" or (kind == "uniform" and rng is None):
@@ -67,7 +68,7 @@ def choose_landmarks(
         indices, valid = drawn_landmarks(rng, candidates, num_landmarks)
     else:
         rng = fixed_key() if rng is None else rng
-        still = jax.lax.stop_gradient(rows)
+        still = jax.lax.stop_gradient(rows.astype(jnp.float32))
         if kind == "kmeans++":
             indices, valid = kmeans_landmarks(rng, still, candidates, num_landmarks)
         else:
@@ -148,7 +149,6 @@ def skyformer_attention(
         )
     dtype = value.dtype
     key, value = check_and_hide_masked(query, key, value, mask)
-    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     query_mask, key_mask = masks_or_all(query, key, mask, query_mask)
@@ -165,7 +165,7 @@ def skyformer_attention(
 
     # Landmarks that are not valid are cut out of M (which gets a 1 on its diagonal there) and of
     # the context, so they add exactly nothing.
-    points = hide(points, valid)
+    points = hide(points, valid).astype(jnp.float32)
     both_valid = (valid[:, :, None] & valid[:, None, :])[:, None]
     diagonal = jnp.where(valid, gamma, 1.0)[:, None, :, None] * jnp.eye(valid.shape[1])
     m = jnp.where(both_valid, gaussian_scores(points, points, scale), 0) + diagonal
