@@ -37,6 +37,8 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
         {
             "task": task,
             "seed": 0,
+            "num_seeds": 1,  # models trained at once: of seed, seed + 1, ...
+            "compilation_cache": "~/.cache/skyformer_jax",  # "" compiles anew in every process
             "attention": {"name": name, **attention.default_options(name)},
             "model": {
                 "vocab_size": tasks.get(task).vocab_size,
@@ -50,10 +52,14 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
                 "mlp_dim": 128,
                 "dropout": 0.1,
                 "pooling": "mean",
+                "dtype": "float32",  # or bfloat16: of activations; parameters stay float32
+                "remat": False,  # compute blocks again in the backward pass, to save memory
             },
             "train": {
                 "num_steps": 50_000,
                 "batch_size": 32,
+                "accumulation": 1,  # equal parts of a batch, computed one after another
+                "steps_per_call": 1,  # steps that a device takes without waiting for the host
                 "learning_rate": 1e-4,  # the peak
                 "warmup_steps": 1000,
                 "weight_decay": 0.0,

@@ -13,7 +13,7 @@ from skyformer_jax.errors import UserError
 
 # Fields that say where things lie, not what is computed: they may differ between two runs of one
 # workdir.
-LOCATIONS = ("data.dir",)
+LOCATIONS = ("data.dir", "compilation_cache")
 _DATA_FIELDS = ("dir", "source", "buckets", "mask_zeros")
 
 
@@ -44,15 +44,18 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.attention: {error} (--config=FILE:{name} sets just what {name} has)"
         ) from None
     one_of("model.pooling", config.model.pooling, models.POOLINGS)
+    one_of("model.dtype", config.model.dtype, models.DTYPES)
 
     model, train = config.model, config.train
     positive = {f"model.{k}": v for k, v in model.items() if type(v) is int}
-    positive |= {
-        f"train.{k}": train[k] for k in ("num_steps", "batch_size", "eval_every", "log_every")
-    }
+    counts = ("num_steps", "batch_size", "accumulation", "steps_per_call", "eval_every")
+    positive |= {f"train.{k}": train[k] for k in (*counts, "log_every")}
+    positive["num_seeds"] = config.num_seeds
     for field, value in positive.items():
         if value < 1:
             raise UserError(f"{field} must be at least 1; got {value}")
+    if not 0 <= config.seed < 2**32 - config.num_seeds:
+        raise UserError(f"seed must be in 0..{2**32 - 1 - config.num_seeds}; got {config.seed}")
     if not 0 <= model.dropout < 1:
         raise UserError(f"model.dropout must be in [0, 1); got {model.dropout}")
     if not 0 <= train.warmup_steps < train.num_steps:
@@ -69,10 +72,20 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
                 f"got {model[field]}"
             )
     _check_data(config, task)
-    if train.batch_size % num_devices:
+    for field in ("num_steps", "eval_every", "log_every"):
+        if train[field] % train.steps_per_call:
+            raise UserError(
+                f"train.{field}={train[field]} is not a multiple of "
+                f"train.steps_per_call={train.steps_per_call}"
+            )
+    parts = num_devices * train.accumulation
+    if train.batch_size % parts:
+        by = f"the {num_devices} devices"
+        if train.accumulation > 1:
+            by += f" times train.accumulation={train.accumulation}"
         raise UserError(
-            f"train.batch_size={train.batch_size} is not divisible by the {num_devices} devices; "
-            f"nearest that is: {max(1, round(train.batch_size / num_devices)) * num_devices}"
+            f"train.batch_size={train.batch_size} is not divisible by {by}; "
+            f"nearest that is: {max(1, round(train.batch_size / parts)) * parts}"
         )
 
 
@@ -97,6 +110,29 @@ def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
             "data.buckets must be rising lengths below model.max_length="
             f"{max_length}; got {tuple(data.buckets)}"
         )
+    if data.buckets and (config.num_seeds > 1 or config.train.steps_per_call > 1):
+        raise UserError(
+            "data.buckets needs num_seeds=1 and train.steps_per_call=1, as all batches of a call "
+            "have one length"
+        )
+
+
+def single_runs(
+    config: ml_collections.ConfigDict, workdir: Path
+) -> list[tuple[ml_collections.ConfigDict, Path]]:
+    """The runs of one model each that a run consists of, and their workdirs.
+
+    With num_seeds = 1 that is the run itself; else they are seed-0, seed-1, ... in its workdir,
+    each just as a run of that seed alone would be.
+    """
+    if config.get("num_seeds", 1) == 1:
+        return [(config, workdir)]
+    runs = []
+    for seed in range(config.seed, config.seed + config.num_seeds):
+        one = config.copy_and_resolve_references()
+        one.update({"seed": seed, "num_seeds": 1})
+        runs.append((one, workdir / f"seed-{seed}"))
+    return runs
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:

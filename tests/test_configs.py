@@ -63,6 +63,25 @@ def test_a_config_is_a_data_sheet(name):
         assert word in text
 
 
+def test_bad_training_fields_are_named():
+    for fields, message in (
+        ({"train.accumulation": 3}, "16 is not divisible by the 2 devices times .*=3; .* 18"),
+        ({"train.accumulation": 0}, "train.accumulation must be at least 1"),
+        ({"train.steps_per_call": 7}, "num_steps=50000 is not a multiple of .*steps_per_call=7"),
+        ({"train.steps_per_call": 20, "train.log_every": 50}, "train.log_every=50"),
+        ({"num_seeds": 0}, "num_seeds must be at least 1"),
+        ({"seed": -1}, "seed must be in 0"),
+        ({"num_seeds": 2, "data.buckets": (512,)}, "data.buckets needs num_seeds=1"),
+        ({"train.steps_per_call": 2, "data.buckets": (512,)}, "train.steps_per_call=1"),
+        ({"model.dtype": "float16"}, "unknown model.dtype 'float16'.*float32, bfloat16"),
+        ({"attention.implementation": "flash"}, "auto, dense, chunked"),
+    ):
+        settings = get("text", "kernelized")
+        settings.update_from_flattened_dict(fields)
+        with pytest.raises(UserError, match=message):
+            config.check(settings, num_devices=2)
+
+
 def test_bad_data_fields_are_named():
     for name, field, value, message in (
         ("text", "length", 4001, "data.length must be in 1..4000"),

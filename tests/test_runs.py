@@ -139,6 +139,75 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path, d
     assert curve(workdir) == curve(undisturbed[0])
 
 
+def test_seeds_at_once_are_runs_of_their_own(undisturbed, tmp_path, data_dir):
+    """Two seeds in one program, killed between their saves: the first is the undisturbed run."""
+    workdir = tmp_path / "seeds"
+    seeds = {"num_seeds": 2, "train.steps_per_call": 4}
+    command = train_command(workdir, data_dir, **seeds)
+    first, second = (workdir / f"seed-{i}" / "checkpoints" for i in (0, 1))
+    status, _ = start_and_signal(
+        command,
+        signal.SIGKILL,
+        lambda: len(checkpoints.steps(first)) > 1 and any(second.glob("*checkpoint-tmp*")),
+    )
+    assert status == -signal.SIGKILL
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint of step" in done.stderr
+    assert "2 seeds" in done.stdout and "standard deviation" in done.stdout
+
+    state, _ = final_state(workdir / "seed-0")
+    expected, _ = final_state(undisturbed[0])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), state, expected
+    )
+    summary = json.loads((workdir / "eval_test.json").read_text())
+    alone = json.loads((undisturbed[0] / "eval_test.json").read_text())
+    each = summary["seeds"]
+    assert abs(each["0"]["accuracy"] - alone["accuracy"]) < 0.005
+    assert each["0"]["accuracy"] != each["1"]["accuracy"]
+    np.testing.assert_allclose(
+        summary["accuracy"], (each["0"]["accuracy"] + each["1"]["accuracy"]) / 2
+    )
+    one = training.evaluate(workdir / "seed-1")
+    assert one["accuracy"] == each["1"]["accuracy"]
+
+    # A seed's folder is that of a run by itself, here finished already.
+    status = run(train_command(workdir / "seed-1", data_dir, seed=1, **{"train.steps_per_call": 4}))
+    assert status.returncode == 0, status.stderr
+    refused = run(train_command(workdir, data_dir))
+    assert refused.returncode == 2 and "num_seeds (saved: 2, asked for: 1)" in refused.stderr
+
+
+def test_the_newest_checkpoint_of_all(tmp_path):
+    """What only some seeds have, or what is damaged in one, is put aside, with what is newer."""
+    state = {"w": np.arange(5.0)}
+    directories = [tmp_path / name / "checkpoints" for name in "ab"]
+
+    def save(i, step):
+        with checkpoints.open_manager(directories[i]) as manager:
+            tree = {"w": state["w"] + 10 * i + step}
+            checkpoints.save(manager, tree, {"step": step, "validation": None})
+
+    assert checkpoints.restore_latest(directories, state) is None
+    save(0, 1)
+    assert checkpoints.restore_latest(directories, state) is None  # killed in the first round
+    for step in (1, 2, 3):
+        save(0, step)
+    for step in (1, 2):
+        save(1, step)
+    states, step = checkpoints.restore_latest(directories, state)
+    assert step == 2
+    np.testing.assert_array_equal(states[1]["w"], state["w"] + 12)
+    assert checkpoints.steps(directories[0]) == [2]
+    save(0, 3)  # may be saved again
+    save(1, 3)
+    flip_bytes(directories[1] / "3")
+    assert checkpoints.restore_latest(directories, state)[1] == 2
+    assert [checkpoints.steps(d) for d in directories] == [[2], [2]]
+    assert {p.name for p in (tmp_path / "a" / "ahead").iterdir()} == {"1-0", "3-1", "3-2"}
+
+
 def test_a_run_leaves_what_it_says(undisturbed):
     workdir, done = undisturbed
     assert "floor: root operator" in done.stdout

@@ -9,7 +9,7 @@ from test_model import tiny_config
 from tiny_data import from_sequences
 
 from skyformer_jax import attention, models
-from skyformer_jax.data.batches import Batch, evaluation_batches
+from skyformer_jax.data.batches import Batch, evaluation_batches, stacked_batches
 from skyformer_jax.training import checkpoints, evaluation, steps
 
 
@@ -29,6 +29,16 @@ def random_batch(count, seed=0):
 READING = steps.Reading()
 
 
+def sharded(batch, mesh):
+    """The batch of one step of one seed, as the compiled step takes it."""
+    batch = jax.tree.map(lambda x: x[None, None], batch)
+    return steps.shard_batch(batch, mesh, axis=2)
+
+
+def one_state(model, optimizer):
+    return steps.init_states([0], model, optimizer, (48,))
+
+
 # Between the others and these only the attention differs, which knows nothing of devices.
 QUICK = ("softmax", "skyformer", "performer")
 
@@ -45,15 +55,15 @@ def test_devices_do_not_change_the_step(name):
 
     def run(num_devices):
         mesh = mesh_of(num_devices)
-        state = steps.init_state(0, model, optimizer, (48,))
+        state = one_state(model, optimizer)
         step = steps.make_train_step(model, optimizer, mesh, 2, READING)
         for batch in batches:
-            state, sums = step(state, steps.shard_batch(batch, mesh))
+            state, sums = step(state, sharded(batch, mesh))
             jax.block_until_ready(sums)
         return jax.device_get((state.params, sums))
 
     params, sums = run(1)
-    initial = steps.init_state(0, model, optimizer, (48,)).params
+    initial = one_state(model, optimizer).params
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, initial)
     assert max(jax.tree.leaves(moved)) > 1e-3
     for num_devices in (2, 8):
@@ -64,25 +74,62 @@ def test_devices_do_not_change_the_step(name):
             params,
         )
         np.testing.assert_allclose(other_sums["loss"], sums["loss"], rtol=1e-5)
-        assert other_sums["examples"] == 32
+        assert other_sums["examples"] == [32]
+
+
+def test_parts_calls_and_seeds_change_nothing():
+    """Two steps of two seeds in one call, in parts, on devices: each as by itself, to rounding."""
+    model, optimizer = models.build_model(tiny_config("skyformer", num_layers=1)), optax.sgd(1.0)
+    batches = [[random_batch(16, 10 * step + seed) for step in (0, 1)] for seed in (0, 1)]
+
+    def call(seeds, batches, num_devices=1, accumulation=1):
+        """States after calls of one program, with batches [steps, seeds, batch] each."""
+        mesh = mesh_of(num_devices)
+        step = steps.make_train_step(model, optimizer, mesh, 2, READING, accumulation)
+        states = steps.init_states(seeds, model, optimizer, (48,))
+        for batch in batches:
+            states, sums = step(states, steps.shard_batch(batch, mesh, axis=2))
+            jax.block_until_ready(sums)
+        return jax.device_get(states)
+
+    first, second = (
+        steps.take(call([seed], [jax.tree.map(lambda x: x[None, None], b) for b in of_seed]), 0)
+        for seed, of_seed in zip((7, 8), batches, strict=True)
+    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), first.params, second.params)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+    together = stacked_batches([iter(of_seed) for of_seed in batches], 2)
+    for options in ({}, {"accumulation": 2, "num_devices": 2}):
+        states = call([7, 8], [together], **options)
+        for i, expected in enumerate((first, second)):
+            mine = steps.take(states, i)
+            assert mine.step == 2 and mine.sums["examples"] == 32
+            np.testing.assert_array_equal(mine.rng, expected.rng)
+            np.testing.assert_allclose(mine.sums["loss"], expected.sums["loss"], rtol=1e-5)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+                mine.params,
+                expected.params,
+            )
 
 
 def test_sums_start_anew_after_a_log():
     config = tiny_config("kernelized", num_layers=1)
     model, optimizer, mesh = models.build_model(config), optax.sgd(0.0), mesh_of(1)
-    state = steps.init_state(0, model, optimizer, (48,))
+    state = one_state(model, optimizer)
     step = steps.make_train_step(model, optimizer, mesh, 3, READING)
     counts = []
     for seed in range(5):
-        state, sums = step(state, steps.shard_batch(random_batch(8, seed), mesh))
-        counts.append(int(sums["examples"]))
+        state, sums = step(state, sharded(random_batch(8, seed), mesh))
+        counts.append(int(sums["examples"][0]))
     assert counts == [8, 16, 24, 8, 16]
 
 
 def test_predictions_do_not_depend_on_batch_size_or_devices():
     config = tiny_config("skyformer")
     model = models.build_model(config)
-    variables = steps.init_state(0, model, optax.sgd(1.0), (48,)).variables
+    variables = one_state(model, optax.sgd(1.0)).variables
     some = random_batch(37)
     rows = zip(some.tokens, some.length, strict=True)
     examples = from_sequences([row[:length] for row, length in rows], some.label)
@@ -94,7 +141,7 @@ def test_predictions_do_not_depend_on_batch_size_or_devices():
             mesh = mesh_of(num_devices)
             predict_step = steps.make_predict_step(model, mesh, READING)
             batches = evaluation_batches(examples, batch_size, 48, buckets=buckets)
-            logits = evaluation.predict(predict_step, variables, batches, mesh, rng)
+            logits = evaluation.predict(predict_step, variables, batches, mesh, rng)[0]
             assert logits.shape == (37, 10)
             results.append(logits)
         for other in results[1:]:
@@ -142,15 +189,17 @@ def test_what_is_fixed_stays_through_training_and_checkpoints(tmp_path):
     """Performer's features: another than those at init would be silently wrong at evaluation."""
     config = tiny_config("performer", num_layers=1)
     model, optimizer, mesh = models.build_model(config), optax.sgd(1.0), mesh_of(2)
-    state = steps.init_state(0, model, optimizer, (48,))
+    state = one_state(model, optimizer)
     before = jax.device_get(state.fixed)
     assert len(jax.tree.leaves(before)) == 1
     step = steps.make_train_step(model, optimizer, mesh, 2, READING)
-    state, _ = step(state, steps.shard_batch(random_batch(16), mesh))
+    state, _ = step(state, sharded(random_batch(16), mesh))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.fixed), before)
     meta = {"step": 1, "validation": None}
     with checkpoints.open_manager(tmp_path) as manager:
-        checkpoints.save(manager, state, meta)
+        checkpoints.save(manager, steps.take(state, 0), meta)
     abstract = steps.abstract_state(config, model, optimizer, mesh)
     restored, _ = checkpoints.restore(tmp_path, 1, abstract)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.fixed), before)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(restored.fixed), steps.take(before, 0)
+    )

@@ -249,6 +249,22 @@ def training_batches(
         yield make_batch(examples, np.split(rows, count)[index], length)
 
 
+def stacked_batches(streams: Sequence[Iterator[Batch]], num_steps: int) -> Batch:
+    """The next batches of every stream, of one length, as arrays [num_steps, streams, batch, ...].
+
+    Args:
+      streams: of training_batches, one for each seed.
+      num_steps: batches to take of each.
+    """
+    batches = [next(stream) for _ in range(num_steps) for stream in streams]
+    return Batch(
+        *(
+            np.stack(arrays).reshape(num_steps, len(streams), *arrays[0].shape)
+            for arrays in zip(*batches, strict=True)
+        )
+    )
+
+
 def evaluation_batches(
     examples: Examples, batch_size: int, max_length: int, *, buckets: Sequence[int] = ()
 ) -> Iterator[tuple[np.ndarray, Batch]]:

@@ -7,6 +7,7 @@ without a word; so the digest covers all arrays and the rest of "meta", and is c
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,31 +143,57 @@ def restore(directory: Path, step: int, abstract_state: Any) -> tuple[Any, dict[
     return state, meta
 
 
-def restore_latest(directory: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, or None if there is no checkpoint at all.
+def restore_latest(
+    directories: Sequence[Path], abstract_state: Any
+) -> tuple[list[Any], int] | None:
+    """The states of the newest step that is whole in all directories, or None if there is none.
 
-    Damaged ones that are newer are reported and moved to a folder "damaged" beside the
-    checkpoints: Orbax would not save a step below them.
+    A damaged checkpoint is reported and moved to a folder "damaged" beside its directory: Orbax
+    would not save a step below it. So are, to a folder "ahead", those that not all directories
+    have, as a kill between their saves leaves them.
+
+    Args:
+      directories: of the checkpoints of each of the models that are trained together.
+      abstract_state: of one of them, see restore.
+
+    Returns:
+      The states and their step.
 
     Raises:
-      UserError: if there are checkpoints, and all are damaged.
+      UserError: if there were checkpoints, and all are damaged.
     """
-    found = steps(directory)
-    for step in reversed(found):
-        try:
-            return restore(directory, step, abstract_state)
-        except DamagedCheckpointError as error:
-            aside = directory.parent / "damaged"
-            aside.mkdir(exist_ok=True)
-            number = sum(1 for _ in aside.iterdir())
-            (directory / str(step)).rename(aside / f"{step}-{number}")
-            say(f"{error}; moved it to {aside}")
-    if found:
+    damaged = False
+    while common := set.intersection(*(set(steps(directory)) for directory in directories)):
+        newest, states = max(common), []
+        for directory in directories:
+            try:
+                states.append(restore(directory, newest, abstract_state)[0])
+            except DamagedCheckpointError as error:
+                damaged = True
+                say(f"{error}; moved it to {_put_aside(directory, newest, 'damaged')}")
+                break
+        else:
+            break
+    if not common and damaged:
+        places = ", ".join(str(directory.parent / "damaged") for directory in directories)
         raise UserError(
-            f"all checkpoints of {directory} were damaged and moved to {directory.parent}/damaged; "
-            "start again to train from the beginning"
+            f"all checkpoints were damaged and moved to {places}; start again to train from the "
+            "beginning"
         )
-    return None
+    for directory in directories:
+        for step in steps(directory):
+            if not common or step > newest:
+                _put_aside(directory, step, "ahead")
+    return (states, newest) if common else None
+
+
+def _put_aside(directory: Path, step: int, name: str) -> Path:
+    """Moves a checkpoint to a folder of that name beside the directory, which it returns."""
+    aside = directory.parent / name
+    aside.mkdir(exist_ok=True)
+    number = sum(1 for _ in aside.iterdir())
+    (directory / str(step)).rename(aside / f"{step}-{number}")
+    return aside
 
 
 def find(directory: Path, which: str) -> int:

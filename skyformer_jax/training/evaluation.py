@@ -20,7 +20,7 @@ from skyformer_jax.data import store
 from skyformer_jax.data.batches import Batch, Examples, evaluation_batches, padded_length
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
-from skyformer_jax.training import checkpoints, steps
+from skyformer_jax.training import checkpoints, compilation, steps
 
 # Batches whose results may be outstanding on the devices at a time.
 _IN_FLIGHT = 8
@@ -55,11 +55,11 @@ def predict(
     mesh: jax.sharding.Mesh,
     rng: jax.Array | None = None,
 ) -> np.ndarray:
-    """Logits of all examples, float32 [examples, classes], in their order.
+    """Logits of all examples, float32 [seeds, examples, classes], in their order.
 
     Args:
       predict_step: of steps.make_predict_step.
-      variables: the model's, of the TrainState.
+      variables: of the TrainState of one or several models, along a first axis.
       batches: of batches.evaluation_batches, their size a multiple of the number of devices; size
         and padding do not change the result.
       mesh: of the devices.
@@ -69,7 +69,7 @@ def predict(
 
     def fetch() -> None:
         count, some = outstanding.popleft()
-        done.append(np.asarray(some)[:count])
+        done.append(np.asarray(some)[:, :count])
 
     for rows, batch in batches:
         order.append(rows)
@@ -80,7 +80,7 @@ def predict(
             fetch()
     while outstanding:
         fetch()
-    return np.concatenate(done)[np.argsort(np.concatenate(order))]
+    return np.concatenate(done, axis=1)[:, np.argsort(np.concatenate(order))]
 
 
 def score(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -119,6 +119,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run and writes eval_<split>.json into its workdir.
 
+    For a run of several seeds, one of each, into its own folder, and a summary into the workdir.
+
     Args:
       workdir: of the run; nothing else is needed.
       split: "train", "validation" or "test".
@@ -131,13 +133,31 @@ def evaluate(
     Returns:
       What the file holds: accuracy and interval in 0..1, loss in nats,
       confusion[label][prediction], accuracy of each class, floors, seconds, checkpoint and
-      config digest, and what the data were.
+      config digest, and what the data were. Of several seeds: mean and standard deviation of the
+      accuracy, mean loss, floors, and under "seeds" the figures of each.
 
     Raises:
       UserError: if the workdir, the checkpoint or the data are not there or damaged.
     """
     workdir = Path(workdir)
     config = skyformer_jax.config.read(workdir / "config.json")
+    runs = skyformer_jax.config.single_runs(config, workdir)
+    if len(runs) > 1:
+        results = {
+            one.seed: evaluate(
+                run,
+                split=split,
+                checkpoint=checkpoint,
+                landmark_draws=landmark_draws,
+                data_dir=data_dir,
+                batch_size=batch_size,
+            )
+            for one, run in runs
+        }
+        summary = _summary(results)
+        _write(workdir / f"eval_{split}.json", summary)
+        return summary
+    compilation.use_cache(config.get("compilation_cache", ""))
     if data_dir:
         config.data.dir = data_dir
     skyformer_jax.config.one_of("split", split, tasks.SPLITS)
@@ -160,13 +180,14 @@ def evaluate(
     batches = evaluation_batches(
         examples, batch_size, max_length, buckets=config.data.get("buckets", ())
     )
-    logits = predict(predict_step, state.variables, batches, mesh)
+    variables = steps.stack([state.variables])
+    logits = predict(predict_step, variables, batches, mesh)[0]
     seconds = time.perf_counter() - start
 
     def redrawn_accuracy(draw: int) -> float:
         # Without buckets, as draws depend on the padded length.
         batches = evaluation_batches(examples, batch_size, max_length)
-        logits = predict(predict_step, state.variables, batches, mesh, jax.random.key(draw))
+        logits = predict(predict_step, variables, batches, mesh, jax.random.key(draw))[0]
         return score(logits, examples.label)["accuracy"]
 
     drawn = [redrawn_accuracy(draw) for draw in range(landmark_draws)]
@@ -202,24 +223,46 @@ def evaluate(
             "mean": float(np.mean(drawn)),
             "standard_deviation": float(np.std(drawn, ddof=1)) if len(drawn) > 1 else None,
         }
-    path = workdir / f"eval_{split}.json"
+    _write(workdir / f"eval_{split}.json", result)
+    return result
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
     partial = path.with_suffix(".json.tmp")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(path)
-    return result
+
+
+def _summary(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the results of several seeds have in common, their means and their spread."""
+    of_seeds = list(results.values())
+    accuracies = [result["accuracy"] for result in of_seeds]
+    return {
+        **{k: of_seeds[0][k] for k in ("task", "attention", "split", "examples", "floors", "data")},
+        "accuracy": float(np.mean(accuracies)),
+        "standard_deviation": float(np.std(accuracies, ddof=1)),
+        "loss": float(np.mean([result["loss"] for result in of_seeds])),
+        "seconds": round(sum(result["seconds"] for result in of_seeds), 2),
+        "seeds": {
+            str(seed): {k: result[k] for k in ("accuracy", "loss", "checkpoint", "validation")}
+            for seed, result in results.items()
+        },
+    }
 
 
 def config_digest(config: ml_collections.ConfigDict) -> str:
     """First 16 digits of the SHA-256 of the config without its locations."""
     flat = skyformer_jax.config.flatten(skyformer_jax.config.to_dict(config))
     for field in skyformer_jax.config.LOCATIONS:
-        flat.pop(field)
+        flat.pop(field, None)
     flat["data.source"] = bool(flat["data.source"])  # published, or generated or downloaded
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def table(result: dict[str, Any]) -> str:
     """The result of evaluate as a person reads it."""
+    if "seeds" in result:
+        return _summary_table(result)
     low, high = result["interval_95"]
     lines = [
         f"{result['task']} {result['split']}, {result['examples']:,} examples, "
@@ -243,5 +286,24 @@ def table(result: dict[str, Any]) -> str:
             + f"{100 * draws['mean']:6.2f} % mean"
             + ("" if spread is None else f", standard deviation {100 * spread:.2f}")
         )
+    lines.append(f"  {'evaluated in':<28}{result['seconds']:6.2f} s")
+    return "\n".join(lines)
+
+
+def _summary_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['task']} {result['split']}, {result['examples']:,} examples, "
+        f"{result['attention']}, {len(result['seeds'])} seeds",
+        f"  {'accuracy':<28}{100 * result['accuracy']:6.2f} %   "
+        f"(standard deviation {100 * result['standard_deviation']:.2f})",
+    ]
+    for seed, one in result["seeds"].items():
+        lines.append(
+            f"  {'seed ' + seed:<28}{100 * one['accuracy']:6.2f} %   "
+            f"(checkpoint of step {one['checkpoint']})"
+        )
+    for floor, accuracy in result["floors"].items():
+        lines.append(f"  {'floor: ' + floor:<28}{100 * accuracy:6.2f} %")
+    lines.append(f"  {'loss':<28}{result['loss']:6.4f} nats")
     lines.append(f"  {'evaluated in':<28}{result['seconds']:6.2f} s")
     return "\n".join(lines)

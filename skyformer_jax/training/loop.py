@@ -18,11 +18,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import skyformer_jax.config
-from skyformer_jax.data.batches import Examples, evaluation_batches, training_batches
+from skyformer_jax.data.batches import (
+    Examples,
+    evaluation_batches,
+    stacked_batches,
+    training_batches,
+)
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import say
-from skyformer_jax.training import checkpoints, evaluation, logs, steps
+from skyformer_jax.training import checkpoints, compilation, evaluation, logs, steps
 
 # Steps that may be dispatched and not finished: enough to keep a device busy, few enough that
 # stopping is prompt and their batches fit.
@@ -35,20 +40,22 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     Args:
       config: as the files in configs/ build it.
       workdir: gets config.json, checkpoints/, metrics.jsonl, tensorboard/, learning_curve.png and
-        eval_test.json.
+        eval_test.json; with num_seeds above 1 its folders seed-0, ... get these, each what a run
+        of that seed alone would make, and it gets config.json and a summary, eval_test.json.
 
     Returns:
       What evaluate returns for the best checkpoint on the test split; None if a signal stopped
       the run before its end.
 
     Raises:
-      UserError: for a config, data or a workdir that cannot work, or if the loss is not finite.
+      UserError: for a config, data or a workdir that cannot work, or if a loss is not finite.
     """
     workdir = Path(workdir)
     skyformer_jax.config.check(config, jax.device_count())
+    compilation.use_cache(config.compilation_cache)
     model, optimizer, mesh = build_model(config), steps.make_optimizer(config), steps.make_mesh()
     abstract_state = steps.abstract_state(config, model, optimizer, mesh)
-    with _open_workdir(workdir, config, abstract_state):
+    with _open_workdirs(workdir, config, abstract_state):
         splits = tuple(evaluation.load_split(config, split) for split in ("train", "validation"))
         with _stop_signals() as stop:
             step = _run(config, workdir, model, optimizer, mesh, abstract_state, splits, stop)
@@ -56,7 +63,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             say(f"stopped after step {step}; saved. Start the same command to go on.")
             return None
         result = evaluation.evaluate(workdir)
-        logs.plot_learning_curve(workdir, result["floors"])
+        for _, run in skyformer_jax.config.single_runs(config, workdir):
+            logs.plot_learning_curve(run, result["floors"])
         _print_summary(workdir, result)
         return result
 
@@ -74,37 +82,40 @@ def _run(
     """Steps from the newest checkpoint to the end or to a signal; returns the last step taken."""
     settings = config.train
     train_split, validation_split = splits
-    directory = workdir / "checkpoints"
-    restored = checkpoints.restore_latest(directory, abstract_state)
+    runs = skyformer_jax.config.single_runs(config, workdir)
+    seeds = [one.seed for one, _ in runs]
+    directories = [run / "checkpoints" for _, run in runs]
+    restored = checkpoints.restore_latest(directories, abstract_state)
+    replicated = NamedSharding(mesh, P())
     if restored is None:
-        init = jax.jit(
-            steps.init_state,
-            static_argnums=(1, 2, 3),
-            out_shardings=NamedSharding(mesh, P()),
-        )
-        state = init(config.seed, model, optimizer, steps.token_shape(config))
+        init = jax.jit(steps.init_states, static_argnums=(1, 2, 3), out_shardings=replicated)
+        states = init(seeds, model, optimizer, steps.token_shape(config))
         step = 0
         say(
             f"training {config.attention.name} on {config.task}: {len(train_split.label):,} "
             f"examples, {settings.num_steps:,} steps of {settings.batch_size}, "
-            f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters, "
+            f"{sum(p.size for p in jax.tree.leaves(states.params)) // len(seeds):,} parameters, "
             f"{mesh.size} {jax.devices()[0].platform} device(s)"
+            + (f", {len(seeds)} seeds at once" if len(seeds) > 1 else "")
         )
     else:
-        state, meta = restored
-        step = meta["step"]
+        found, step = restored
+        states = jax.jit(steps.stack, out_shardings=replicated, donate_argnums=0)(found)
         say(f"going on from the checkpoint of step {step}")
     if step == settings.num_steps:
         return step
 
     reading = evaluation.reading(config)
-    train_step = steps.make_train_step(model, optimizer, mesh, settings.log_every, reading)
+    train_step = steps.make_train_step(
+        model, optimizer, mesh, settings.log_every, reading, settings.accumulation
+    )
     predict_step = steps.make_predict_step(model, mesh, reading)
     schedule = steps.learning_rate_schedule(config)
-    log = logs.MetricsLog(workdir, step)
+    run_logs = [logs.MetricsLog(run, step) for _, run in runs]
     progress = logs.Progress(step, settings.num_steps)
     outstanding = collections.deque()  # (step, its sums, still on their way)
     clock = _Clock(step)
+    compiled_lengths = set()
 
     def finish_one() -> None:
         done, sums = outstanding.popleft()
@@ -112,98 +123,126 @@ def _run(
         progress.step(done)
         if done % settings.log_every and done != settings.num_steps:
             return
-        loss = float(sums["loss"] / sums["examples"])
-        accuracy = float(sums["correct"] / sums["examples"])
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the training loss is {loss} at step {done}; the last good checkpoint is kept in "
-                f"{directory}; lower train.learning_rate"
-            )
-        input_share, steps_per_second = clock.lap(done)
-        rate = steps_per_second * settings.batch_size
-        progress.metrics(done, loss=loss, accuracy=accuracy, rate=rate)
-        log.write(
+        sums = jax.device_get(sums)
+        losses, accuracies = sums["loss"] / sums["examples"], sums["correct"] / sums["examples"]
+        for loss, seed, directory in zip(losses, seeds, directories, strict=True):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the training loss is {loss} at step {done}, seed {seed}; the last good "
+                    f"checkpoint is kept in {directory}; lower train.learning_rate"
+                )
+        lap = clock.lap(done)
+        rate = lap.pop("steps_per_second") * settings.batch_size
+        progress.metrics(
             done,
-            "train",
-            loss=loss,
-            accuracy=accuracy,
-            learning_rate=float(schedule(done - 1)),
-            examples_per_second=rate,
-            input_share=input_share,
+            loss=float(losses.mean()),
+            accuracy=float(accuracies.mean()),
+            rate=rate * len(seeds),
         )
+        for log, loss, accuracy in zip(run_logs, losses, accuracies, strict=True):
+            log.write(
+                done,
+                "train",
+                loss=float(loss),
+                accuracy=float(accuracy),
+                learning_rate=float(schedule(done - 1)),
+                examples_per_second=rate,
+                **lap,
+            )
 
-    def save(validation: dict[str, float] | None) -> None:
-        meta = {
-            "step": step,
-            "examples_read": step * settings.batch_size,
-            "validation": validation,
-            "config": skyformer_jax.config.to_dict(config),
-        }
-        checkpoints.save(manager, state, meta)
+    def validate() -> list[dict[str, float]]:
+        batches = evaluation_batches(
+            validation_split, settings.batch_size, config.model.max_length, buckets=buckets
+        )
+        logits = evaluation.predict(predict_step, states.variables, batches, mesh)
+        scores = [evaluation.score(of_seed, validation_split.label) for of_seed in logits]
+        for log, score in zip(run_logs, scores, strict=True):
+            log.write(step, "validation", **score)
+        mean = {k: sum(score[k] for score in scores) / len(scores) for k in scores[0]}
+        say(
+            f"step {step}/{settings.num_steps}  validation loss {mean['loss']:.4f}  "
+            f"accuracy {mean['accuracy']:.4f}"
+        )
+        return scores
+
+    def save(validations: list[dict[str, float] | None]) -> None:
+        for i, (one, validation) in enumerate(zip(runs, validations, strict=True)):
+            meta = {
+                "step": step,
+                "examples_read": step * settings.batch_size,
+                "validation": validation,
+                "config": skyformer_jax.config.to_dict(one[0]),
+            }
+            checkpoints.save(managers[i], steps.take(states, i), meta)
 
     buckets = config.data.get("buckets", ())
-    batches = training_batches(
-        train_split,
-        settings.batch_size,
-        config.model.max_length,
-        seed=config.seed,
-        first_step=step,
-        buckets=buckets,
-        process=(jax.process_index(), jax.process_count()),
-    )
-    with (
-        _disk_errors(directory),
-        contextlib.closing(progress),
-        contextlib.closing(log),
-        checkpoints.open_manager(directory) as manager,
-    ):
+    batches = [
+        training_batches(
+            train_split,
+            settings.batch_size,
+            config.model.max_length,
+            seed=seed,
+            first_step=step,
+            buckets=buckets,
+            process=(jax.process_index(), jax.process_count()),
+        )
+        for seed in seeds
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disk_errors(directories[0].parent))
+        stack.enter_context(contextlib.closing(progress))
+        for log in run_logs:
+            stack.enter_context(contextlib.closing(log))
+        managers = [stack.enter_context(checkpoints.open_manager(d)) for d in directories]
         while step < settings.num_steps:
             with clock.input():
-                batch = steps.shard_batch(next(batches), mesh)
-            state, sums = train_step(state, batch)
-            step += 1
+                batch = steps.shard_batch(
+                    stacked_batches(batches, settings.steps_per_call), mesh, axis=2
+                )
+            if batch.tokens.shape in compiled_lengths:
+                states, sums = train_step(states, batch)
+            else:
+                compiled_lengths.add(batch.tokens.shape)
+                with clock.compiling():
+                    states, sums = train_step(states, batch)
+            step += settings.steps_per_call
             outstanding.append((step, sums))
-            validate = step % settings.eval_every == 0 or step == settings.num_steps
-            while outstanding and (validate or stop or len(outstanding) > _IN_FLIGHT):
+            due = step % settings.eval_every == 0 or step == settings.num_steps
+            while outstanding and (due or stop or len(outstanding) > _IN_FLIGHT):
                 finish_one()
-            if validate:
+            if due:
                 with clock.paused():
-                    validation_batches = evaluation_batches(
-                        validation_split,
-                        settings.batch_size,
-                        config.model.max_length,
-                        buckets=buckets,
-                    )
-                    logits = evaluation.predict(
-                        predict_step, state.variables, validation_batches, mesh
-                    )
-                    scores = evaluation.score(logits, validation_split.label)
-                    log.write(step, "validation", **scores)
-                    say(
-                        f"step {step}/{settings.num_steps}  validation loss {scores['loss']:.4f}  "
-                        f"accuracy {scores['accuracy']:.4f}"
-                    )
-                    save(scores)
+                    save(validate())
             if stop:
-                if not validate:
-                    save(None)
+                if not due:
+                    save([None] * len(seeds))
                 break
     return step
 
 
 class _Clock:
-    """Steps per second since the last question, leaving out what is paused."""
+    """Steps per second since the last question, leaving out what is paused or compiled."""
 
     def __init__(self, step: int) -> None:
-        self._step, self._start, self._input = step, time.perf_counter(), 0.0
+        self._step, self._start = step, time.perf_counter()
+        self._input = self._compile = 0.0
 
-    def lap(self, step: int) -> tuple[float, float]:
-        """Share of the time since the last lap that went into input, and steps per second."""
+    def lap(self, step: int) -> dict[str, float]:
+        """Since the last lap: steps_per_second, and the share of the time that input took.
+
+        Where something was compiled, compile_seconds says how long that took.
+        """
         now = time.perf_counter()
         elapsed = now - self._start
-        share, rate = self._input / elapsed, (step - self._step) / elapsed
-        self._step, self._start, self._input = step, now, 0.0
-        return share, rate
+        found = {
+            "steps_per_second": (step - self._step) / elapsed,
+            "input_share": self._input / elapsed,
+        }
+        if self._compile:
+            found["compile_seconds"] = self._compile
+        self._step, self._start = step, now
+        self._input = self._compile = 0.0
+        return found
 
     @contextlib.contextmanager
     def input(self) -> Iterator[None]:
@@ -211,6 +250,16 @@ class _Clock:
         begin = time.perf_counter()
         yield
         self._input += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Leaves its block, the first call of a program, out, and says how long it took."""
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self._compile += seconds
+        self._start += seconds
+        say(f"the training step compiled in {seconds:.1f} s")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -256,11 +305,38 @@ def _disk_errors(directory: Path) -> Iterator[None]:
         raise
 
 
+def _check_disk(workdir: Path, num_runs: int, abstract_state: steps.TrainState) -> None:
+    """Raises a UserError where the checkpoints of a run would not fit."""
+    # Three checkpoints kept, and one being written.
+    needed = 4 * num_runs * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+    needed += 16 << 20
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {workdir} has {free / 2**20:,.0f} MiB free; a run of this config "
+            f"needs {needed / 2**20:,.0f} MiB: free some space or name another --workdir"
+        )
+
+
 @contextlib.contextmanager
-def _open_workdir(
+def _open_workdirs(
     workdir: Path, config: ml_collections.ConfigDict, abstract_state: steps.TrainState
 ) -> Iterator[None]:
-    """Makes or checks the workdir and holds it against a second training process."""
+    """Makes or checks the workdir, and those of its seeds, and holds them against other runs."""
+    runs = skyformer_jax.config.single_runs(config, workdir)
+    _check_disk(workdir, len(runs), abstract_state)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_open_workdir(workdir, config))
+        for one, run in runs:
+            if run != workdir:
+                stack.enter_context(_open_workdir(run, one))
+        yield
+
+
+@contextlib.contextmanager
+def _open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
+    """Holds one workdir, whose config binds once it or its seeds have checkpoints."""
     for parent in (workdir, *workdir.parents):
         if parent.exists() and not parent.is_dir():
             raise UserError(f"--workdir={workdir}: {parent} is a file; name a folder")
@@ -276,7 +352,9 @@ def _open_workdir(
             if asked["data"][location]:
                 absolute = Path(asked["data"][location]).expanduser().absolute()
                 asked["data"][location] = str(absolute)
-        begun = bool(checkpoints.steps(workdir / "checkpoints"))
+        begun = any(
+            checkpoints.steps(p / "checkpoints") for p in (workdir, *workdir.glob("seed-*"))
+        )
         if begun and not path.exists():
             raise UserError(f"{workdir} has checkpoints but no config.json; name another --workdir")
         if begun:  # else nothing depends on the config of an earlier attempt
@@ -287,17 +365,6 @@ def _open_workdir(
                     f"{workdir} holds a run of another config; name another --workdir, or restore: "
                     + "; ".join(different)
                 )
-        # Three checkpoints kept, and one being written.
-        needed = 4 * sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state)
-        )
-        needed += 16 << 20
-        free = shutil.disk_usage(workdir).free
-        if free < needed:
-            raise UserError(
-                f"the disk of {workdir} has {free / 2**20:,.0f} MiB free; a run of this config "
-                f"needs {needed / 2**20:,.0f} MiB: free some space or name another --workdir"
-            )
         partial = path.with_suffix(".json.tmp")
         partial.write_text(json.dumps(asked, indent=1) + "\n")
         partial.replace(path)
@@ -306,12 +373,17 @@ def _open_workdir(
 
 def _print_summary(workdir: Path, result: dict[str, Any]) -> None:
     print(evaluation.table(result))
-    validation = result["validation"]
+    if "seeds" in result:
+        print(f"\neach seed         {workdir}/seed-*: checkpoints, metrics, learning curve")
+    else:
+        validation = result["validation"]
+        print(
+            f"\nbest checkpoint   {workdir}/checkpoints/{result['checkpoint']} "
+            f"(validation accuracy {100 * validation['accuracy']:.2f} %)\n"
+            f"metrics           {workdir}/metrics.jsonl\n"
+            f"learning curve    {workdir}/learning_curve.png"
+        )
     print(
-        f"\nbest checkpoint   {workdir}/checkpoints/{result['checkpoint']} "
-        f"(validation accuracy {100 * validation['accuracy']:.2f} %)\n"
-        f"metrics           {workdir}/metrics.jsonl\n"
-        f"TensorBoard       tensorboard --logdir {workdir}/tensorboard\n"
-        f"learning curve    {workdir}/learning_curve.png\n"
+        f"TensorBoard       tensorboard --logdir {workdir}\n"
         f"evaluate again    python eval.py --workdir={workdir}"
     )

@@ -1,7 +1,12 @@
-"""One training step and one prediction, for one device, and their spreading over a mesh."""
+"""One training step and one prediction, for one device, and their spreading over a mesh.
+
+train_step and predict_step are of one model. What is compiled for the mesh maps them over several
+at once, of different seeds, and takes several steps in a row: its states have a first axis of
+seeds, its training batches first axes of steps and of seeds.
+"""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -91,6 +96,27 @@ def init_state(
     )
 
 
+def init_states(
+    seeds: Sequence[int],
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    token_shape: tuple[int, ...],
+) -> TrainState:
+    """The states of init_state for each of the seeds, along a first axis."""
+    init = functools.partial(init_state, model=model, optimizer=optimizer, token_shape=token_shape)
+    return jax.vmap(init)(jnp.asarray(seeds, jnp.uint32))
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Equal trees of arrays as one, along a first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def take(tree: Any, index: int) -> Any:
+    """One of the trees that were stacked."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
 def token_shape(config: ml_collections.ConfigDict) -> tuple[int, ...]:
     """Shape of an example's tokens, padded: (length,), or (2, length) for pairs of documents."""
     documents = config.model.get("num_documents", 1)
@@ -122,7 +148,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without computing it."""
+    """Shapes, dtypes and shardings of the state of one model, without computing it."""
     make = functools.partial(init_state, config.seed, model, optimizer, token_shape(config))
     replicated = NamedSharding(mesh, P())
     return jax.tree.map(
@@ -173,41 +199,54 @@ def train_step(
     optimizer: optax.GradientTransformation,
     log_every: int,
     reading: Reading,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    accumulation: int,
+) -> TrainState:
     """One step on this device's share of the batch; the named axis joins the shares.
 
-    Returns:
-      The next state, and its sums, in buffers of their own (the state's are donated onwards).
+    The share is computed in `accumulation` equal parts, one after another, whose gradients are
+    added: memory is that of a part, and the result differs by rounding alone.
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     # By each example's place in the global batch.
     local_batch = len(batch.label)
     keys = _keys(rng, jax.lax.axis_index(AXIS) * local_batch + jnp.arange(local_batch))
 
-    def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(
+        params: Any, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables = {"params": params, "fixed": state.fixed}
         logits = _logits(model, variables, batch, keys, reading=reading, train=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
         correct = (logits.argmax(axis=-1) == batch.label).sum()
-        return losses.mean(), {
+        return losses.sum() / local_batch, {
             "loss": losses.sum(),
             "correct": correct.astype(jnp.float32),
             "examples": jnp.float32(len(losses)),
         }
 
-    gradients, sums = jax.grad(loss_fn, has_aux=True)(state.params)
+    differentiate = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
+    if accumulation == 1:
+        gradients, sums = differentiate(batch, keys)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), (batch, keys))
+
+        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, differentiate(*part)), None
+
+        shapes = jax.eval_shape(differentiate, *take(parts, 0))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
     gradients = jax.lax.pmean(gradients, AXIS)
     sums = jax.lax.psum(sums, AXIS)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     fresh = state.step % log_every == 0
     sums = jax.tree.map(lambda old, new: jnp.where(fresh, 0, old) + new, state.sums, sums)
-    state = state.replace(
+    return state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
         sums=sums,
     )
-    return state, sums
 
 
 def predict_step(
@@ -233,9 +272,15 @@ def make_mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """The arrays of this process's share of a batch on its devices, as parts of global arrays."""
-    sharding = NamedSharding(mesh, P(AXIS))
+def shard_batch(batch: Any, mesh: jax.sharding.Mesh, *, axis: int = 0) -> Any:
+    """The arrays of this process's share of a batch on its devices, as parts of global arrays.
+
+    Args:
+      batch: a tree of arrays.
+      mesh: of the devices.
+      axis: of the examples: 0, or 2 for the batches that make_train_step's function takes.
+    """
+    sharding = NamedSharding(mesh, P(*[None] * axis, AXIS))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
@@ -245,15 +290,36 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     log_every: int,
     reading: Reading,
+    accumulation: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """train_step on every device of the mesh, compiled; the state given to it is used up."""
+    """train_step on every device of the mesh, for every seed and several times, compiled.
+
+    The function takes states [seeds], which are used up, and batches [steps, seeds, batch]. It
+    returns the states after the steps, and a copy of their sums.
+    """
+    one_step = jax.vmap(
+        functools.partial(
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            log_every=log_every,
+            reading=reading,
+            accumulation=accumulation,
+        )
+    )
+
+    def all_steps(states: TrainState, batches: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if len(batches.label) == 1:
+            states = one_step(states, take(batches, 0))
+        else:
+            states, _ = jax.lax.scan(lambda s, batch: (one_step(s, batch), None), states, batches)
+        return states, states.sums
+
     # With check_vma=True the gradients of the replicated parameters would be summed before pmean.
     mapped = jax.shard_map(
-        functools.partial(
-            train_step, model=model, optimizer=optimizer, log_every=log_every, reading=reading
-        ),
+        all_steps,
         mesh=mesh,
-        in_specs=(P(), P(AXIS)),
+        in_specs=(P(), P(None, None, AXIS)),
         out_specs=(P(), P()),
         check_vma=False,
     )
@@ -263,12 +329,16 @@ def make_train_step(
 def make_predict_step(
     model: nn.Module, mesh: jax.sharding.Mesh, reading: Reading
 ) -> Callable[[Any, Batch, jax.Array | None, jax.Array], jax.Array]:
-    """predict_step on every device of the mesh, compiled."""
+    """predict_step on every device of the mesh, for the variables [seeds] of several models.
+
+    The compiled function returns logits [seeds, batch, classes].
+    """
+    one_step = functools.partial(predict_step, model=model, reading=reading)
     mapped = jax.shard_map(
-        functools.partial(predict_step, model=model, reading=reading),
+        jax.vmap(one_step, in_axes=(0, None, None, None)),
         mesh=mesh,
         in_specs=(P(), P(AXIS), P(), P(AXIS)),
-        out_specs=P(AXIS),
+        out_specs=P(None, AXIS),
         check_vma=False,
     )
     return jax.jit(mapped)

@@ -1,0 +1,31 @@
+"""Compiled programs kept on disk, so that a second start does not compile again."""
+
+import hashlib
+from pathlib import Path
+
+import jax
+
+
+def use_cache(directory: str) -> None:
+    """Keeps what takes over a second to compile in a folder, for this process and later ones.
+
+    Args:
+      directory: the folder, made where needed; "" keeps nothing. Where the environment variable
+        JAX_COMPILATION_CACHE_DIR names one, that is used instead.
+    """
+    if directory and not jax.config.jax_compilation_cache_dir:
+        path = Path(directory).expanduser() / _processor()
+        jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _processor() -> str:
+    """A name for what the CPU can do, which XLA compiles for and JAX does not look at.
+
+    A home folder may be shared by machines of several kinds.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    return hashlib.sha256("".join(features).encode()).hexdigest()[:8]
