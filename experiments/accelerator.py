@@ -318,7 +318,7 @@ def main() -> None:
     path = Path(_OUT.value)
     small = _SMALL.value
     settings = attention_cells.Settings(
-        attentions=(*(_FIRST if small else attention.NAMES), "flash"),
+        attentions=(*(_FIRST if small else attention.NAMES), "kernelized-dense", "flash"),
         dtypes=attention_cells.DTYPES,
         passes=attention_cells.PASSES,
         tokens=512 if small else 131_072,

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.timing import compile_all, take_turns, write_json
-from skyformer_jax.attention import NAMES, REGISTRY, layer_arrays
+from skyformer_jax.attention import NAMES, REGISTRY, kernelized_attention, layer_arrays
 from skyformer_jax.progress import say
 
 PASSES = ("forward", "gradients")
@@ -72,8 +72,16 @@ def _flash(
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
-# What is measured beside the attentions that a model can have.
-EXTRAS: dict[str, Attend] = {"flash": _flash}
+def _kernelized_dense(
+    query: jax.Array, key: jax.Array, value: jax.Array, arrays: Arrays, rng: jax.Array
+) -> jax.Array:
+    """Kernelized attention that holds all scores."""
+    del arrays, rng
+    return kernelized_attention(query, key, value, implementation="dense")
+
+
+# What is measured beside the nine attentions.
+EXTRAS: dict[str, Attend] = {"flash": _flash, "kernelized-dense": _kernelized_dense}
 ATTENTIONS = (*NAMES, *EXTRAS)
 
 

@@ -63,7 +63,7 @@ def examples_a_second(examples: Examples, config: ml_collections.ConfigDict) -> 
 def step_times(examples: Examples, config: ml_collections.ConfigDict) -> tuple[float, float]:
     """Seconds of all steps, and of these what went into input; compilation apart."""
     model, optimizer, mesh = build_model(config), steps.make_optimizer(config), steps.make_mesh()
-    state = steps.init_state(0, model, optimizer, steps.token_shape(config))
+    state = steps.init_states([0], model, optimizer, steps.token_shape(config))
     state = jax.device_put(state, NamedSharding(mesh, P()))  # where the step leaves it
     step = steps.make_train_step(
         model, optimizer, mesh, config.train.log_every, evaluation.reading(config)
@@ -72,7 +72,8 @@ def step_times(examples: Examples, config: ml_collections.ConfigDict) -> tuple[f
     total = spent = 0.0
     for i in range(_STEPS.value + 1):
         start = time.perf_counter()
-        batch = jax.block_until_ready(steps.shard_batch(next(batches), mesh))
+        batch = jax.tree.map(lambda x: x[None, None], next(batches))  # one step, one seed
+        batch = jax.block_until_ready(steps.shard_batch(batch, mesh, axis=2))
         made = time.perf_counter()
         state, sums = step(state, batch)
         jax.block_until_ready(sums)

@@ -30,7 +30,7 @@ from skyformer_jax import attention, cli
 from skyformer_jax.config import one_of
 from skyformer_jax.errors import UserError
 
-_ATTENTIONS = flags.DEFINE_list("attentions", None, "Which; default: all nine, flash on a GPU.")
+_ATTENTIONS = flags.DEFINE_list("attentions", None, "Which; default: all.")
 _LENGTHS = flags.DEFINE_list("lengths", "1024,2048,4096,8192,16384", "Tokens of a sequence.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences in a call.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 2, "Heads.", lower_bound=1)
@@ -54,7 +54,8 @@ def main() -> None:
     """Measures, plots, and prints the tables."""
     names = _ATTENTIONS.value
     if names is None:
-        names = [*attention.NAMES, *(["flash"] if jax.default_backend() == "gpu" else [])]
+        flash = ["flash"] if jax.default_backend() == "gpu" else []
+        names = [*attention.NAMES, "kernelized-dense", *flash]
     try:
         lengths = sorted({int(length) for length in _LENGTHS.value})
     except ValueError:

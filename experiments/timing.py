@@ -162,13 +162,15 @@ def take_turns(
     return rows
 
 
-def _random_batch(config: ml_collections.ConfigDict) -> Batch:
+def _random_batches(config: ml_collections.ConfigDict) -> Batch:
+    """The batches of a call of the training step, [steps, seeds, batch]."""
     rng = np.random.default_rng(0)
-    shape = (config.train.batch_size, *steps.token_shape(config))
+    batches = (config.train.steps_per_call, config.num_seeds, config.train.batch_size)
+    shape = (*batches, *steps.token_shape(config))
     return Batch(
         rng.integers(1, min(config.model.vocab_size, 256), shape, np.uint8),
         np.full(shape[:-1], config.model.max_length, np.int32),
-        rng.integers(0, config.model.num_classes, shape[0], np.int32),
+        rng.integers(0, config.model.num_classes, batches, np.int32),
     )
 
 
@@ -183,11 +185,13 @@ def measure_steps(
 ) -> dict[K, dict[str, Any]]:
     """Times the training step of each config, on random tokens at its full length.
 
+    With num_seeds a step is that of all models; with steps_per_call it is one of a call's.
+
     Args:
       configs: complete configurations.
       rounds: turns that each takes.
       what: names the work for the person who waits.
-      calls_a_turn: steps timed in a turn; None as take_turns.
+      calls_a_turn: calls timed in a turn; None as take_turns.
       workers: programs compiled at the same time.
       deadline: time.monotonic() after which nothing more is begun.
 
@@ -199,20 +203,29 @@ def measure_steps(
     lowerings, batches = {}, {}
     for name, config in configs.items():
         model, optimizer = build_model(config), steps.make_optimizer(config)
-        state = steps.abstract_state(config, model, optimizer, mesh)
-        batches[name] = steps.shard_batch(_random_batch(config), mesh)
+        batches[name] = steps.shard_batch(_random_batches(config), mesh, axis=2)
+        replicated = NamedSharding(mesh, P())
         init = jax.jit(
-            lambda model=model, optimizer=optimizer, config=config: steps.init_state(
-                0, model, optimizer, steps.token_shape(config)
+            lambda model=model, optimizer=optimizer, config=config: steps.init_states(
+                range(config.num_seeds), model, optimizer, steps.token_shape(config)
             ),
-            out_shardings=NamedSharding(mesh, P()),
+            out_shardings=replicated,
+        )
+        states = jax.tree.map(
+            lambda x, where=replicated: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            jax.eval_shape(init),
         )
         step = steps.make_train_step(
-            model, optimizer, mesh, config.train.log_every, evaluation.reading(config)
+            model,
+            optimizer,
+            mesh,
+            config.train.log_every,
+            evaluation.reading(config),
+            config.train.accumulation,
         )
         lowerings[name, "init"] = init.lower
-        lowerings[name, "step"] = lambda step=step, state=state, name=name: step.lower(
-            state, batches[name]
+        lowerings[name, "step"] = lambda step=step, states=states, name=name: step.lower(
+            states, batches[name]
         )
     programs, compiled = compile_all(lowerings, what, workers=workers, deadline=deadline)
 
@@ -222,29 +235,30 @@ def measure_steps(
             calls[name] = _training(programs[name, "step"], programs[name, "init"](), batches[name])
     turns = take_turns(calls, rounds, what, calls_a_turn=calls_a_turn, deadline=deadline)
     rows = {}
-    for name in configs:
+    for name, config in configs.items():
         row = compiled[name, "step"]
         found = turns.get(name, {"skipped": row.get("skipped", NOT_REACHED)})
         rows[name] = {k: row[k] for k in ("compile_seconds", "temporaries_bytes") if k in row}
         if "skipped" in found:
             rows[name]["skipped"] = found["skipped"]
         else:
+            in_a_call = config.train.steps_per_call
             rows[name] |= {
-                "seconds_per_step": found["seconds"],
-                "median_seconds_per_step": found["median_seconds"],
-                "steps_per_second": 1 / found["median_seconds"],
+                "seconds_per_step": [seconds / in_a_call for seconds in found["seconds"]],
+                "median_seconds_per_step": found["median_seconds"] / in_a_call,
+                "steps_per_second": in_a_call / found["median_seconds"],
             }
     return rows
 
 
 def _training(
-    step: Program, state: steps.TrainState, batch: Batch
+    step: Program, states: steps.TrainState, batches: Batch
 ) -> Callable[[], dict[str, jax.Array]]:
     """A call that takes the next step and returns its sums."""
 
     def call() -> dict[str, jax.Array]:
-        nonlocal state
-        state, sums = step(state, batch)
+        nonlocal states
+        states, sums = step(states, batches)
         return sums
 
     return call

@@ -1,6 +1,9 @@
-"""Eight fake CPU devices for every test, set before jax starts."""
+"""Eight fake CPU devices for every test, and one compilation cache, set before jax starts."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -11,3 +14,7 @@ os.environ["XLA_FLAGS"] = (
 # With fewer threads than devices, collectives of fake devices can wait for each other for ever.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Shared by all processes of the tests, which inherit it: many compile the same programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="skyformer-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
