@@ -58,7 +58,7 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
             "train": {
                 "num_steps": 50_000,
                 "batch_size": 32,
-                "accumulation": 1,  # equal parts of a batch, computed one after another
+                "accumulation": 0,  # equal parts of a batch, one after another; 0: what suits
                 "steps_per_call": 1,  # steps that a device takes without waiting for the host
                 "learning_rate": 1e-4,  # the peak
                 "warmup_steps": 1000,

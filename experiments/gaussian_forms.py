@@ -4,7 +4,7 @@
 
 Output and gradients of the dense form, and of the chunked one with tiles of several sizes, for n
 queries and keys, and for n queries and d landmarks and the other way round, as Skyformer's two
-passes have them. All sizes have 8,192 tokens in a call, mapped over the examples as training does.
+passes have them. All sizes have 4,096 tokens in a call, mapped over the examples as training does.
 Medians of turns in one process; JSON with commit, versions and hardware.
 """
 
@@ -27,7 +27,7 @@ from skyformer_jax.attention import gaussian
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each takes.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "results/gaussian_forms.json", "File to write.")
 
-_TOKENS = 8192
+_TOKENS = 4096
 _HEADS, _HEAD_DIM = 2, 32
 _LENGTHS = (32, 48, 64, 96, 128, 256, 1024, 4096)
 _LANDMARKS = (32, 128)

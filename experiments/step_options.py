@@ -25,14 +25,13 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from configs import quickstart, text
+from configs import image, quickstart, text
 from experiments.provenance import provenance
 from experiments.timing import compile_all, measure_steps, take_turns, write_json
 from skyformer_jax import cli, models
 from skyformer_jax.data.batches import Examples, stacked_batches, training_batches
 from skyformer_jax.training import evaluation, steps
 
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Of the Text steps.", lower_bound=4)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each takes.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "results/step_options.json", "File to write.")
 
@@ -43,34 +42,62 @@ _IN_FLIGHT = 8
 Row = dict[str, Any]
 
 
-def text_config(**changes: Any) -> ml_collections.ConfigDict:
-    """The paper's Text setting with Skyformer, with fields changed."""
-    config = text.get_config("skyformer")
-    config.train.batch_size = _BATCH_SIZE.value
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+_ONE_PART = {"train.accumulation": 1}
+_REMAT = {"model.remat": True}
+_BFLOAT16 = {"model.dtype": "bfloat16"}
+# Changes of a config, by the name of what they do.
+_TEXT_OPTIONS = {
+    "as it is": {},
+    "bfloat16": _BFLOAT16,
+    "remat": _REMAT,
+    "no dropout": {"model.dropout": 0.0},
+    "in one part": _ONE_PART,
+    "in one part, bfloat16": _ONE_PART | _BFLOAT16,
+    "in one part, remat": _ONE_PART | _REMAT,
+    "in one part, both": _ONE_PART | _BFLOAT16 | _REMAT,
+}
+_SMALL_OPTIONS = {
+    f"{seeds} seed(s), {count} step(s) a call": {
+        "num_seeds": seeds,
+        "train.steps_per_call": count,
+    }
+    for seeds in (1, 3)
+    for count in (1, 10, 50)
+}
+
+
+def changed(
+    config: ml_collections.ConfigDict, changes: dict[str, Any]
+) -> ml_collections.ConfigDict:
+    """The config with the fields of that name changed."""
+    config.update_from_flattened_dict(changes)
     return config
 
 
 def text_steps() -> dict[str, Row]:
     """Seconds and temporaries of a step with each option."""
     configs = {
-        "as it is": text_config(),
-        "accumulation=4": text_config(train__accumulation=4),
-        "remat": text_config(model__remat=True),
-        "bfloat16": text_config(model__dtype="bfloat16"),
-        "bfloat16, remat": text_config(model__dtype="bfloat16", model__remat=True),
-        "no dropout": text_config(model__dropout=0.0),
+        name: changed(text.get_config("skyformer"), changes)
+        for name, changes in _TEXT_OPTIONS.items()
     }
     return measure_steps(configs, _ROUNDS.value, "text")
 
 
-def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
-    """A model of some 2 ms a step."""
+def image_steps() -> dict[str, Row]:
+    """Seconds and temporaries of a step of a large batch, in parts and at once."""
+    configs = {
+        "as it is": image.get_config("skyformer"),
+        "in one part": changed(image.get_config("skyformer"), _ONE_PART),
+    }
+    return measure_steps(configs, min(3, _ROUNDS.value), "image")
+
+
+def tiny_config() -> ml_collections.ConfigDict:
+    """A model of some tenths of a millisecond a step."""
     config = quickstart.get_config("linformer")
     config.model.update({"num_layers": 1, "width": 16, "head_dim": 8, "mlp_dim": 16})
     config.attention.num_features = 8
-    config.train.batch_size = 16
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    config.train.batch_size = 2
     return config
 
 
@@ -115,13 +142,7 @@ def _run_small(config: ml_collections.ConfigDict) -> Callable[[], jax.Array]:
 
 def small_steps() -> dict[str, Row]:
     """Seconds of a step of the small model, for steps a call and for seeds at once."""
-    configs = {
-        "1 step a call": tiny_config(),
-        "10 steps a call": tiny_config(train__steps_per_call=10),
-        "50 steps a call": tiny_config(train__steps_per_call=50),
-        "3 seeds, 1 step a call": tiny_config(num_seeds=3),
-        "3 seeds, 10 steps a call": tiny_config(num_seeds=3, train__steps_per_call=10),
-    }
+    configs = {name: changed(tiny_config(), changes) for name, changes in _SMALL_OPTIONS.items()}
     calls = {name: _run_small(config) for name, config in configs.items()}
     rows = take_turns(calls, _ROUNDS.value, "small model", calls_a_turn=1)
     return {
@@ -143,8 +164,12 @@ def seeds_of_the_quickstart() -> dict[str, Row]:
     return measure_steps(configs, _ROUNDS.value, "quickstart")
 
 
-def _flax_dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
-    return nn.Dropout(rate, deterministic=False).apply({}, x, rngs={"dropout": key})
+def _flax_dropout(key: jax.Array, x: jax.Array) -> jax.Array:
+    return nn.Dropout(0.1, deterministic=False).apply({}, x, rngs={"dropout": key})
+
+
+def _our_dropout(key: jax.Array, x: jax.Array) -> jax.Array:
+    return models.dropout(key, x, 0.1)
 
 
 def _projected(fused: bool, x: jax.Array, kernels: jax.Array) -> tuple[jax.Array, ...]:
@@ -154,13 +179,12 @@ def _projected(fused: bool, x: jax.Array, kernels: jax.Array) -> tuple[jax.Array
 
 
 def pieces() -> dict[str, Row]:
-    """Seconds of pieces of a layer at [batch, 4096, 64 or 128], with gradients."""
-    batch = _BATCH_SIZE.value
-    x = jax.random.normal(jax.random.key(0), (batch, 4096, 128))
+    """Seconds of pieces of a layer at [4096, 64 or 128], one part of a batch, with gradients."""
+    x = jax.random.normal(jax.random.key(0), (1, 4096, 128))
     narrow = x[..., :64]
     kernels = jax.random.normal(jax.random.key(1), (3, 64, 64))
     programs = {
-        "dropout, ours": (models.dropout, (jax.random.key(2), x)),
+        "dropout, ours": (_our_dropout, (jax.random.key(2), x)),
         "dropout, Flax's": (_flax_dropout, (jax.random.key(2), x)),
         "dropout, Flax's by rbg": (_flax_dropout, (jax.random.key(2, impl="rbg"), x)),
         "projections, three": (functools.partial(_projected, False), (narrow, kernels)),
@@ -168,21 +192,19 @@ def pieces() -> dict[str, Row]:
     }
     lowerings, arguments = {}, {}
     for name, (function, given) in programs.items():
-        if name.startswith("dropout"):
+        out = jax.eval_shape(function, *given)
+        weights = jax.tree.map(lambda y: jax.random.normal(jax.random.key(3), y.shape), out)
+        arguments[name] = (*given, weights)
 
-            def loss(x: jax.Array, key: jax.Array, function: Any = function) -> jax.Array:
-                return (function(key, x, 0.1) * jnp.sin(x)).sum()
+        def gradients(*given: Any, function: Any = function) -> Any:
+            first, *inputs, weights = given
+            if function in (_our_dropout, _flax_dropout):
+                _, pull = jax.vjp(lambda x: function(first, x), *inputs)
+            else:
+                _, pull = jax.vjp(function, first, *inputs)
+            return pull(weights)
 
-            arguments[name] = given[::-1]
-            lowered = jax.jit(jax.value_and_grad(loss))
-        else:
-
-            def loss(x: jax.Array, kernels: jax.Array, function: Any = function) -> jax.Array:
-                return sum(jnp.sin(y).sum() for y in function(x, kernels))
-
-            arguments[name] = given
-            lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        lowerings[name] = functools.partial(lowered.lower, *arguments[name])
+        lowerings[name] = functools.partial(jax.jit(gradients).lower, *arguments[name])
     compiled, rows = compile_all(lowerings, "pieces")
     calls = {n: functools.partial(program, *arguments[n]) for n, program in compiled.items()}
     turns = take_turns(calls, _ROUNDS.value, "pieces")
@@ -192,8 +214,9 @@ def pieces() -> dict[str, Row]:
 def main() -> None:
     """Measures all, prints the tables and writes the JSON."""
     groups = {
-        f"Text, Skyformer, batch {_BATCH_SIZE.value}, length 4096": text_steps(),
-        "small Linformer, batch 16, length 48, input included": small_steps(),
+        "Text, Skyformer, batch 16, length 4096": text_steps(),
+        "Image, Skyformer, batch 256, length 1024": image_steps(),
+        "small Linformer, batch 2, length 48, input included": small_steps(),
         "quickstart, Skyformer, batch 128, length 48": seeds_of_the_quickstart(),
         "pieces of a layer, with gradients": pieces(),
     }

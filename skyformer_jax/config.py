@@ -48,8 +48,8 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
 
     model, train = config.model, config.train
     positive = {f"model.{k}": v for k, v in model.items() if type(v) is int}
-    counts = ("num_steps", "batch_size", "accumulation", "steps_per_call", "eval_every")
-    positive |= {f"train.{k}": train[k] for k in (*counts, "log_every")}
+    counts = ("num_steps", "batch_size", "steps_per_call", "eval_every", "log_every")
+    positive |= {f"train.{k}": train[k] for k in counts}
     positive["num_seeds"] = config.num_seeds
     for field, value in positive.items():
         if value < 1:
@@ -78,7 +78,12 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
                 f"train.{field}={train[field]} is not a multiple of "
                 f"train.steps_per_call={train.steps_per_call}"
             )
-    parts = num_devices * train.accumulation
+    if train.accumulation < 0:
+        raise UserError(
+            f"train.accumulation must be a number of parts, or 0 for what suits the device; got "
+            f"{train.accumulation}"
+        )
+    parts = num_devices * max(1, train.accumulation)
     if train.batch_size % parts:
         by = f"the {num_devices} devices"
         if train.accumulation > 1:

@@ -66,7 +66,7 @@ def test_a_config_is_a_data_sheet(name):
 def test_bad_training_fields_are_named():
     for fields, message in (
         ({"train.accumulation": 3}, "16 is not divisible by the 2 devices times .*=3; .* 18"),
-        ({"train.accumulation": 0}, "train.accumulation must be at least 1"),
+        ({"train.accumulation": -1}, "train.accumulation must be a number of parts, or 0"),
         ({"train.steps_per_call": 7}, "num_steps=50000 is not a multiple of .*steps_per_call=7"),
         ({"train.steps_per_call": 20, "train.log_every": 50}, "train.log_every=50"),
         ({"num_seeds": 0}, "num_seeds must be at least 1"),

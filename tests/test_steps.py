@@ -77,7 +77,7 @@ def test_devices_do_not_change_the_step(name):
         assert other_sums["examples"] == [32]
 
 
-def test_parts_calls_and_seeds_change_nothing():
+def test_parts_calls_and_seeds_change_nothing(monkeypatch):
     """Two steps of two seeds in one call, in parts, on devices: each as by itself, to rounding."""
     model, optimizer = models.build_model(tiny_config("skyformer", num_layers=1)), optax.sgd(1.0)
     batches = [[random_batch(16, 10 * step + seed) for step in (0, 1)] for seed in (0, 1)]
@@ -100,6 +100,7 @@ def test_parts_calls_and_seeds_change_nothing():
     assert min(jax.tree.leaves(moved)) > 1e-3
 
     together = stacked_batches([iter(of_seed) for of_seed in batches], 2)
+    monkeypatch.setattr(steps, "_CPU_TOKENS", 200)  # parts of 4 examples where none are asked for
     for options in ({}, {"accumulation": 2, "num_devices": 2}):
         states = call([7, 8], [together], **options)
         for i, expected in enumerate((first, second)):
@@ -126,7 +127,7 @@ def test_sums_start_anew_after_a_log():
     assert counts == [8, 16, 24, 8, 16]
 
 
-def test_predictions_do_not_depend_on_batch_size_or_devices():
+def test_predictions_do_not_depend_on_batch_size_or_devices_or_parts(monkeypatch):
     config = tiny_config("skyformer")
     model = models.build_model(config)
     variables = one_state(model, optax.sgd(1.0)).variables
@@ -134,6 +135,7 @@ def test_predictions_do_not_depend_on_batch_size_or_devices():
     rows = zip(some.tokens, some.length, strict=True)
     examples = from_sequences([row[:length] for row, length in rows], some.label)
     for rng in (None, jax.random.key(5)):
+        monkeypatch.undo()
         results = []
         # What is drawn at random depends on the padded length.
         shorter = () if rng is not None else (16, 32)
@@ -144,6 +146,7 @@ def test_predictions_do_not_depend_on_batch_size_or_devices():
             logits = evaluation.predict(predict_step, variables, batches, mesh, rng)[0]
             assert logits.shape == (37, 10)
             results.append(logits)
+            monkeypatch.setattr(steps, "_CPU_TOKENS", 100)
         for other in results[1:]:
             np.testing.assert_allclose(other, results[0], rtol=1e-4, atol=1e-5)
 
@@ -172,6 +175,28 @@ def test_gradients_are_clipped_by_value():
     small, large = ({"w": jnp.array([1.0, -1.0, 1.0]) * size} for size in (1, 100))
     updates = [optimizer.update(g, optimizer.init(params), params)[0]["w"] for g in (small, large)]
     np.testing.assert_array_equal(*updates)
+
+
+@pytest.mark.parametrize(
+    ("examples", "tokens", "accumulation", "parts"),
+    [
+        (32, (2048,), 0, 16),
+        (16, (4096,), 0, 16),
+        (16, (2, 4096), 0, 16),
+        (256, (1024,), 0, 64),
+        (128, (48,), 0, 2),
+        (37, (1024,), 0, 37),  # a prime number of examples
+        (7, (48,), 0, 1),
+        (32, (2048,), 4, 4),
+        (32, (2048,), 1, 1),
+    ],
+)
+def test_parts_have_the_tokens_that_suit_a_cpu(examples, tokens, accumulation, parts):
+    batch = Batch(np.zeros((examples, *tokens), np.uint8), np.zeros(examples), np.zeros(examples))
+    (split, keys) = steps._in_parts(batch, None, accumulation)
+    assert keys is None
+    assert split.tokens.shape == (parts, examples // parts, *tokens)
+    assert split.label.shape == (parts, examples // parts)
 
 
 def test_score_and_interval():

@@ -26,7 +26,7 @@ _ACCELERATOR_TILE = (8192, 1024)
 
 # Scores of a head up to which storing them all for the gradient is faster than a second
 # computation, on two CPU cores.
-_DENSE_SCORES = 64 * 64
+_DENSE_SCORES = 128 * 128
 
 
 def _kernel(

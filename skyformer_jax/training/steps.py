@@ -6,6 +6,7 @@ seeds, its training batches first axes of steps and of seeds.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,10 @@ from jax.sharding import PartitionSpec as P
 from skyformer_jax.data.batches import Batch
 
 AXIS = "data"
+
+# Tokens that a CPU computes at a time: what a layer makes of them stays in its caches, and the
+# memory for it is not fetched anew from the system, page by page (docs/speed.md).
+_CPU_TOKENS = 4096
 
 
 @flax.struct.dataclass
@@ -186,6 +191,22 @@ def _logits(
     )
 
 
+def _in_parts(batch: Batch, keys: jax.Array | None, accumulation: int = 0) -> Any:
+    """The batch and the keys, [examples, ...], as [parts, examples of a part, ...].
+
+    accumulation is the number of parts; 0 chooses it: all at once but on a CPU, where a part has
+    _CPU_TOKENS, or one example.
+    """
+    examples = len(batch.label)
+    if not accumulation:
+        size = examples
+        if jax.default_backend() == "cpu":
+            most = max(1, _CPU_TOKENS // math.prod(batch.tokens.shape[1:]))
+            size = max(n for n in range(1, min(examples, most) + 1) if examples % n == 0)
+        accumulation = examples // size
+    return jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), (batch, keys))
+
+
 def _keys(rng: jax.Array, places: jax.Array) -> jax.Array:
     """A key for each of the places, int [examples]."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, places)
@@ -204,7 +225,8 @@ def train_step(
     """One step on this device's share of the batch; the named axis joins the shares.
 
     The share is computed in `accumulation` equal parts, one after another, whose gradients are
-    added: memory is that of a part, and the result differs by rounding alone.
+    added: memory is that of a part, and the result differs by rounding alone. 0 leaves the number
+    of parts to the device.
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     # By each example's place in the global batch.
@@ -225,10 +247,10 @@ def train_step(
         }
 
     differentiate = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
-    if accumulation == 1:
+    parts = _in_parts(batch, keys, accumulation)
+    if len(parts[0].label) == 1:
         gradients, sums = differentiate(batch, keys)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), (batch, keys))
 
         def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, differentiate(*part)), None
@@ -263,8 +285,11 @@ def predict_step(
     variables are those of the TrainState. rng, if any, draws the landmarks, by each example's place
     in the split, which rows, int [local batch], gives.
     """
-    keys = None if rng is None else _keys(rng, rows)
-    return _logits(model, variables, batch, keys, reading=reading, train=False)
+    parts = _in_parts(batch, None if rng is None else _keys(rng, rows))
+    logits = jax.lax.map(
+        lambda part: _logits(model, variables, *part, reading=reading, train=False), parts
+    )
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def make_mesh() -> jax.sharding.Mesh:
@@ -290,7 +315,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     log_every: int,
     reading: Reading,
-    accumulation: int = 1,
+    accumulation: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """train_step on every device of the mesh, for every seed and several times, compiled.
 
