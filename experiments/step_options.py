@@ -29,7 +29,7 @@ from configs import image, quickstart, text
 from experiments.provenance import provenance
 from experiments.timing import compile_all, measure_steps, take_turns, write_json
 from skyformer_jax import cli, models
-from skyformer_jax.data.batches import Examples, stacked_batches, training_batches
+from skyformer_jax.data.batches import Examples, stacked, training_batches, training_rows
 from skyformer_jax.training import evaluation, steps
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each takes.", lower_bound=1)
@@ -111,27 +111,36 @@ def _random_examples(config: ml_collections.ConfigDict, count: int = 2000) -> Ex
     )
 
 
-def _run_small(config: ml_collections.ConfigDict) -> Callable[[], jax.Array]:
+def _run_small(config: ml_collections.ConfigDict, on_device: bool) -> Callable[[], jax.Array]:
     """A call that takes _SMALL_STEPS steps as training does, reading and shipping included."""
     model, optimizer = models.build_model(config), steps.make_optimizer(config)
     mesh = steps.make_mesh()
     seeds = range(config.num_seeds)
     examples = _random_examples(config)
+    size, length = config.train.batch_size, config.model.max_length
+    table = steps.make_table(examples, mesh) if on_device else None
     streams = [
-        training_batches(examples, config.train.batch_size, config.model.max_length, seed=seed)
+        training_batches(examples, size, length, seed=seed)
+        if table is None
+        else training_rows(len(examples), size, seed=seed)
         for seed in seeds
     ]
     states = steps.init_states(seeds, model, optimizer, steps.token_shape(config))
     step = steps.make_train_step(
-        model, optimizer, mesh, config.train.log_every, evaluation.reading(config)
+        model,
+        optimizer,
+        mesh,
+        config.train.log_every,
+        evaluation.reading(config),
+        token_shape=steps.token_shape(config),
     )
 
     def call() -> jax.Array:
         nonlocal states
         under_way = collections.deque()
         for _ in range(_SMALL_STEPS // config.train.steps_per_call):
-            batch = stacked_batches(streams, config.train.steps_per_call)
-            states, sums = step(states, steps.shard_batch(batch, mesh, axis=2))
+            batch = stacked(streams, config.train.steps_per_call)
+            states, sums = step(states, steps.shard_batch(batch, mesh, axis=2), table)
             under_way.append(sums)
             if len(under_way) > _IN_FLIGHT:
                 jax.block_until_ready(under_way.popleft())
@@ -142,8 +151,13 @@ def _run_small(config: ml_collections.ConfigDict) -> Callable[[], jax.Array]:
 
 def small_steps() -> dict[str, Row]:
     """Seconds of a step of the small model, for steps a call and for seeds at once."""
-    configs = {name: changed(tiny_config(), changes) for name, changes in _SMALL_OPTIONS.items()}
-    calls = {name: _run_small(config) for name, config in configs.items()}
+    calls = {
+        f"{name}, data on the {'device' if on_device else 'host'}": _run_small(
+            changed(tiny_config(), changes), on_device
+        )
+        for name, changes in _SMALL_OPTIONS.items()
+        for on_device in (False, True)
+    }
     rows = take_turns(calls, _ROUNDS.value, "small model", calls_a_turn=1)
     return {
         name: {
@@ -226,7 +240,7 @@ def main() -> None:
             seconds = row.get("median_seconds_per_step", row.get("median_seconds"))
             memory = row.get("temporaries_bytes")
             print(
-                f"  {name:28}{1e3 * seconds:10.2f} ms"
+                f"  {name:48}{1e3 * seconds:10.2f} ms"
                 + ("" if memory is None else f"{memory / 2**20:10,.0f} MiB of temporaries")
             )
     result = {

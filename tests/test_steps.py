@@ -9,7 +9,7 @@ from test_model import tiny_config
 from tiny_data import from_sequences
 
 from skyformer_jax import attention, models
-from skyformer_jax.data.batches import Batch, evaluation_batches, stacked_batches
+from skyformer_jax.data.batches import Batch, Examples, evaluation_batches, make_batch, stacked
 from skyformer_jax.training import checkpoints, evaluation, steps
 
 
@@ -99,7 +99,7 @@ def test_parts_calls_and_seeds_change_nothing(monkeypatch):
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), first.params, second.params)
     assert min(jax.tree.leaves(moved)) > 1e-3
 
-    together = stacked_batches([iter(of_seed) for of_seed in batches], 2)
+    together = stacked([iter(of_seed) for of_seed in batches], 2)
     monkeypatch.setattr(steps, "_CPU_TOKENS", 200)  # parts of 4 examples where none are asked for
     for options in ({}, {"accumulation": 2, "num_devices": 2}):
         states = call([7, 8], [together], **options)
@@ -175,6 +175,31 @@ def test_gradients_are_clipped_by_value():
     small, large = ({"w": jnp.array([1.0, -1.0, 1.0]) * size} for size in (1, 100))
     updates = [optimizer.update(g, optimizer.init(params), params)[0]["w"] for g in (small, large)]
     np.testing.assert_array_equal(*updates)
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_devices_read_the_batches_that_the_host_makes(documents):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 12 * documents)
+    sequences = [rng.integers(1, 256, length) for length in lengths]
+    examples = Examples(
+        np.concatenate(sequences).astype(np.uint8),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        rng.integers(0, 3, 12).astype(np.int32),
+        num_documents=documents,
+    )
+    table = steps.make_table(examples, mesh_of(2))
+    shape = (9,) if documents == 1 else (2, 9)
+    rows = rng.integers(0, 12, (3, 2, 4))
+    read = jax.jit(steps.read_batch, static_argnums=2)(table, rows, shape)
+    for i in np.ndindex(3, 2):
+        expected = make_batch(examples, rows[i], 9)
+        mine = steps.take(read, i)
+        np.testing.assert_array_equal(mine.label, expected.label)
+        np.testing.assert_array_equal(mine.length, expected.length)
+        assert mine.tokens.shape == expected.tokens.shape
+        real = np.arange(9) < expected.length[..., None]
+        np.testing.assert_array_equal(mine.tokens[real], expected.tokens[real])
 
 
 @pytest.mark.parametrize(

@@ -249,20 +249,21 @@ def training_batches(
         yield make_batch(examples, np.split(rows, count)[index], length)
 
 
-def stacked_batches(streams: Sequence[Iterator[Batch]], num_steps: int) -> Batch:
+def stacked(streams: Sequence[Iterator[Any]], num_steps: int) -> Any:
     """The next batches of every stream, of one length, as arrays [num_steps, streams, batch, ...].
 
     Args:
-      streams: of training_batches, one for each seed.
+      streams: of training_batches or of training_rows, one for each seed.
       num_steps: batches to take of each.
     """
     batches = [next(stream) for _ in range(num_steps) for stream in streams]
-    return Batch(
-        *(
-            np.stack(arrays).reshape(num_steps, len(streams), *arrays[0].shape)
-            for arrays in zip(*batches, strict=True)
-        )
-    )
+
+    def stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack(arrays).reshape(num_steps, len(streams), *arrays[0].shape)
+
+    if isinstance(batches[0], Batch):
+        return Batch(*map(stack, zip(*batches, strict=True)))
+    return stack(batches).astype(np.int32)
 
 
 def evaluation_batches(

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,8 +22,9 @@ import skyformer_jax.config
 from skyformer_jax.data.batches import (
     Examples,
     evaluation_batches,
-    stacked_batches,
+    stacked,
     training_batches,
+    training_rows,
 )
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
@@ -107,15 +109,23 @@ def _run(
 
     reading = evaluation.reading(config)
     train_step = steps.make_train_step(
-        model, optimizer, mesh, settings.log_every, reading, settings.accumulation
+        model,
+        optimizer,
+        mesh,
+        settings.log_every,
+        reading,
+        settings.accumulation,
+        steps.token_shape(config),
     )
+    # Calls of several steps read the data on the device, where there is room for them.
+    table = steps.make_table(train_split, mesh) if settings.steps_per_call > 1 else None
     predict_step = steps.make_predict_step(model, mesh, reading)
     schedule = steps.learning_rate_schedule(config)
     run_logs = [logs.MetricsLog(run, step) for _, run in runs]
     progress = logs.Progress(step, settings.num_steps)
     outstanding = collections.deque()  # (step, its sums, still on their way)
     clock = _Clock(step)
-    compiled_lengths = set()
+    compiled = set()  # shapes of batches
 
     def finish_one() -> None:
         done, sums = outstanding.popleft()
@@ -176,18 +186,31 @@ def _run(
             checkpoints.save(managers[i], steps.take(states, i), meta)
 
     buckets = config.data.get("buckets", ())
-    batches = [
-        training_batches(
-            train_split,
-            settings.batch_size,
-            config.model.max_length,
-            seed=seed,
-            first_step=step,
-            buckets=buckets,
-            process=(jax.process_index(), jax.process_count()),
-        )
-        for seed in seeds
-    ]
+    process = jax.process_index(), jax.process_count()
+    if table is None:
+        streams = [
+            training_batches(
+                train_split,
+                settings.batch_size,
+                config.model.max_length,
+                seed=seed,
+                first_step=step,
+                buckets=buckets,
+                process=process,
+            )
+            for seed in seeds
+        ]
+    else:
+        index, count = process
+        streams = [
+            (
+                np.split(rows, count)[index]
+                for rows in training_rows(
+                    len(train_split), settings.batch_size, seed=seed, first_step=step
+                )
+            )
+            for seed in seeds
+        ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_disk_errors(directories[0].parent))
         stack.enter_context(contextlib.closing(progress))
@@ -196,15 +219,11 @@ def _run(
         managers = [stack.enter_context(checkpoints.open_manager(d)) for d in directories]
         while step < settings.num_steps:
             with clock.input():
-                batch = steps.shard_batch(
-                    stacked_batches(batches, settings.steps_per_call), mesh, axis=2
-                )
-            if batch.tokens.shape in compiled_lengths:
-                states, sums = train_step(states, batch)
-            else:
-                compiled_lengths.add(batch.tokens.shape)
-                with clock.compiling():
-                    states, sums = train_step(states, batch)
+                batch = steps.shard_batch(stacked(streams, settings.steps_per_call), mesh, axis=2)
+            shape = jax.tree.leaves(batch)[0].shape
+            with contextlib.nullcontext() if shape in compiled else clock.compiling():
+                states, sums = train_step(states, batch, table)
+            compiled.add(shape)
             step += settings.steps_per_call
             outstanding.append((step, sums))
             due = step % settings.eval_every == 0 or step == settings.num_steps

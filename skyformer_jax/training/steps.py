@@ -15,11 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from skyformer_jax.data.batches import Batch
+from skyformer_jax.data.batches import Batch, Examples
 
 AXIS = "data"
 
@@ -159,6 +160,57 @@ def abstract_state(
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(make),
+    )
+
+
+class Table(NamedTuple):
+    """A split on the devices, from which steps read their batches themselves.
+
+    Attributes:
+      values: uint8 [tokens], as in Examples.
+      starts: int32 [examples * documents + 1], likewise.
+      label: int32 [examples].
+    """
+
+    values: jax.Array
+    starts: jax.Array
+    label: jax.Array
+
+
+def make_table(examples: Examples, mesh: jax.sharding.Mesh) -> Table | None:
+    """The split on every device of the mesh; None if it would take a quarter of their memory.
+
+    So it is too if there are more tokens than 32 bits count.
+    """
+    arrays = Table(examples.values, examples.starts, examples.label)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    if examples.values.size >= 2**31 or 4 * sum(x.nbytes for x in arrays) > memory:
+        return None
+    arrays = arrays._replace(starts=examples.starts.astype(np.int32))
+    return jax.device_put(arrays, NamedSharding(mesh, P()))
+
+
+def read_batch(table: Table, rows: jax.Array, token_shape: tuple[int, ...]) -> Batch:
+    """The batch that data.batches.make_batch makes on the host.
+
+    Args:
+      table: of make_table.
+      rows: int32 [..., batch].
+      token_shape: see the function of that name.
+
+    Returns:
+      tokens uint8 [..., batch, *token_shape], those after an example's end being any; length and
+      label accordingly.
+    """
+    documents = math.prod(token_shape[:-1])
+    first = rows[..., None] * documents + jnp.arange(documents)
+    begin, end = table.starts[first], table.starts[first + 1]
+    places = jnp.minimum(begin[..., None] + jnp.arange(token_shape[-1]), len(table.values) - 1)
+    tokens, length = table.values[places], end - begin
+    return Batch(
+        tokens.reshape(*rows.shape, *token_shape),
+        length.reshape(*rows.shape, *token_shape[:-1]),
+        table.label[rows],
     )
 
 
@@ -316,11 +368,13 @@ def make_train_step(
     log_every: int,
     reading: Reading,
     accumulation: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    token_shape: tuple[int, ...] = (),
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """train_step on every device of the mesh, for every seed and several times, compiled.
 
-    The function takes states [seeds], which are used up, and batches [steps, seeds, batch]. It
-    returns the states after the steps, and a copy of their sums.
+    The function takes states [seeds], which are used up, and batches [steps, seeds, batch], or a
+    Table and the rows of these batches, int32, for which token_shape is needed. It returns the
+    states after the steps, and a copy of their sums.
     """
     one_step = jax.vmap(
         functools.partial(
@@ -333,22 +387,35 @@ def make_train_step(
         )
     )
 
-    def all_steps(states: TrainState, batches: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        if len(batches.label) == 1:
-            states = one_step(states, take(batches, 0))
+    def all_steps(
+        states: TrainState, batches: Batch | jax.Array, table: Table | None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        def step(states: TrainState, batch: Batch | jax.Array) -> tuple[TrainState, None]:
+            if table is not None:
+                batch = read_batch(table, batch, token_shape)
+            return one_step(states, batch), None
+
+        if len(jax.tree.leaves(batches)[0]) == 1:
+            states, _ = step(states, take(batches, 0))
         else:
-            states, _ = jax.lax.scan(lambda s, batch: (one_step(s, batch), None), states, batches)
+            states, _ = jax.lax.scan(step, states, batches)
         return states, states.sums
 
     # With check_vma=True the gradients of the replicated parameters would be summed before pmean.
     mapped = jax.shard_map(
         all_steps,
         mesh=mesh,
-        in_specs=(P(), P(None, None, AXIS)),
+        in_specs=(P(), P(None, None, AXIS), P()),
         out_specs=(P(), P()),
         check_vma=False,
     )
-    return jax.jit(mapped, donate_argnums=0)
+
+    def call(
+        states: TrainState, batches: Batch | jax.Array, table: Table | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        return mapped(states, batches, table)
+
+    return jax.jit(call, donate_argnums=0)
 
 
 def make_predict_step(
