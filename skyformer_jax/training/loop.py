@@ -102,7 +102,7 @@ def _run(
         )
     else:
         found, step = restored
-        states = jax.jit(steps.stack, out_shardings=replicated, donate_argnums=0)(found)
+        states = jax.jit(steps.stack, out_shardings=replicated)(found)
         say(f"going on from the checkpoint of step {step}")
     if step == settings.num_steps:
         return step
