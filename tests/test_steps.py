@@ -40,7 +40,7 @@ def one_state(model, optimizer):
 
 
 # Between the others and these only the attention differs, which knows nothing of devices.
-QUICK = ("skyformer", "performer")
+QUICK = ("skyformer",)
 
 
 @pytest.mark.parametrize(
