@@ -34,8 +34,8 @@ import matplotlib.pyplot as plt
 from absl import flags
 
 from experiments import attention_cells
-from experiments.provenance import provenance
-from experiments.timing import compile_all, measure_steps, take_turns, write_json
+from experiments.provenance import provenance, write_json
+from experiments.timing import compile_all, measure_steps, take_turns
 from skyformer_jax import attention, cli
 from skyformer_jax.attention.gaussian import gaussian_attention
 from skyformer_jax.errors import UserError

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.timing import compile_all, take_turns, write_json
+from experiments.provenance import write_json
+from experiments.timing import compile_all, take_turns
 from skyformer_jax.attention import NAMES, REGISTRY, kernelized_attention, layer_arrays
 from skyformer_jax.progress import say
 

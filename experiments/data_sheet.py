@@ -7,7 +7,6 @@ Writes JSON with commit, versions, hardware and the data's source and checksums.
 minutes, Path-X half an hour.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from absl import flags
 
-from experiments.provenance import provenance
+from experiments.provenance import provenance, write_json
 from skyformer_jax import cli, tasks
 from skyformer_jax.data import store
 from skyformer_jax.data.batches import Examples
@@ -92,9 +91,7 @@ def main() -> None:
         **provenance(1),
         "tasks": {name: measure(name) for name in _TASKS.value},
     }
-    path = Path(_OUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(Path(_OUT.value), result)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 from absl import flags
 
-from experiments.provenance import provenance
-from experiments.timing import compile_all, take_turns, write_json
+from experiments.provenance import provenance, write_json
+from experiments.timing import compile_all, take_turns
 from skyformer_jax import cli
 from skyformer_jax.attention import gaussian
 

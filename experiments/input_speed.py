@@ -10,7 +10,6 @@ Writes JSON with commit, versions, hardware and the data's checksums.
 """
 
 import importlib
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.provenance import provenance
+from experiments.provenance import provenance, write_json
 from skyformer_jax import cli, tasks
 from skyformer_jax.data import store
 from skyformer_jax.data.batches import Examples, training_batches
@@ -132,9 +131,7 @@ def main() -> None:
         "turns": _TURNS.value,
         "tasks": {name: measure(name) for name in _TASKS.value},
     }
-    path = Path(_OUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(Path(_OUT.value), result)
 
 
 if __name__ == "__main__":

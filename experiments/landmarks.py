@@ -9,7 +9,6 @@ beside it.
 """
 
 import functools
-import json
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments.provenance import provenance
+from experiments.provenance import provenance, write_json
 from skyformer_jax import cli
 from skyformer_jax.attention.gaussian import gaussian_scores, kernelized_attention
 from skyformer_jax.attention.skyformer import LANDMARKS, skyformer_attention
@@ -301,7 +300,7 @@ def main() -> None:
         "exact": {"median_seconds": exact_seconds, "compile_seconds": compile_seconds["exact", 0]},
         "rows": rows,
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     plot(rows, exact_seconds, path.with_suffix(".png"))
 
 

@@ -27,7 +27,7 @@ from absl import flags
 from flax import linen as nn
 from scipy import ndimage
 
-from experiments.provenance import provenance
+from experiments.provenance import provenance, write_json
 from skyformer_jax import cli
 from skyformer_jax.data import pathfinder
 from skyformer_jax.errors import UserError
@@ -364,7 +364,7 @@ def main() -> None:
         "networks": networks,
         "timings": timings,
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What a result was measured with."""
+"""What a result was measured with, and how it is written."""
 
+import json
 import os
 import platform
 import subprocess
@@ -44,3 +45,11 @@ def provenance(num_devices: int) -> dict[str, Any]:
         "device": f"{num_devices} x {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
     }
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)

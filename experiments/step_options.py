@@ -26,8 +26,8 @@ import numpy as np
 from absl import flags
 
 from configs import image, quickstart, text
-from experiments.provenance import provenance
-from experiments.timing import compile_all, measure_steps, take_turns, write_json
+from experiments.provenance import provenance, write_json
+from experiments.timing import compile_all, measure_steps, take_turns
 from skyformer_jax import cli, models
 from skyformer_jax.data.batches import Examples, stacked, training_batches, training_rows
 from skyformer_jax.training import evaluation, steps

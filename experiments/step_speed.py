@@ -18,8 +18,8 @@ import jax
 import ml_collections
 from absl import flags
 
-from experiments.provenance import provenance
-from experiments.timing import measure_steps, write_json
+from experiments.provenance import provenance, write_json
+from experiments.timing import measure_steps
 from skyformer_jax import attention, cli
 from skyformer_jax.config import one_of
 

@@ -1,12 +1,10 @@
 """How the speed experiments measure: compiled ahead of time, then turn about in one process."""
 
 import concurrent.futures
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -262,11 +260,3 @@ def _training(
         return sums
 
     return call
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(path)
