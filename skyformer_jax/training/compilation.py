@@ -5,16 +5,24 @@ from pathlib import Path
 
 import jax
 
+from skyformer_jax.progress import say
+
 
 def use_cache(directory: str) -> None:
     """Keeps what takes over a second to compile in a folder, for this process and later ones.
 
     Args:
-      directory: the folder, made where needed; "" keeps nothing. Where the environment variable
+      directory: the folder, made where needed; "" keeps nothing, nor, and that is said, does one
+        that cannot be written. Where the environment variable
         JAX_COMPILATION_CACHE_DIR names one, that is used instead.
     """
     if directory and not jax.config.jax_compilation_cache_dir:
         path = Path(directory).expanduser() / _processor()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            say(f"compilation_cache={directory}: {error.strerror}; programs are not kept")
+            return
         jax.config.update("jax_compilation_cache_dir", str(path))
 
 
