@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention import shards
 from skyformer_jax.attention.inputs import check_and_hide_masked
 
 IMPLEMENTATIONS = ("auto", "dense", "chunked")
@@ -259,6 +260,73 @@ def _chunked_backward(
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
+# For keys and values that are split over devices: they go round a ring, past the queries of each.
+# The rule for gradients sends them round again, with their gradients, instead of keeping every part
+# that passed.
+
+
+def _ring_value(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    axis_name: str,
+    implementation: str,
+) -> jax.Array:
+    def turn(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, key, value = carry
+        out += gaussian_attention(query, key, value, scale=scale, implementation=implementation)
+        return out, *shards.passed_on((key, value), axis_name)
+
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    return jax.lax.fori_loop(0, shards.num_shards(axis_name), turn, (zeros, key, value))[0]
+
+
+_ring = jax.custom_vjp(_ring_value, nondiff_argnums=(4, 5))
+
+
+def _ring_forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    axis_name: str,
+    implementation: str,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    out = _ring_value(query, key, value, scale, axis_name, implementation)
+    return out, (query, key, value, scale)
+
+
+def _ring_backward(
+    axis_name: str, implementation: str, residuals: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, ...]:
+    query, key, value, scale = residuals
+
+    def turn(_: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        (d_query, d_scale), (key, value, d_key, d_value) = carry
+
+        def of_part(*arguments: jax.Array) -> jax.Array:
+            query, key, value, scale = arguments
+            return gaussian_attention(query, key, value, scale=scale, implementation=implementation)
+
+        g_query, g_key, g_value, g_scale = jax.vjp(of_part, query, key, value, scale)[1](d_out)
+        passing = (key, value, d_key + g_key, d_value + g_value)
+        return (d_query + g_query, d_scale + g_scale), shards.passed_on(passing, axis_name)
+
+    d_query, d_key, d_value, d_scale = (
+        jnp.zeros(x.shape, jnp.float32) for x in (query, key, value, scale)
+    )
+    carry = (d_query, d_scale), (key, value, d_key, d_value)
+    (d_query, d_scale), (_, _, d_key, d_value) = jax.lax.fori_loop(
+        0, shards.num_shards(axis_name), turn, carry
+    )
+    gradients = (d_query, d_key, d_value, d_scale)
+    return tuple(g.astype(x.dtype) for g, x in zip(gradients, residuals, strict=True))
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
 def kernelized_attention(
     query: jax.Array,
     key: jax.Array,
@@ -268,6 +336,7 @@ def kernelized_attention(
     rng: jax.Array | None = None,
     scale: float | None = None,
     implementation: str = "auto",
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Kernelized Attention: the Gaussian kernel in place of softmax, exact and quadratic.
 
@@ -282,6 +351,9 @@ def kernelized_attention(
       rng: unused, nothing here is random; part of the common signature.
       scale: the kernel's inverse squared width; None means head_dim**-0.5.
       implementation: "auto", "dense" or "chunked", see gaussian_attention.
+      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
+        as long as the others', of query, key, value and mask. Keys and values go round the devices
+        once, and again for gradients; no device ever holds more than two parts.
 
     Returns:
       [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
@@ -294,5 +366,9 @@ def kernelized_attention(
     dtype = value.dtype
     key, value = check_and_hide_masked(query, key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out = gaussian_attention(query, key, value, scale=scale, implementation=implementation)
+    if axis_name is None:
+        out = gaussian_attention(query, key, value, scale=scale, implementation=implementation)
+    else:
+        scale = jnp.asarray(scale, jnp.float32)
+        out = _ring(query, key, value, scale, axis_name, implementation)
     return out.astype(dtype)

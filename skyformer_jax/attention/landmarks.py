@@ -1,7 +1,8 @@
 """Which rows stand for all: ways to choose d landmarks among the real rows of each example.
 
 Every function here gives the same landmarks to an example whatever its batch mates, and shares
-them among the heads.
+them among the heads. The first three also choose among rows that are split over devices (see
+attention/shards.py), the same ones as if they were not.
 """
 
 import functools
@@ -10,35 +11,53 @@ import math
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention import shards
 from skyformer_jax.attention.gaussian import gaussian_scores
 
 
-def spread_landmarks(candidates: jax.Array, num_landmarks: int) -> tuple[jax.Array, jax.Array]:
+def spread_landmarks(
+    candidates: jax.Array,
+    num_landmarks: int,
+    ordinals: jax.Array | None = None,
+    counts: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Landmarks evenly spread over the candidate rows of each example: no randomness.
 
     Args:
       candidates: bool [batch, rows], the rows that may become landmarks.
       num_landmarks: d.
+      ordinals: int32 [batch, rows], of shards.ordinals, where there are more rows than these.
+      counts: int32 [batch], likewise, of all candidates.
 
     Returns:
       indices int32 [batch, d] and valid bool [batch, d]. An example with c < d candidates has
-      them all once, and d - c entries that are not valid.
+      them all once, and d - c entries that are not valid. Nor are those whose row is not here.
     """
-    counts = candidates.sum(axis=1, dtype=jnp.int32)[:, None]
+    if ordinals is None:
+        ordinals, counts = shards.ordinals([candidates], None)
+    counts = counts[:, None]
     slots = jnp.arange(num_landmarks, dtype=jnp.int32)[None, :]
     # The middles of d equal parts of the candidates' ranks, as floor((2i + 1) c / 2d) without its
     # overflow: c // d and c % d stand for c.
     whole, rest = counts // num_landmarks, counts % num_landmarks
     middles = (2 * slots + 1) * whole + (2 * slots + 1) * rest // num_landmarks
     ranks = jnp.where(counts < num_landmarks, slots, middles // 2)
-    ordinals = jnp.cumsum(candidates, axis=1, dtype=jnp.int32)  # of each row among the candidates
     indices = jax.vmap(jnp.searchsorted)(ordinals, ranks + 1)
     indices = jnp.minimum(indices, candidates.shape[1] - 1).astype(jnp.int32)
-    return indices, slots < counts
+
+    def at(array: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(array, indices, axis=1)
+
+    here = at(candidates) & (at(ordinals) == ranks + 1)
+    return indices, here & (slots < counts)
 
 
 def drawn_landmarks(
-    rng: jax.Array, candidates: jax.Array, num_landmarks: int
+    rng: jax.Array,
+    candidates: jax.Array,
+    num_landmarks: int,
+    places: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Landmarks drawn uniformly without replacement from the candidate rows of each example.
 
@@ -49,18 +68,44 @@ def drawn_landmarks(
     Args:
       rng: a jax.random key.
       candidates: bool [batch, rows], the rows that may become landmarks.
-      num_landmarks: d, at most rows.
+      num_landmarks: d, at most the number of rows.
+      places: int32 [rows], ascending: numbers of the rows among all, where these are not all.
+      axis_name: mesh axis over which they are split.
 
     Returns:
       indices int32 [batch, d] and valid bool [batch, d], as spread_landmarks.
     """
-    preference = jax.random.uniform(rng, candidates.shape[1:])
-    preference, indices = jax.lax.top_k(jnp.where(candidates, preference, -1.0), num_landmarks)
-    return indices, preference >= 0
+    rows = candidates.shape[1]
+    places = jnp.arange(rows) if places is None else places
+    bits = shards.random_words(rng, places.astype(jnp.uint32))[0]
+    preference = (bits >> 8).astype(jnp.float32)  # exact
+    # Of equals the first row is taken, here and below.
+    preference, indices = jax.lax.top_k(
+        jnp.where(candidates, preference, -1.0), min(num_landmarks, rows)
+    )
+    if axis_name is None:
+        return indices, preference >= 0
+    gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, axis=1, tiled=True)
+    all_preferences = gather(preference)
+    slots = jnp.broadcast_to(
+        jnp.arange(all_preferences.shape[1], dtype=jnp.int32), all_preferences.shape
+    )
+    ordered, _, slots = jax.lax.sort(
+        (-all_preferences, gather(places[indices]), slots), dimension=1, num_keys=2
+    )
+    owner, slot = jnp.divmod(slots[:, :num_landmarks], indices.shape[1])
+    here = (owner == shards.shard_index(axis_name)) & (ordered[:, :num_landmarks] <= 0)
+    return jnp.take_along_axis(indices, slot, axis=1), here
 
 
 def segment_means(
-    rows: jax.Array, candidates: jax.Array, num_landmarks: int, num_segments: jax.Array
+    rows: jax.Array,
+    candidates: jax.Array,
+    num_landmarks: int,
+    num_segments: jax.Array,
+    ordinals: jax.Array | None = None,
+    counts: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Means of equal runs of consecutive candidate rows (Xiong et al., 2021, section 3.2).
 
@@ -70,19 +115,26 @@ def segment_means(
       num_landmarks: d, the most segments of any example.
       num_segments: int [batch], the segments of each example, at most d and its candidates; their
         lengths differ by one at most.
+      ordinals: int32 [batch, rows], of shards.ordinals, where there are more rows than these.
+      counts: int32 [batch], likewise, of all candidates.
+      axis_name: mesh axis over which the rows are split.
 
     Returns:
       [batch, d, heads, head_dim]; zeros beyond num_segments.
     """
-    counts = jnp.maximum(candidates.sum(axis=1, dtype=jnp.int32), 1)[:, None]
-    ranks = jnp.maximum(jnp.cumsum(candidates, axis=1, dtype=jnp.int32) - 1, 0)
-    segments = ranks * num_segments[:, None] // counts
+    if ordinals is None:
+        ordinals, counts = shards.ordinals([candidates], None)
+    counts = jnp.maximum(counts, 1)[:, None]
+    # Unsigned, so that 2**32 may be the product: 128 segments of 16 million queries and keys.
+    ranks = jnp.maximum(ordinals - 1, 0).astype(jnp.uint32)
+    segments = ranks * num_segments[:, None].astype(jnp.uint32) // counts.astype(jnp.uint32)
+    segments = segments.astype(jnp.int32)
 
     def sums(x: jax.Array) -> jax.Array:
         add = functools.partial(
             jax.ops.segment_sum, num_segments=num_landmarks, indices_are_sorted=True
         )
-        return jax.vmap(add)(x, segments)
+        return shards.total(jax.vmap(add)(x, segments), axis_name)
 
     total = sums(jnp.where(candidates[:, :, None, None], rows, 0))
     size = sums(candidates.astype(rows.dtype))[:, :, None, None]

@@ -8,6 +8,7 @@ With learned E and F, [kv_length, k] (equation 7; the paper's E and F are the tr
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention import shards
 from skyformer_jax.attention.arrays import Array
 from skyformer_jax.attention.inputs import check_and_hide_masked, check_at_least, fixed_key
 from skyformer_jax.attention.softmax import softmax_attention
@@ -26,6 +27,7 @@ def linformer_attention(
     num_features: int = 128,
     key_projection: jax.Array | None = None,
     value_projection: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Linformer attention, linear in the length.
 
@@ -45,6 +47,9 @@ def linformer_attention(
         first kv_length rows count); None draws it as linformer_arrays does, as in the paper's
         theorem 2, which is about random projections.
       value_projection: F, likewise; None means E where E is given, and is drawn otherwise.
+      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
+        as long as the others', of query, key, value and mask, and the whole projections. Only the
+        projected keys and values cross devices.
 
     Returns:
       [batch, q_length, heads, head_dim] in the dtype of value; zeros for an example without any
@@ -55,7 +60,8 @@ def linformer_attention(
     """
     check_at_least(1, num_features=num_features)
     key, value = check_and_hide_masked(query, key, value, mask)
-    _, kv_length, heads, _ = key.shape
+    _, rows_here, heads, _ = key.shape
+    kv_length = rows_here * shards.num_shards(axis_name)
     if key_projection is None:
         keys = jax.random.split(fixed_key() if rng is None else rng)
         draw = _init(kv_length)
@@ -77,18 +83,26 @@ def linformer_attention(
             f"{key_projection.shape} and {value_projection.shape}"
         )
 
+    if axis_name is not None:
+        first = shards.shard_index(axis_name) * rows_here
+        key_projection, value_projection = (
+            jax.lax.dynamic_slice_in_dim(x, first, rows_here, axis=-2)
+            for x in (key_projection, value_projection)
+        )
+
     def project(rows: jax.Array, projection: jax.Array) -> jax.Array:
         per_head = "h" if projection.ndim == 3 else ""
         projected = jnp.einsum(
             f"bnhp,{per_head}nk->bkhp", rows.astype(jnp.float32), projection.astype(jnp.float32)
         )
-        return projected.astype(rows.dtype)
+        return shards.total(projected, axis_name).astype(rows.dtype)
 
     features = None
     if mask is not None:
         touched = ((key_projection != 0) | (value_projection != 0)).astype(jnp.float32)
         touched = touched if touched.ndim == 3 else touched[None]
         count = jnp.einsum("bn,hnk->bhk", mask.astype(jnp.float32), touched)
+        count = shards.total(count, axis_name)
         features = (count > 0)[:, :, None, :]
     return softmax_attention(
         query,

@@ -10,11 +10,10 @@ razavi_iterations from A^T / (||A||_1 ||A||_inf), and DConv is a depthwise convo
 sequence, one kernel a head (figure 2 of the paper, "skip connection").
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention import shards
 from skyformer_jax.attention.arrays import Array
 from skyformer_jax.attention.inputs import (
     check_and_hide_masked,
@@ -24,7 +23,7 @@ from skyformer_jax.attention.inputs import (
 )
 from skyformer_jax.attention.inverses import matmul, razavi_iterations
 from skyformer_jax.attention.landmarks import segment_means
-from skyformer_jax.attention.softmax import softmax_attention
+from skyformer_jax.attention.softmax import attend_to_split_keys, softmax_attention
 
 
 def nystromformer_attention(
@@ -39,6 +38,7 @@ def nystromformer_attention(
     num_iterations: int = 6,
     query_mask: jax.Array | None = None,
     conv_kernel: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Nystromformer attention, linear in the length.
 
@@ -58,6 +58,9 @@ def nystromformer_attention(
         `mask` where q_length == kv_length (self-attention), otherwise all.
       conv_kernel: float [size, heads], size odd; adds the convolution of the values (0 at padding)
         with it, for self-attention only. The paper takes sizes 33 and 35.
+      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
+        as long as the others', of query, key, value and masks. What crosses devices, the landmarks,
+        their context and the values at the ends of each run, does not grow with the length.
 
     Returns:
       [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
@@ -74,11 +77,17 @@ def nystromformer_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query_mask, key_mask = masks_or_all(query, key, mask, query_mask)
 
-    num_landmarks = min(num_landmarks, query.shape[1], key.shape[1])
-    counts = [x.sum(axis=1, dtype=jnp.int32) for x in (query_mask, key_mask)]
-    num_segments = jnp.minimum(jnp.minimum(*counts), num_landmarks)
-    query_means = segment_means(hide(query, query_mask), query_mask, num_landmarks, num_segments)
-    key_means = segment_means(key, key_mask, num_landmarks, num_segments)
+    whole = shards.num_shards(axis_name)
+    num_landmarks = min(num_landmarks, query.shape[1] * whole, key.shape[1] * whole)
+    of_queries, of_keys = (shards.ordinals([x], axis_name) for x in (query_mask, key_mask))
+    num_segments = jnp.minimum(jnp.minimum(of_queries[1], of_keys[1]), num_landmarks)
+    query_means, key_means = (
+        segment_means(x, real, num_landmarks, num_segments, *counted, axis_name)
+        for x, real, counted in (
+            (hide(query, query_mask), query_mask, of_queries),
+            (key, key_mask, of_keys),
+        )
+    )
     valid = jnp.arange(num_landmarks) < num_segments[:, None]
 
     # Landmarks beyond an example's own are cut out of A, which gets a 1 on its diagonal there.
@@ -92,18 +101,18 @@ def nystromformer_attention(
     norms = a.sum(axis=-1).max(axis=-1) * a.sum(axis=-2).max(axis=-1)  # no entry is negative
     z = razavi_iterations(a, a.mT / norms[..., None, None], num_iterations)
 
-    attend = functools.partial(softmax_attention, scale=scale)
-    context = hide(attend(query_means, key, value, mask=key_mask), valid)
+    context = attend_to_split_keys(query_means, key, value, key_mask, scale, axis_name)
+    context = hide(context, valid)
     weights = jnp.moveaxis(matmul(z, jnp.moveaxis(context, 2, 1)), 1, 2)
-    out = attend(query, key_means, weights, mask=valid)
+    out = softmax_attention(query, key_means, weights, mask=valid, scale=scale)
     if conv_kernel is not None:
         if query.shape[1] != key.shape[1]:
             raise ValueError("nystromformer's convolution needs q_length == kv_length")
-        out += _convolve(value, conv_kernel.astype(jnp.float32))
+        out += _convolve(value, conv_kernel.astype(jnp.float32), axis_name)
     return out.astype(dtype)
 
 
-def _convolve(value: jax.Array, kernel: jax.Array) -> jax.Array:
+def _convolve(value: jax.Array, kernel: jax.Array, axis_name: str | None) -> jax.Array:
     """Depthwise convolution over the length: [batch, length, heads, head_dim], [size, heads]."""
     size, heads = kernel.shape
     if size % 2 == 0 or heads != value.shape[2]:
@@ -112,10 +121,10 @@ def _convolve(value: jax.Array, kernel: jax.Array) -> jax.Array:
         )
     features = value.reshape(*value.shape[:2], -1)
     out = jax.lax.conv_general_dilated(
-        features,
+        shards.with_neighbours(features, size // 2, axis_name),
         jnp.repeat(kernel, value.shape[3], axis=1)[:, None, :],
         window_strides=(1,),
-        padding="SAME",
+        padding="VALID",
         dimension_numbers=("NWC", "WIO", "NWC"),
         feature_group_count=features.shape[2],
     )

@@ -13,6 +13,7 @@ have E[phi(x) . phi(y)] = exp(x . y), so that
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention import shards
 from skyformer_jax.attention.arrays import Array
 from skyformer_jax.attention.inputs import check_and_hide_masked, check_at_least, fixed_key
 
@@ -48,6 +49,7 @@ def performer_attention(
     scale: float | None = None,
     num_features: int = 128,
     projection: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Performer attention (FAVOR+), linear in the length; approaches softmax_attention.
 
@@ -66,6 +68,9 @@ def performer_attention(
       scale: factor of the scores; None means head_dim**-0.5.
       num_features: m of a projection that is not given.
       projection: float [m, head_dim], the directions; None draws orthogonal_features.
+      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
+        as long as the others', of query, key, value and mask. Only sums over the keys, of m x
+        (head_dim + 1) for each head, cross devices.
 
     Returns:
       [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
@@ -97,15 +102,17 @@ def performer_attention(
     of_keys = exponents(key)
     if mask is not None:
         of_keys = jnp.where(mask[:, :, None, None], of_keys, -jnp.inf)
-    top = jax.lax.stop_gradient(of_keys.max(axis=1, keepdims=True))
+    top = shards.largest(of_keys.max(axis=1, keepdims=True), axis_name)
     top = jnp.maximum(top, jnp.finfo(jnp.float32).min)  # finite where there is no real key
     key_features = jnp.exp(of_keys - top)
     of_queries = exponents(query) + top
     query_features = jnp.exp(
         of_queries - jax.lax.stop_gradient(of_queries.max(axis=-1, keepdims=True))
     )
-    context = jnp.einsum("bkhm,bkhp->bhmp", key_features, value)
-    mass = key_features.sum(axis=1)  # at least 1 for each feature, or 0 without any real key
+    context = shards.total(jnp.einsum("bkhm,bkhp->bhmp", key_features, value), axis_name)
+    mass = shards.total(
+        key_features.sum(axis=1), axis_name
+    )  # at least 1 for each feature, or 0 without any real key
     numerator = jnp.einsum("bqhm,bhmp->bqhp", query_features, context)
     denominator = jnp.einsum("bqhm,bhm->bqh", query_features, mass)[..., None]
     return (numerator / jnp.where(denominator > 0, denominator, 1)).astype(dtype)

@@ -55,11 +55,20 @@ REGISTRY = {
     ),
     "bigbird": Attention(bigbird_attention, bigbird_arrays, stream="features"),
 }
+# Those that run on a sequence that is split over devices.
+SPLITTABLE = tuple(
+    name
+    for name, entry in REGISTRY.items()
+    if "axis_name" in inspect.signature(entry.function).parameters
+)
 ATTENTIONS = {name: entry.function for name, entry in REGISTRY.items()}
 NAMES = tuple(REGISTRY)
 
 # Arguments that are no options of a model: a call brings them, or a layer knows them.
-_OF_CALLS = ("query", "key", "value", "mask", "query_mask", "full_mask", "bias", "is_causal")
+_OF_CALLS = (
+    *("query", "key", "value", "mask", "query_mask", "full_mask", "bias", "is_causal"),
+    "axis_name",
+)
 _OF_LAYERS = ("num_heads", "head_dim", "kv_length")
 
 

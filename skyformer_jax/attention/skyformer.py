@@ -8,9 +8,12 @@ linear in the length. The kernel matrix of queries and keys together is positive
 which G(Q, K) alone is not; that completion is what makes the Nystrom method sound here.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention import shards
 from skyformer_jax.attention.gaussian import gaussian_attention, gaussian_scores
 from skyformer_jax.attention.inputs import (
     check_and_hide_masked,
@@ -36,46 +39,83 @@ def choose_landmarks(
     kind: str,
     rng: jax.Array | None,
     rows: jax.Array,
-    candidates: jax.Array,
+    masks: Sequence[jax.Array],
     num_landmarks: int,
     *,
     scale: float,
     gamma: float,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The landmarks of skyformer_attention, by the kinds it documents.
 
     Args:
       kind: of LANDMARKS.
       rng: a jax.random key, or None.
-      rows: [batch, rows, heads, head_dim], finite everywhere.
-      candidates: bool [batch, rows], the rows that count.
-      num_landmarks: d, at most rows.
+      rows: [batch, rows, heads, head_dim], finite everywhere: queries, then keys.
+      masks: bool [batch, q_length] and [batch, kv_length], the rows that count.
+      num_landmarks: d, at most the number of rows.
       scale: the Gaussian kernel's inverse squared width.
       gamma: what M has on its diagonal beside the kernel; "leverage" takes it as its least ridge.
+      axis_name: mesh axis over which queries and keys are split.
 
     Returns:
-      [batch, d, heads, head_dim] and bool [batch, d], which of them count.
+      [batch, d, heads, head_dim] and bool [batch, d], which of them count; the same on all devices.
+
+    Raises:
+      ValueError: for a kind that needs all rows in one place, where they are split.
     """
+    candidates = jnp.concatenate(masks, axis=1)
+    ordinals, counts = shards.ordinals(masks, axis_name)
     if kind == "segment_means":
-        counts = candidates.sum(axis=1, dtype=jnp.int32)
         num_segments = jnp.minimum(counts, num_landmarks)
-        rows = rows.astype(jnp.float32)
-        means = segment_means(rows, candidates, num_landmarks, num_segments)
+        means = segment_means(
+            rows.astype(jnp.float32),
+            candidates,
+            num_landmarks,
+            num_segments,
+            ordinals,
+            counts,
+            axis_name,
+        )
         return means, jnp.arange(num_landmarks) < num_segments[:, None]
     if kind == "strided" or (kind == "uniform" and rng is None):
-        indices, valid = spread_landmarks(candidates, num_landmarks)
+        indices, here = spread_landmarks(candidates, num_landmarks, ordinals, counts)
     elif kind == "uniform":
-        indices, valid = drawn_landmarks(rng, candidates, num_landmarks)
+        places = _places(masks, axis_name)
+        indices, here = drawn_landmarks(rng, candidates, num_landmarks, places, axis_name)
     else:
+        if axis_name is not None:
+            raise ValueError(
+                f"landmarks={kind!r} needs the whole sequence on one device; where it is split, "
+                "choose uniform, strided or segment_means"
+            )
         rng = fixed_key() if rng is None else rng
         still = jax.lax.stop_gradient(rows.astype(jnp.float32))
         if kind == "kmeans++":
-            indices, valid = kmeans_landmarks(rng, still, candidates, num_landmarks)
+            indices, here = kmeans_landmarks(rng, still, candidates, num_landmarks)
         else:
-            indices, valid = leverage_landmarks(
+            indices, here = leverage_landmarks(
                 rng, still, candidates, num_landmarks, scale=scale, ridge=gamma
             )
-    return take_rows(rows, indices), valid
+    return _gathered(rows, indices, here, axis_name)
+
+
+def _places(masks: Sequence[jax.Array], axis_name: str | None) -> jax.Array:
+    """int32 [rows]: numbers, among all queries and then all keys, of those that are here."""
+    first, found = 0, []
+    for mask in masks:
+        found.append(first + shards.places(mask.shape[1], axis_name))
+        first += mask.shape[1] * shards.num_shards(axis_name)
+    return jnp.concatenate(found)
+
+
+def _gathered(
+    rows: jax.Array, indices: jax.Array, here: jax.Array, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Landmarks from the device that has each, and whether one has it."""
+    points = hide(take_rows(rows, indices).astype(jnp.float32), here)
+    valid = shards.total(here.astype(jnp.int32), axis_name) > 0
+    return shards.total(points, axis_name), valid
 
 
 def take_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
@@ -98,6 +138,7 @@ def skyformer_attention(
     gamma: float = 0.1,
     inverse: str = "schulz",
     num_iterations: int = 6,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Skyformer attention: kernelized_attention approximated in time linear in the length.
 
@@ -128,6 +169,11 @@ def skyformer_attention(
       gamma: regularisation of the landmarks' kernel matrix.
       inverse: "schulz" (matrix products only) or "cholesky" (exact to rounding).
       num_iterations: of the Schulz iteration.
+      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
+        as long as the others', of query, key, value and the masks. Only the landmarks, and their
+        context of d x head_dim, then cross devices, whatever the length. num_landmarks and
+        landmark_indices are of the whole; landmarks must be "uniform", "strided" or
+        "segment_means".
 
     Returns:
       [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
@@ -151,25 +197,34 @@ def skyformer_attention(
     key, value = check_and_hide_masked(query, key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
-    query_mask, key_mask = masks_or_all(query, key, mask, query_mask)
-    candidates = jnp.concatenate([query_mask, key_mask], axis=1)
+    masks = masks_or_all(query, key, mask, query_mask)
+    candidates = jnp.concatenate(masks, axis=1)
     rows = hide(jnp.concatenate([query, key], axis=1), candidates)
     if landmark_indices is None:
-        num_landmarks = min(num_landmarks, rows.shape[1])
+        num_landmarks = min(num_landmarks, rows.shape[1] * shards.num_shards(axis_name))
         points, valid = choose_landmarks(
-            landmarks, rng, rows, candidates, num_landmarks, scale=scale, gamma=gamma
+            landmarks,
+            rng,
+            rows,
+            masks,
+            num_landmarks,
+            scale=scale,
+            gamma=gamma,
+            axis_name=axis_name,
         )
     else:
-        points = take_rows(rows, landmark_indices)
-        valid = jnp.take_along_axis(candidates, landmark_indices, axis=1)
+        places = _places(masks, axis_name)
+        indices = jnp.minimum(jnp.searchsorted(places, landmark_indices), len(places) - 1)
+        here = places[indices] == landmark_indices
+        here &= jnp.take_along_axis(candidates, indices, axis=1)
+        points, valid = _gathered(rows, indices, here, axis_name)
 
     # Landmarks that are not valid are cut out of M (which gets a 1 on its diagonal there) and of
     # the context, so they add exactly nothing.
-    points = hide(points, valid).astype(jnp.float32)
     both_valid = (valid[:, :, None] & valid[:, None, :])[:, None]
     diagonal = jnp.where(valid, gamma, 1.0)[:, None, :, None] * jnp.eye(valid.shape[1])
     m = jnp.where(both_valid, gaussian_scores(points, points, scale), 0) + diagonal
-    context = gaussian_attention(points, key, value, scale=scale)
+    context = shards.total(gaussian_attention(points, key, value, scale=scale), axis_name)
     context = jnp.moveaxis(
         hide(context, valid), 2, 1
     )  # [batch, heads, d, head_dim], as M's [..., d, d]

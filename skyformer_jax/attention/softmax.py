@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention import shards
 from skyformer_jax.attention.inputs import check_and_hide_masked
 
 
@@ -66,3 +67,36 @@ def softmax_attention(
         some = jnp.moveaxis(allowed.any(axis=-1), 1, 2)[..., None]
         out = jnp.where(some, out, 0)
     return out.astype(value.dtype)
+
+
+def attend_to_split_keys(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    axis_name: str | None,
+) -> jax.Array:
+    """softmax(scale * Q K^T) V for few queries, all on each device, and keys that are split.
+
+    Args:
+      query: float32 [batch, q_length, heads, head_dim].
+      key: float32 [batch, kv_length, heads, head_dim], finite everywhere, as are the values.
+      value: likewise.
+      mask: bool [batch, kv_length], True at real tokens.
+      scale: factor of the scores.
+      axis_name: mesh axis over which the keys are split; None: they are not.
+
+    Returns:
+      float32 [batch, q_length, heads, head_dim]; zeros for an example without any real key.
+    """
+    if axis_name is None:
+        return softmax_attention(query, key, value, mask=mask, scale=scale)
+    scores = scale * jnp.einsum("bqhp,bkhp->bhqk", query, key)
+    scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
+    top = shards.largest(scores.max(axis=-1, keepdims=True), axis_name)
+    weights = jnp.exp(scores - jnp.maximum(top, jnp.finfo(scores.dtype).min))
+    out = shards.total(jnp.einsum("bhqk,bkhp->bqhp", weights, value), axis_name)
+    mass = shards.total(weights.sum(axis=-1), axis_name)
+    mass = jnp.moveaxis(mass, 1, 2)[..., None]
+    return out / jnp.where(mass > 0, mass, 1)
