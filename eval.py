@@ -9,6 +9,7 @@ from absl import flags
 
 from skyformer_jax import cli, training
 from skyformer_jax.errors import UserError
+from skyformer_jax.training import processes
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; runs/quickstart will do for runs/quickstart-skyformer."
@@ -22,6 +23,11 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Default: that of training. Does not change the result.", lower_bound=1
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data lie, if they were moved.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "Several processes: auto, or host:port of process 0 (docs/scaling.md)."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "0: as the environment says.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "-1: as the environment says.")
 flags.mark_flag_as_required("workdir")
 
 
@@ -40,6 +46,7 @@ def _find_workdir(given: str) -> Path:
 
 def main() -> None:
     """Evaluates and prints."""
+    processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     result = training.evaluate(
         _find_workdir(_WORKDIR.value),
         split=_SPLIT.value,
@@ -48,7 +55,8 @@ def main() -> None:
         data_dir=_DATA_DIR.value,
         batch_size=_BATCH_SIZE.value,
     )
-    print(training.table(result))
+    if processes.is_first():
+        print(training.table(result))
 
 
 if __name__ == "__main__":

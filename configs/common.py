@@ -54,6 +54,7 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
                 "pooling": "mean",
                 "dtype": "float32",  # or bfloat16: of activations; parameters stay float32
                 "remat": False,  # compute blocks again in the backward pass, to save memory
+                "positions": "learned",  # or sinusoidal, without a table of max_length
             },
             "train": {
                 "num_steps": 50_000,
@@ -65,6 +66,16 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
                 "weight_decay": 0.0,
                 "eval_every": 500,  # steps between validations, each followed by a checkpoint
                 "log_every": 50,
+                "non_finite": "stop",  # or skip: steps whose loss or gradients are not finite
+                "statistics": False,  # log gradient norms and sizes of activations
+            },
+            "parallel": {  # docs/scaling.md
+                "data": -1,  # parts of each batch; -1: the devices that seq leaves
+                "seq": 1,  # parts of each sequence
+                "backend": "shard_map",  # or pmap
+                "coordinator": "",  # several processes: auto, or host:port of process 0
+                "num_processes": 0,  # 0: as the environment says
+                "process_id": -1,  # -1: as the environment says
             },
             "data": {
                 "dir": "data",  # where prepared data sets lie or are put

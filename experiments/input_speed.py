@@ -30,6 +30,7 @@ from skyformer_jax.data import store
 from skyformer_jax.data.batches import Examples, training_batches
 from skyformer_jax.models import build_model
 from skyformer_jax.training import evaluation, steps
+from skyformer_jax.training import mesh as meshes
 
 _TASKS = flags.DEFINE_list("tasks", ["text", "image"], "Which tasks; their data are prepared.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of all data sets.")
@@ -61,7 +62,7 @@ def examples_a_second(examples: Examples, config: ml_collections.ConfigDict) -> 
 
 def step_times(examples: Examples, config: ml_collections.ConfigDict) -> tuple[float, float]:
     """Seconds of all steps, and of these what went into input; compilation apart."""
-    model, optimizer, mesh = build_model(config), steps.make_optimizer(config), steps.make_mesh()
+    model, optimizer, mesh = build_model(config), steps.make_optimizer(config), meshes.make_mesh()
     state = steps.init_states([0], model, optimizer, steps.token_shape(config))
     state = jax.device_put(state, NamedSharding(mesh, P()))  # where the step leaves it
     step = steps.make_train_step(
@@ -72,7 +73,7 @@ def step_times(examples: Examples, config: ml_collections.ConfigDict) -> tuple[f
     for i in range(_STEPS.value + 1):
         start = time.perf_counter()
         batch = jax.tree.map(lambda x: x[None, None], next(batches))  # one step, one seed
-        batch = jax.block_until_ready(steps.shard_batch(batch, mesh, axis=2))
+        batch = jax.block_until_ready(meshes.shard_batch(batch, mesh, axis=2))
         made = time.perf_counter()
         state, sums = step(state, batch)
         jax.block_until_ready(sums)

@@ -31,6 +31,7 @@ from experiments.timing import compile_all, measure_steps, take_turns
 from skyformer_jax import cli, models
 from skyformer_jax.data.batches import Examples, stacked, training_batches, training_rows
 from skyformer_jax.training import evaluation, steps
+from skyformer_jax.training import mesh as meshes
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each takes.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "results/step_options.json", "File to write.")
@@ -114,7 +115,7 @@ def _random_examples(config: ml_collections.ConfigDict, count: int = 2000) -> Ex
 def _run_small(config: ml_collections.ConfigDict, on_device: bool) -> Callable[[], jax.Array]:
     """A call that takes _SMALL_STEPS steps as training does, reading and shipping included."""
     model, optimizer = models.build_model(config), steps.make_optimizer(config)
-    mesh = steps.make_mesh()
+    mesh = meshes.make_mesh()
     seeds = range(config.num_seeds)
     examples = _random_examples(config)
     size, length = config.train.batch_size, config.model.max_length
@@ -140,7 +141,7 @@ def _run_small(config: ml_collections.ConfigDict, on_device: bool) -> Callable[[
         under_way = collections.deque()
         for _ in range(_SMALL_STEPS // config.train.steps_per_call):
             batch = stacked(streams, config.train.steps_per_call)
-            states, sums = step(states, steps.shard_batch(batch, mesh, axis=2), table)
+            states, sums = step(states, meshes.shard_batch(batch, mesh, axis=2), table)
             under_way.append(sums)
             if len(under_way) > _IN_FLIGHT:
                 jax.block_until_ready(under_way.popleft())

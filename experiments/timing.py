@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from skyformer_jax.data.batches import Batch
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import track
 from skyformer_jax.training import evaluation, steps
+from skyformer_jax.training import mesh as meshes
 
 K = TypeVar("K", bound=Hashable)
 Program = jax.stages.Compiled
@@ -197,12 +196,12 @@ def measure_steps(
       For every name compile_seconds, temporaries_bytes, seconds_per_step, a list,
       median_seconds_per_step and steps_per_second; or skipped, the reason.
     """
-    mesh = steps.make_mesh()
+    mesh = meshes.make_mesh()
     lowerings, batches = {}, {}
     for name, config in configs.items():
         model, optimizer = build_model(config), steps.make_optimizer(config)
-        batches[name] = steps.shard_batch(_random_batches(config), mesh, axis=2)
-        replicated = NamedSharding(mesh, P())
+        batches[name] = meshes.shard_batch(_random_batches(config), mesh, axis=2)
+        replicated = meshes.replicated(mesh)
         init = jax.jit(
             lambda model=model, optimizer=optimizer, config=config: steps.init_states(
                 range(config.num_seeds), model, optimizer, steps.token_shape(config)

@@ -38,7 +38,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _, _, own = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
         _fail(own or str(error))
     except (AttributeError, KeyError) as error:
-        _fail(f"no such config field: {error.args[0]}")
+        text = str(error.args[0]).strip("'\"").replace("\\n", " ").replace("'", "")
+        _fail(f"no such config field: {text}")
     except (OSError, TypeError, ValueError) as error:
         _fail(str(error))
     if len(rest) > 1:

@@ -11,9 +11,11 @@ import ml_collections
 from skyformer_jax import attention, models, tasks
 from skyformer_jax.errors import UserError
 
-# Fields that say where things lie, not what is computed: they may differ between two runs of one
-# workdir.
-LOCATIONS = ("data.dir", "compilation_cache")
+# Fields that say where things lie and what computes, not what is computed: they may differ between
+# two runs of one workdir, whose results then agree to rounding.
+MEANS = ("data.dir", "compilation_cache", "train.accumulation", "parallel.")
+BACKENDS = ("shard_map", "pmap")
+NON_FINITE = ("stop", "skip")
 _DATA_FIELDS = ("dir", "source", "buckets", "mask_zeros")
 
 
@@ -45,6 +47,8 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
         ) from None
     one_of("model.pooling", config.model.pooling, models.POOLINGS)
     one_of("model.dtype", config.model.dtype, models.DTYPES)
+    one_of("model.positions", config.model.positions, models.POSITIONS)
+    one_of("train.non_finite", config.train.non_finite, NON_FINITE)
 
     model, train = config.model, config.train
     positive = {f"model.{k}": v for k, v in model.items() if type(v) is int}
@@ -83,14 +87,67 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"train.accumulation must be a number of parts, or 0 for what suits the device; got "
             f"{train.accumulation}"
         )
-    parts = num_devices * max(1, train.accumulation)
+    data, seq = mesh_shape(config, num_devices)
+    parts = data * max(1, train.accumulation)
     if train.batch_size % parts:
-        by = f"the {num_devices} devices"
+        by = f"the {num_devices} devices" if seq == 1 else f"parallel.data={data}"
         if train.accumulation > 1:
             by += f" times train.accumulation={train.accumulation}"
         raise UserError(
             f"train.batch_size={train.batch_size} is not divisible by {by}; "
             f"nearest that is: {max(1, round(train.batch_size / parts)) * parts}"
+        )
+    if seq > 1:
+        _check_split(config, seq)
+
+
+def mesh_shape(config: ml_collections.ConfigDict, num_devices: int) -> tuple[int, int]:
+    """Devices along data and along seq, as config.parallel has them of that many.
+
+    Raises:
+      UserError: if they do not use all devices, or the backend cannot.
+    """
+    parallel = config.parallel
+    one_of("parallel.backend", parallel.backend, BACKENDS)
+    data, seq = parallel.data, parallel.seq
+    for field, value in (("data", data), ("seq", seq)):
+        if value < 1 and value != -1:
+            raise UserError(f"parallel.{field} must be at least 1, or -1 for the rest; got {value}")
+    if data == seq == -1:
+        raise UserError("parallel.data and parallel.seq cannot both be -1, the rest")
+    if data == -1 and num_devices % seq == 0:
+        data = num_devices // seq
+    elif seq == -1 and num_devices % data == 0:
+        seq = num_devices // data
+    if data * seq != num_devices:
+        raise UserError(
+            f"parallel.data={parallel.data} times parallel.seq={parallel.seq} is not the number of "
+            f"devices, {num_devices}; -1 for one of them means the rest"
+        )
+    if parallel.backend == "pmap" and seq > 1:
+        raise UserError("parallel.backend=pmap has no parallel.seq; use shard_map")
+    return data, seq
+
+
+def _check_split(config: ml_collections.ConfigDict, seq: int) -> None:
+    """Raises a UserError for what cannot be with sequences in seq parts."""
+    options = config.attention
+    if options.name not in attention.SPLITTABLE:
+        raise UserError(
+            f"parallel.seq={seq} needs an attention that runs on a split sequence: "
+            f"{', '.join(attention.SPLITTABLE)}; not {options.name}"
+        )
+    for length in (config.model.max_length, *config.data.buckets):
+        if length % seq:
+            raise UserError(f"parallel.seq={seq} does not divide the padded length {length}")
+    split_landmarks = ("uniform", "strided", "segment_means")
+    if options.name == "skyformer" and options.landmarks not in split_landmarks:
+        one_of(f"attention.landmarks with parallel.seq={seq},", options.landmarks, split_landmarks)
+    shortest = min((config.model.max_length, *config.data.buckets)) // seq
+    if options.get("conv_size", 0) // 2 > shortest:
+        raise UserError(
+            f"attention.conv_size={options.conv_size} reaches beyond the {shortest} positions that "
+            f"parallel.seq={seq} leaves to a device"
         )
 
 
@@ -157,12 +214,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """One text for each field, locations aside, that differs between two stored configs."""
+    """One text for each field, MEANS aside, that differs between two stored configs."""
     old, new = flatten(saved), flatten(asked)
     return [
         f"{field} (saved: {old.get(field, 'absent')!r}, asked for: {new.get(field, 'absent')!r})"
         for field in sorted(old.keys() | new.keys())
-        if field not in LOCATIONS and old.get(field, KeyError) != new.get(field, KeyError)
+        if not field.startswith(MEANS) and old.get(field, KeyError) != new.get(field, KeyError)
     ]
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from skyformer_jax.attention import REGISTRY, layer_arrays, split_options
+from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_arrays, shards, split_options
 
 
 class MultiHeadAttention(nn.Module):
@@ -35,6 +35,8 @@ class MultiHeadAttention(nn.Module):
         describes its arrays (Nystromformer's conv_size, Linformer's sharing).
       dtype: of the projections and their results; parameters stay float32, and so does what an
         attention computes within.
+      axis_name: name of a mesh axis, within jax.shard_map, over which the sequence is split: inputs
+        and mask are then this device's part of it. For the attentions of SPLITTABLE; not for init.
     """
 
     attention: str
@@ -42,6 +44,7 @@ class MultiHeadAttention(nn.Module):
     head_dim: int
     options: Mapping[str, Any]
     dtype: jnp.dtype | None = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -65,9 +68,16 @@ class MultiHeadAttention(nn.Module):
 
         Raises:
           ValueError: for an unknown attention or option, or inputs_kv where the attention is only
-            for self-attention.
+            for self-attention, or axis_name where it is not for a split sequence.
         """
         function_options, _ = split_options(self.attention, self.options)
+        if self.axis_name is not None:
+            if self.attention not in SPLITTABLE:
+                raise ValueError(
+                    f"{self.attention} needs the whole sequence on one device; one that is split "
+                    f"can have: {', '.join(SPLITTABLE)}"
+                )
+            function_options["axis_name"] = self.axis_name
         entry = REGISTRY[self.attention]
         if inputs_kv is None:
             # The padding's own queries are inputs too; their gradients must not carry its junk.
@@ -81,6 +91,7 @@ class MultiHeadAttention(nn.Module):
                 inputs
             )
 
+        kv_length = inputs_kv.shape[1] * shards.num_shards(self.axis_name)
         rng = None
         if entry.stream is not None and self.has_rng(entry.stream):
             rng = self.make_rng(entry.stream)
@@ -90,7 +101,7 @@ class MultiHeadAttention(nn.Module):
             project("value", inputs_kv),
             mask=mask,
             rng=rng,
-            **self._arrays(inputs_kv.shape[1], redraw=rng is not None),
+            **self._arrays(kv_length, redraw=rng is not None),
             **function_options,
         )
         return nn.DenseGeneral(inputs_q.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out")(out)

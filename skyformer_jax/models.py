@@ -7,40 +7,50 @@ from typing import Any
 import flax
 import flax.linen as nn
 import jax
-import jax.extend
 import jax.numpy as jnp
 import ml_collections
 
+from skyformer_jax.attention import shards
 from skyformer_jax.errors import UserError
 from skyformer_jax.layers import MultiHeadAttention
 
+POSITIONS = ("learned", "sinusoidal")
 POOLINGS = ("mean", "cls", "padded_mean")
 DTYPES = ("float32", "bfloat16")
 _STREAMS = ("dropout", "landmarks", "features")  # of random keys, that a block may use
+_EMBEDDING_SCALE = 0.02
 _EPSILON = 1e-5  # of the layer norms, as in the published code
 
 
-def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+def dropout(
+    key: jax.Array, x: jax.Array, rate: float, *, axis_name: str | None = None
+) -> jax.Array:
     """Sets each element to 0 with probability rate and divides the others by 1 - rate.
 
     Flax draws 32 bits an element and takes half of what the generator gives for them; with all of
     it, and 16 bits an element, there is a quarter of the work, which otherwise is a tenth of a
     training step. The rate is therefore rounded to a multiple of 2**-16, the division's likewise.
+    What is dropped depends on the key and on an element's place in the whole sequence.
 
     Args:
       key: a jax.random key.
-      x: of any shape.
+      x: [batch, length, width].
       rate: in [0, 1).
+      axis_name: mesh axis over which the length is split.
 
     Returns:
       As x.
     """
     dropped = round(rate * 2**16)
-    num_words = -(-x.size // 4) * 2
-    words = jax.extend.random.threefry_2x32(
-        jax.random.bits(key, (2,)), jnp.arange(num_words, dtype=jnp.uint32)
+    batch, length, width = x.shape
+    num_words = -(-width // 4)  # each with four times 16 bits
+    rows = jnp.arange(batch)[:, None] * length * shards.num_shards(axis_name)
+    rows = (rows + shards.places(length, axis_name)).astype(jnp.uint32)
+    words = shards.random_words(
+        key, rows[..., None] * num_words + jnp.arange(num_words, dtype=jnp.uint32)
     )
-    bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: x.size].reshape(x.shape)
+    bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(2, batch, length, -1)
+    bits = jnp.concatenate([bits[0], bits[1]], axis=-1)[..., :width]
     return jnp.where(bits >= dropped, x * (2**16 / (2**16 - dropped)), 0)
 
 
@@ -55,6 +65,7 @@ class EncoderBlock(nn.Module):
     dropout: float
     dtype: str
     deterministic: bool
+    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -64,7 +75,7 @@ class EncoderBlock(nn.Module):
         def drop(y: jax.Array) -> jax.Array:
             if self.deterministic or not self.dropout:
                 return y
-            return dropout(self.make_rng("dropout"), y, self.dropout)
+            return dropout(self.make_rng("dropout"), y, self.dropout, axis_name=self.axis_name)
 
         y = nn.LayerNorm(epsilon=_EPSILON, dtype=dtype, name="attention_norm")(x)
         y = MultiHeadAttention(
@@ -73,6 +84,7 @@ class EncoderBlock(nn.Module):
             self.head_dim,
             self.attention_options,
             dtype,
+            self.axis_name,
             name="attention_layer",
         )(y, mask=mask)
         x = x + drop(y)
@@ -81,7 +93,7 @@ class EncoderBlock(nn.Module):
         return x + drop(nn.Dense(x.shape[-1], dtype=dtype, name="mlp_out")(drop(y)))
 
 
-def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
+def pool(x: jax.Array, mask: jax.Array, pooling: str, axis_name: str | None = None) -> jax.Array:
     """One vector for each sequence.
 
     Args:
@@ -89,16 +101,35 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
       mask: bool [batch, length], True at real tokens.
       pooling: "mean" over the real tokens, "cls" (the first token), or "padded_mean", the
         published code's: the sum over the real tokens divided by the padded length.
+      axis_name: mesh axis over which the length is split.
 
     Returns:
       [batch, width]; zeros for a mean over no token.
     """
     if pooling == "cls":
-        return x[:, 0]
-    total = jnp.where(mask[:, :, None], x, 0).sum(axis=1)
+        first = jnp.where(shards.shard_index(axis_name) == 0, x[:, 0], 0)
+        return shards.total(first, axis_name)
+    total = shards.total(jnp.where(mask[:, :, None], x, 0).sum(axis=1), axis_name)
     if pooling == "padded_mean":
-        return total / x.shape[1]
-    return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+        return total / (x.shape[1] * shards.num_shards(axis_name))
+    count = shards.total(mask.sum(axis=1, keepdims=True, dtype=jnp.int32), axis_name)
+    return total / jnp.maximum(count, 1)
+
+
+def sinusoids(places: jax.Array, width: int) -> jax.Array:
+    """Positions as sines and cosines (Vaswani et al., 2017, section 3.5).
+
+    Args:
+      places: int [length].
+      width: features, even.
+
+    Returns:
+      float32 [length, width]: sines of width / 2 wavelengths from 2 pi to 10,000 times that, then
+      their cosines.
+    """
+    frequencies = 10_000.0 ** (-2 * jnp.arange(width // 2) / width)
+    angles = places[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 class _Encoder(nn.Module):
@@ -107,6 +138,13 @@ class _Encoder(nn.Module):
     dtype is that of everything between the embeddings and the final norm; parameters, the
     statistics of norms, the pooling and the head are float32. remat keeps only the blocks' inputs
     for the backward pass, which computes the rest again; its dropout draws other elements.
+    positions are "learned", a table of max_length x width, or "sinusoidal", without parameters.
+    Applied with mutable=["statistics"] a model also returns mean_square [num_layers], of each
+    block's output at real tokens.
+
+    axis_name names the mesh axis, within jax.shard_map, over which the length is split: tokens and
+    mask are then this device's run of each sequence, and the logits are the same on all. It is not
+    for init.
 
     The methods make submodules, so they are for the compact __call__ of a subclass, once in each.
     """
@@ -125,22 +163,31 @@ class _Encoder(nn.Module):
     pooling: str
     dtype: str = "float32"
     remat: bool = False
+    positions: str = "learned"
+    axis_name: str | None = None
 
     def _encode(self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool) -> jax.Array:
         """Tokens int [batch, length], mask bool [batch, length] -> pooled [batch, width]."""
-        length = tokens.shape[1]
+        length = tokens.shape[1] * shards.num_shards(self.axis_name)
         if length > self.max_length:
             raise ValueError(
                 f"sequences of {length} tokens do not fit model.max_length={self.max_length}"
             )
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(_EMBEDDING_SCALE)
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")(
             tokens.astype(jnp.int32)
         )
-        x = x + self.param("position_embedding", init, (self.max_length, self.width))[:length]
+        places = shards.places(tokens.shape[1], self.axis_name)
+        if self.positions == "learned":
+            table = self.param("position_embedding", init, (self.max_length, self.width))
+            # A slice, which is cheaper than to look up places.
+            x = x + jax.lax.dynamic_slice_in_dim(table, places[0], len(places))
+        else:
+            # Their root mean square is then that of the tokens' embeddings.
+            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(places, self.width)
         x = x.astype(self.dtype)
         if self.dropout and not deterministic:
-            x = dropout(self.make_rng("dropout"), x, self.dropout)
+            x = dropout(self.make_rng("dropout"), x, self.dropout, axis_name=self.axis_name)
         block = functools.partial(
             EncoderBlock,
             self.attention,
@@ -151,16 +198,39 @@ class _Encoder(nn.Module):
             self.dropout,
             self.dtype,
             deterministic,
+            self.axis_name,
         )
+        mean_squares = []
         if self.remat and not self.is_initializing():
-            x = self._recomputed_blocks(block(parent=None), x, mask)
+            x, mean_squares = self._recomputed_blocks(block(parent=None), x, mask)
         else:
             for i in range(self.num_layers):
                 x = block(name=f"block_{i}")(x, mask)
+                mean_squares.append(self._mean_square(x, mask))
+        if self._keeps_statistics():
+            self.sow(
+                "statistics",
+                "mean_square",
+                jnp.stack(mean_squares),
+                init_fn=lambda: None,
+                reduce_fn=lambda _, new: new,
+            )
         x = nn.LayerNorm(epsilon=_EPSILON, dtype=jnp.float32, name="final_norm")(x)
-        return pool(x, mask, self.pooling)
+        return pool(x, mask, self.pooling, self.axis_name)
 
-    def _recomputed_blocks(self, block: nn.Module, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def _keeps_statistics(self) -> bool:
+        return self.is_mutable_collection("statistics") and not self.is_initializing()
+
+    def _mean_square(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Of an example's real tokens, on the average of the batch; 0 if nobody asks for it."""
+        if not self._keeps_statistics():
+            return jnp.float32(0)
+        square = (x.astype(jnp.float32) ** 2).mean(axis=-1, keepdims=True)
+        return pool(square, mask, "mean", self.axis_name).mean()
+
+    def _recomputed_blocks(
+        self, block: nn.Module, x: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """All blocks as one loop, of which only the carried x is kept for the backward pass.
 
         A loop, since compilers may merge the second computation of a block with the first one
@@ -175,11 +245,12 @@ class _Encoder(nn.Module):
         ]
 
         @jax.checkpoint
-        def step(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, None]:
+        def step(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
             variables, rngs = layer
-            return block.apply(variables, x, mask, rngs=rngs), None
+            x = block.apply(variables, x, mask, rngs=rngs)
+            return x, self._mean_square(x, mask)
 
-        return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))[0]
+        return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 
     def _head(self, x: jax.Array) -> jax.Array:
         """Features [batch, any] -> logits [batch, num_classes]."""
@@ -243,12 +314,14 @@ class DualClassifier(_Encoder):
         return self._head(jnp.concatenate([a, b, a * b, a - b], axis=-1))
 
 
-def build_model(config: ml_collections.ConfigDict) -> Classifier | DualClassifier:
+def build_model(
+    config: ml_collections.ConfigDict, *, axis_name: str | None = None
+) -> Classifier | DualClassifier:
     """The model that config.model and config.attention describe.
 
     model.apply({"params": params}, tokens, mask, deterministic=True, rngs=...) gives logits
     [batch, num_classes]. Where config.model has num_documents == 2 it is the DualClassifier, of
-    tokens and mask [batch, 2, length].
+    tokens and mask [batch, 2, length]. axis_name: see the classes' attribute.
 
     Raises:
       UserError: if num_documents is neither 1, its default, nor 2.
@@ -261,4 +334,5 @@ def build_model(config: ml_collections.ConfigDict) -> Classifier | DualClassifie
         attention=options.pop("name"),
         attention_options=flax.core.FrozenDict(options),  # hashable, so the model is
         **fields,
+        axis_name=axis_name,
     )

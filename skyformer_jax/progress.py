@@ -11,14 +11,25 @@ T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 20
 
 
+_muted = False
+
+
+def mute() -> None:
+    """Ends all of this in a process that is not the one which speaks for several."""
+    global _muted
+    _muted = True
+
+
 def say(text: str) -> None:
     """Prints a line to standard error, above a progress bar if there is one."""
+    if _muted:
+        return
     tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def open_bar(total: int, **options: Any) -> tqdm.tqdm | None:
     """A bar of that total on a terminal, with further options of tqdm's; None elsewhere."""
-    if not sys.stderr.isatty():
+    if _muted or not sys.stderr.isatty():
         return None
     return tqdm.tqdm(total=total, dynamic_ncols=True, file=sys.stderr, **options)
 

@@ -171,7 +171,9 @@ def test_processes_share_each_batch(processes):
     examples, _ = random_examples(30)
     whole = batches.training_batches(examples, 8, 40, seed=5, buckets=(16,))
     parts = [
-        batches.training_batches(examples, 8, 40, seed=5, buckets=(16,), process=(i, processes))
+        batches.training_batches(
+            examples, 8, 40, seed=5, buckets=(16,), part=batches.Part((i,), processes)
+        )
         for i in range(processes)
     ]
     for _ in range(100):
@@ -186,20 +188,21 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from skyformer_jax.data.batches import training_batches
-from skyformer_jax.training import steps
+from skyformer_jax.training.mesh import make_mesh, part_of_process, shard_batch
 from test_batches import random_examples
 
 jax.config.update("jax_num_cpu_devices", 2)
 address, index, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, num_processes=2, process_id=index)
 examples, _ = random_examples(30)
-process = jax.process_index(), jax.process_count()
-stream = training_batches(examples, 8, 40, seed=5, process=process)
-mesh = steps.make_mesh()
+mesh = make_mesh()
 assert mesh.size == 4
+part = part_of_process(mesh)
+assert part == ((2 * index, 2 * index + 1), 4)
+stream = training_batches(examples, 8, 40, seed=5, part=part)
 seen = []
 for _ in range(15):
-    batch = steps.shard_batch(next(stream), mesh)
+    batch = shard_batch(next(stream), mesh)
     assert batch.tokens.shape == (8, 40)
     seen.append(multihost_utils.process_allgather(batch, tiled=True))
 arrays = {name: np.stack([getattr(batch, name) for batch in seen]) for name in batch._fields}
@@ -264,7 +267,7 @@ def test_buckets_hold_their_examples():
 def test_evaluation_sees_every_example_once(buckets):
     examples, plain = random_examples(23)
     seen = []
-    for rows, batch in batches.evaluation_batches(examples, 4, 40, buckets=buckets):
+    for rows, _, batch in batches.evaluation_batches(examples, 4, 40, buckets=buckets):
         assert batch.tokens.shape[0] == 4
         for place, row in enumerate(rows):
             text = plain[row][0][0]

@@ -112,8 +112,8 @@ def test_too_long_a_sequence_is_refused():
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
-    x = jnp.ones((400, 333))  # an odd size
-    out = np.asarray(models.dropout(jax.random.key(0), x, rate))
+    x = jnp.ones((1, 400, 333))  # an odd size
+    (out,) = np.asarray(models.dropout(jax.random.key(0), x, rate))
     dropped = (out == 0).mean()
     assert abs(dropped - rate) < 5 * np.sqrt(rate * (1 - rate) / x.size)
     np.testing.assert_allclose(out[out != 0], 1 / (1 - rate), rtol=1e-4)
@@ -124,7 +124,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
 
 
 def test_dropout_depends_on_its_key_alone():
-    x = jax.random.normal(jax.random.key(1), (3, 7, 5))
+    x = jax.random.normal(jax.random.key(1), (3, 2, 7, 5))
     keys = jax.random.split(jax.random.key(2), 3)
     mapped = jax.vmap(lambda key, x: models.dropout(key, x, 0.5))(keys, x)
     for i in range(3):

@@ -91,7 +91,7 @@ def undisturbed(tmp_path_factory, data_dir):
 def final_state(workdir):
     config = read(workdir / "config.json")
     model, optimizer = build_model(config), steps.make_optimizer(config)
-    abstract = steps.abstract_state(config, model, optimizer, steps.make_mesh())
+    abstract = steps.abstract_state(config, model, optimizer)
     return checkpoints.restore(workdir / "checkpoints", NUM_STEPS, abstract)
 
 
@@ -288,9 +288,7 @@ def test_a_damaged_newest_checkpoint_is_put_aside(undisturbed, tmp_path, damage,
     directory = workdir / "checkpoints"
     damage(directory / str(NUM_STEPS))
     config = read(workdir / "config.json")
-    abstract = steps.abstract_state(
-        config, build_model(config), steps.make_optimizer(config), steps.make_mesh()
-    )
+    abstract = steps.abstract_state(config, build_model(config), steps.make_optimizer(config))
     with pytest.raises(checkpoints.DamagedCheckpointError, match="damaged"):
         checkpoints.restore(directory, NUM_STEPS, abstract)
     result = training.train(config, workdir)  # goes on from the one before, to the end

@@ -11,10 +11,11 @@ from tiny_data import from_sequences
 from skyformer_jax import attention, models
 from skyformer_jax.data.batches import Batch, Examples, evaluation_batches, make_batch, stacked
 from skyformer_jax.training import checkpoints, evaluation, steps
+from skyformer_jax.training import mesh as meshes
 
 
 def mesh_of(num_devices):
-    return jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), (steps.AXIS,))
+    return meshes.make_mesh(num_devices, devices=jax.devices()[:num_devices])
 
 
 def random_batch(count, seed=0):
@@ -32,7 +33,7 @@ READING = steps.Reading()
 def sharded(batch, mesh):
     """The batch of one step of one seed, as the compiled step takes it."""
     batch = jax.tree.map(lambda x: x[None, None], batch)
-    return steps.shard_batch(batch, mesh, axis=2)
+    return meshes.shard_batch(batch, mesh, axis=2)
 
 
 def one_state(model, optimizer):
@@ -88,7 +89,7 @@ def test_parts_calls_and_seeds_change_nothing(monkeypatch):
         step = steps.make_train_step(model, optimizer, mesh, 2, READING, accumulation)
         states = steps.init_states(seeds, model, optimizer, (48,))
         for batch in batches:
-            states, sums = step(states, steps.shard_batch(batch, mesh, axis=2))
+            states, sums = step(states, meshes.shard_batch(batch, mesh, axis=2))
             jax.block_until_ready(sums)
         return jax.device_get(states)
 
@@ -247,8 +248,8 @@ def test_what_is_fixed_stays_through_training_and_checkpoints(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.fixed), before)
     meta = {"step": 1, "validation": None}
     with checkpoints.open_manager(tmp_path) as manager:
-        checkpoints.save(manager, steps.take(state, 0), meta)
-    abstract = steps.abstract_state(config, model, optimizer, mesh)
+        checkpoints.save(manager, steps.take(jax.device_get(state), 0), meta)
+    abstract = steps.abstract_state(config, model, optimizer)
     restored, _ = checkpoints.restore(tmp_path, 1, abstract)
     jax.tree.map(
         np.testing.assert_array_equal, jax.device_get(restored.fixed), steps.take(before, 0)

@@ -127,6 +127,22 @@ class Batch(NamedTuple):
     label: np.ndarray
 
 
+class Part(NamedTuple):
+    """Some of the equal parts in which each batch is divided.
+
+    Attributes:
+      indices: which, ascending.
+      count: how many there are altogether.
+    """
+
+    indices: tuple[int, ...] = (0,)
+    count: int = 1
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows of a batch, int [batch], that belong to these parts."""
+        return rows.reshape(self.count, -1)[list(self.indices)].ravel()
+
+
 def make_batch(examples: Examples, rows: np.ndarray, length: int) -> Batch:
     """Pads the examples of those rows.
 
@@ -220,20 +236,19 @@ def training_batches(
     seed: int,
     first_step: int = 0,
     buckets: Sequence[int] = (),
-    process: tuple[int, int] = (0, 1),
+    part: Part = Part(),  # noqa: B008 (a tuple)
 ) -> Iterator[Batch]:
-    """This process's share of each training batch, without end; see training_rows.
+    """A part of each training batch, without end; see training_rows.
 
     Args:
       examples: the whole split, in every process.
-      batch_size: of all processes together; a multiple of their number.
+      batch_size: of all parts together; a multiple of their number.
       max_length: length to pad to.
       seed: of the order.
       first_step: batches to skip.
       buckets: lengths below max_length to which batches of short examples are padded instead; ()
         pads all to max_length.
-      process: this process's index and the number of processes, which share each batch in equal
-        parts, in order.
+      part: which examples of each batch to make: those of this process's devices.
     """
     longest = examples.lengths.max(axis=1)
     rows_of_steps = training_rows(
@@ -243,10 +258,9 @@ def training_batches(
         first_step=first_step,
         lengths=longest if buckets else None,
     )
-    index, count = process
     for rows in rows_of_steps:
         length = padded_length(int(longest[rows].max()), max_length, buckets)
-        yield make_batch(examples, np.split(rows, count)[index], length)
+        yield make_batch(examples, part.of(rows), length)
 
 
 def stacked(streams: Sequence[Iterator[Any]], num_steps: int) -> Any:
@@ -267,13 +281,19 @@ def stacked(streams: Sequence[Iterator[Any]], num_steps: int) -> Any:
 
 
 def evaluation_batches(
-    examples: Examples, batch_size: int, max_length: int, *, buckets: Sequence[int] = ()
-) -> Iterator[tuple[np.ndarray, Batch]]:
+    examples: Examples,
+    batch_size: int,
+    max_length: int,
+    *,
+    buckets: Sequence[int] = (),
+    part: Part = Part(),  # noqa: B008
+) -> Iterator[tuple[np.ndarray, np.ndarray, Batch]]:
     """Batches that hold every example once; in order, or by length where there are buckets.
 
     Yields:
       rows: int64 [at most batch_size], which examples the first of the batch are.
-      batch: of batch_size examples: the last is filled up with its first.
+      places: int32 [part of batch_size], which examples those of the part are.
+      batch: the part of batch_size examples: the last batch is filled up with its first one.
     """
     longest = examples.lengths.max(axis=1)
     order = np.argsort(longest, kind="stable") if buckets else np.arange(len(examples))
@@ -281,4 +301,5 @@ def evaluation_batches(
         rows = order[start : start + batch_size]
         length = padded_length(int(longest[rows].max()), max_length, buckets)
         filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
-        yield rows, make_batch(examples, filled, length)
+        places = part.of(filled).astype(np.int32)
+        yield rows, places, make_batch(examples, places, length)

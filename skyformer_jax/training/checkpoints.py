@@ -3,6 +3,10 @@
 Each holds two items: "state" (the TrainState) and "meta" (JSON: step, examples read, config,
 validation metrics, digest). Orbax commits a checkpoint atomically, but restores flipped bytes
 without a word; so the digest covers all arrays and the rest of "meta", and is compared on restore.
+
+A state is written from and read into host memory, so a checkpoint knows nothing of devices. Where a
+run has several processes, all call these functions, with one folder that all of them see: one
+writes, every one reads and verifies for itself, and they agree on what they found.
 """
 
 import hashlib
@@ -18,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
+from skyformer_jax.training import processes
 
 # Metric of a checkpoint that was saved on the way, without a validation: never the best.
 NOT_VALIDATED = -1.0
@@ -50,10 +55,13 @@ def open_manager(directory: Path) -> ocp.CheckpointManager:
 
 
 def digest(state: Any, meta: dict[str, Any]) -> str:
-    """SHA-256 of every array with its path, dtype and shape, and of meta without its digest."""
+    """SHA-256 of every array with its path, dtype and shape, and of meta without its digest.
+
+    The state's arrays are NumPy's.
+    """
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        array = np.ascontiguousarray(jax.device_get(leaf))
+        array = np.ascontiguousarray(leaf)
         sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         sha.update(array.view(np.uint8) if array.ndim else array.tobytes())
     rest = {key: value for key, value in meta.items() if key != "digest"}
@@ -62,11 +70,11 @@ def digest(state: Any, meta: dict[str, Any]) -> str:
 
 
 def save(manager: ocp.CheckpointManager, state: Any, meta: dict[str, Any]) -> None:
-    """Starts saving; returns when the state may be used up, before the files are complete.
+    """Starts saving; returns before the files are complete.
 
     Args:
       manager: of open_manager.
-      state: the TrainState.
+      state: the TrainState, of NumPy arrays, which must not change.
       meta: JSON values; meta["step"] numbers the checkpoint, meta["validation"]["accuracy"] ranks
         it (None: it is not ranked).
 
@@ -96,8 +104,15 @@ def steps(directory: Path) -> list[int]:
 def _restore(directory: Path, step: int, **items: Any) -> Any:
     """Reads items of a checkpoint; whatever fails in it is damage, missing rights aside."""
     path = directory.absolute() / str(step)
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"only{process}"
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+    )
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.Composite(**items))
     except PermissionError:
         raise
@@ -124,15 +139,19 @@ def restore(directory: Path, step: int, abstract_state: Any) -> tuple[Any, dict[
     Args:
       directory: of the checkpoints.
       step: its number.
-      abstract_state: a TrainState of ShapeDtypeStructs with the shardings wanted.
+      abstract_state: a TrainState of ShapeDtypeStructs.
+
+    Returns:
+      The state, of NumPy arrays, and the meta.
 
     Raises:
       DamagedCheckpointError: if it cannot be read, or differs from what was written.
     """
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract_state)
     items = _restore(
         directory,
         step,
-        state=ocp.args.StandardRestore(abstract_state),
+        state=ocp.args.StandardRestore(target),
         meta=ocp.args.JsonRestore(),
     )
     state, meta = items["state"], items["meta"]
@@ -163,36 +182,47 @@ def restore_latest(
       UserError: if there were checkpoints, and all are damaged.
     """
     damaged = False
-    while common := set.intersection(*(set(steps(directory)) for directory in directories)):
-        newest, states = max(common), []
+    while (newest := _newest_of_all(directories)) is not None:
+        states, reason = [], f"another process cannot read the checkpoint of step {newest}"
         for directory in directories:
             try:
                 states.append(restore(directory, newest, abstract_state)[0])
             except DamagedCheckpointError as error:
-                damaged = True
-                say(f"{error}; moved it to {_put_aside(directory, newest, 'damaged')}")
+                reason = str(error)
                 break
-        else:
+        where = min(processes.of_all(len(states)))  # if one cannot read it, none goes on from it
+        if where == len(directories):
             break
-    if not common and damaged:
+        damaged = True
+        aside = _put_aside(directories[where], [newest], "damaged")
+        say(f"{reason}; moved it to {aside}")
+    if newest is None and damaged:
         places = ", ".join(str(directory.parent / "damaged") for directory in directories)
         raise UserError(
             f"all checkpoints were damaged and moved to {places}; start again to train from the "
             "beginning"
         )
     for directory in directories:
-        for step in steps(directory):
-            if not common or step > newest:
-                _put_aside(directory, step, "ahead")
-    return (states, newest) if common else None
+        ahead = [step for step in steps(directory) if newest is None or step > newest]
+        _put_aside(directory, ahead, "ahead")
+    return None if newest is None else (states, newest)
 
 
-def _put_aside(directory: Path, step: int, name: str) -> Path:
-    """Moves a checkpoint to a folder of that name beside the directory, which it returns."""
+def _newest_of_all(directories: Sequence[Path]) -> int | None:
+    """The newest step that all directories have."""
+    common = set.intersection(*(set(steps(directory)) for directory in directories))
+    return processes.of_first(max(common, default=None))
+
+
+def _put_aside(directory: Path, found: Sequence[int], name: str) -> Path:
+    """Moves checkpoints to a folder of that name beside the directory, which it returns."""
     aside = directory.parent / name
-    aside.mkdir(exist_ok=True)
-    number = sum(1 for _ in aside.iterdir())
-    (directory / str(step)).rename(aside / f"{step}-{number}")
+    with processes.together():
+        if found and processes.is_first():
+            aside.mkdir(exist_ok=True)
+            number = sum(1 for _ in aside.iterdir())
+            for i, step in enumerate(found):
+                (directory / str(step)).rename(aside / f"{step}-{number + i}")
     return aside
 
 

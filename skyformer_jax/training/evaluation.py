@@ -20,7 +20,8 @@ from skyformer_jax.data import store
 from skyformer_jax.data.batches import Batch, Examples, evaluation_batches, padded_length
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
-from skyformer_jax.training import checkpoints, compilation, steps
+from skyformer_jax.training import checkpoints, compilation, processes, steps
+from skyformer_jax.training import mesh as meshes
 
 # Batches whose results may be outstanding on the devices at a time.
 _IN_FLIGHT = 8
@@ -51,7 +52,7 @@ def reading(config: ml_collections.ConfigDict) -> steps.Reading:
 def predict(
     predict_step: Callable[..., jax.Array],
     variables: Any,
-    batches: Iterable[tuple[np.ndarray, Batch]],
+    batches: Iterable[tuple[np.ndarray, np.ndarray, Batch]],
     mesh: jax.sharding.Mesh,
     rng: jax.Array | None = None,
 ) -> np.ndarray:
@@ -60,8 +61,8 @@ def predict(
     Args:
       predict_step: of steps.make_predict_step.
       variables: of the TrainState of one or several models, along a first axis.
-      batches: of batches.evaluation_batches, their size a multiple of the number of devices; size
-        and padding do not change the result.
+      batches: of batches.evaluation_batches, those parts of them that this process's devices take;
+        size and padding do not change the result.
       mesh: of the devices.
       rng: draws landmarks; None is deterministic.
     """
@@ -71,10 +72,9 @@ def predict(
         count, some = outstanding.popleft()
         done.append(np.asarray(some)[:, :count])
 
-    for rows, batch in batches:
+    for rows, places, batch in batches:
         order.append(rows)
-        places = np.pad(rows, (0, len(batch.label) - len(rows))).astype(np.int32)
-        batch, places = steps.shard_batch((batch, places), mesh)
+        batch, places = meshes.shard_batch(batch, mesh), meshes.shard_batch(places, mesh)
         outstanding.append((len(rows), predict_step(variables, batch, rng, places)))
         if len(outstanding) > _IN_FLIGHT:
             fetch()
@@ -128,7 +128,7 @@ def evaluate(
       landmark_draws: evaluate as many times more with landmarks drawn at random, as the published
         code does, and report mean and standard deviation of those accuracies.
       data_dir: where the data lie, if not where they lay in training.
-      batch_size: None means that of training; rounded up to a multiple of the devices.
+      batch_size: None means that of training; rounded up to a multiple of the devices along data.
 
     Returns:
       What the file holds: accuracy and interval in 0..1, loss in nats,
@@ -164,29 +164,32 @@ def evaluate(
     if landmark_draws and REGISTRY[config.attention.name].stream != "landmarks":
         raise UserError(f"attention {config.attention.name!r} draws nothing that could be redrawn")
     directory = workdir / "checkpoints"
-    step = checkpoints.find(directory, checkpoint)
-    mesh = steps.make_mesh()
-    model, optimizer = build_model(config), steps.make_optimizer(config)
-    state, meta = checkpoints.restore(
-        directory, step, steps.abstract_state(config, model, optimizer, mesh)
-    )
+    with processes.together():
+        step = processes.of_first(checkpoints.find(directory, checkpoint))
+    mesh = _mesh(config)
+    model = build_model(config, axis_name=meshes.sequence_axis(mesh))
+    abstract_state = steps.abstract_state(config, model, steps.make_optimizer(config))
+    with processes.together():
+        state, meta = checkpoints.restore(directory, step, abstract_state)
     task = tasks.get(config.task)
     examples = load_split(config, split)
 
-    batch_size = -(-(batch_size or config.train.batch_size) // mesh.size) * mesh.size
+    part = meshes.part_of_process(mesh)
+    batch_size = -(-(batch_size or config.train.batch_size) // part.count) * part.count
     max_length = config.model.max_length
     predict_step = steps.make_predict_step(model, mesh, reading(config))
     start = time.perf_counter()
     batches = evaluation_batches(
-        examples, batch_size, max_length, buckets=config.data.get("buckets", ())
+        examples, batch_size, max_length, buckets=config.data.get("buckets", ()), part=part
     )
-    variables = steps.stack([state.variables])
+    variables = jax.tree.map(lambda x: np.asarray(x)[None], state.variables)
+    variables = jax.device_put(variables, meshes.replicated(mesh))
     logits = predict(predict_step, variables, batches, mesh)[0]
     seconds = time.perf_counter() - start
 
     def redrawn_accuracy(draw: int) -> float:
         # Without buckets, as draws depend on the padded length.
-        batches = evaluation_batches(examples, batch_size, max_length)
+        batches = evaluation_batches(examples, batch_size, max_length, part=part)
         logits = predict(predict_step, variables, batches, mesh, jax.random.key(draw))[0]
         return score(logits, examples.label)["accuracy"]
 
@@ -227,7 +230,17 @@ def evaluate(
     return result
 
 
+def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+    """That of training where these devices allow it, else all of them along data."""
+    try:
+        return meshes.make_mesh(*skyformer_jax.config.mesh_shape(config, jax.device_count()))
+    except UserError:
+        return meshes.make_mesh()
+
+
 def _write(path: Path, result: dict[str, Any]) -> None:
+    if not processes.is_first():
+        return
     partial = path.with_suffix(".json.tmp")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(path)
@@ -251,10 +264,9 @@ def _summary(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 def config_digest(config: ml_collections.ConfigDict) -> str:
-    """First 16 digits of the SHA-256 of the config without its locations."""
+    """First 16 digits of the SHA-256 of the config without what MEANS names."""
     flat = skyformer_jax.config.flatten(skyformer_jax.config.to_dict(config))
-    for field in skyformer_jax.config.LOCATIONS:
-        flat.pop(field, None)
+    flat = {k: v for k, v in flat.items() if not k.startswith(skyformer_jax.config.MEANS)}
     flat["data.source"] = bool(flat["data.source"])  # published, or generated or downloaded
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 

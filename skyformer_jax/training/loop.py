@@ -4,19 +4,15 @@ import collections
 import contextlib
 import fcntl
 import json
-import math
 import shutil
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import skyformer_jax.config
 from skyformer_jax.data.batches import (
@@ -29,7 +25,8 @@ from skyformer_jax.data.batches import (
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import say
-from skyformer_jax.training import checkpoints, compilation, evaluation, logs, steps
+from skyformer_jax.training import checkpoints, compilation, evaluation, logs, processes, steps
+from skyformer_jax.training import mesh as meshes
 
 # Steps that may be dispatched and not finished: enough to keep a device busy, few enough that
 # stopping is prompt and their batches fit.
@@ -52,22 +49,41 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     Raises:
       UserError: for a config, data or a workdir that cannot work, or if a loss is not finite.
     """
-    workdir = Path(workdir)
+    workdir, parallel = Path(workdir), config.parallel
+    processes.start(parallel.coordinator, parallel.num_processes, parallel.process_id)
     skyformer_jax.config.check(config, jax.device_count())
+    if parallel.backend == "pmap" and jax.process_count() > 1:
+        raise UserError("parallel.backend=pmap is for one process; several need shard_map")
     compilation.use_cache(config.compilation_cache)
-    model, optimizer, mesh = build_model(config), steps.make_optimizer(config), steps.make_mesh()
-    abstract_state = steps.abstract_state(config, model, optimizer, mesh)
-    with _open_workdirs(workdir, config, abstract_state):
-        splits = tuple(evaluation.load_split(config, split) for split in ("train", "validation"))
-        with _stop_signals() as stop:
+    mesh = meshes.make_mesh(*skyformer_jax.config.mesh_shape(config, jax.device_count()))
+    model = build_model(config, axis_name=meshes.sequence_axis(mesh))
+    optimizer = steps.make_optimizer(config)
+    abstract_state = steps.abstract_state(config, model, optimizer)
+    with contextlib.ExitStack() as stack:
+        with processes.together():
+            if processes.is_first():
+                stack.enter_context(_open_workdirs(workdir, config, abstract_state))
+        with processes.together():
+            if not (workdir / "config.json").exists():
+                raise UserError(
+                    f"process {jax.process_index()} does not see {workdir}, where process 0 made "
+                    "config.json: --workdir must be on a disk that all of them share"
+                )
+            splits = tuple(
+                evaluation.load_split(config, split) for split in ("train", "validation")
+            )
+        with processes.stop_signals() as stop:
             step = _run(config, workdir, model, optimizer, mesh, abstract_state, splits, stop)
+        with processes.together():  # the last checkpoint is complete
+            pass
         if step < config.train.num_steps:
             say(f"stopped after step {step}; saved. Start the same command to go on.")
             return None
         result = evaluation.evaluate(workdir)
-        for _, run in skyformer_jax.config.single_runs(config, workdir):
-            logs.plot_learning_curve(run, result["floors"])
-        _print_summary(workdir, result)
+        if processes.is_first():
+            for _, run in skyformer_jax.config.single_runs(config, workdir):
+                logs.plot_learning_curve(run, result["floors"])
+            _print_summary(workdir, result)
         return result
 
 
@@ -79,7 +95,7 @@ def _run(
     mesh: jax.sharding.Mesh,
     abstract_state: steps.TrainState,
     splits: tuple[Examples, Examples],
-    stop: list[int],
+    stop: Callable[[int, int], bool],
 ) -> int:
     """Steps from the newest checkpoint to the end or to a signal; returns the last step taken."""
     settings = config.train
@@ -88,21 +104,20 @@ def _run(
     seeds = [one.seed for one, _ in runs]
     directories = [run / "checkpoints" for _, run in runs]
     restored = checkpoints.restore_latest(directories, abstract_state)
-    replicated = NamedSharding(mesh, P())
+    replicated = meshes.replicated(mesh)
     if restored is None:
-        init = jax.jit(steps.init_states, static_argnums=(1, 2, 3), out_shardings=replicated)
-        states = init(seeds, model, optimizer, steps.token_shape(config))
+        init = jax.jit(steps.init_states, static_argnums=(1, 2, 3, 4), out_shardings=replicated)
+        states = init(seeds, model, optimizer, steps.token_shape(config), settings.statistics)
         step = 0
         say(
             f"training {config.attention.name} on {config.task}: {len(train_split.label):,} "
             f"examples, {settings.num_steps:,} steps of {settings.batch_size}, "
             f"{sum(p.size for p in jax.tree.leaves(states.params)) // len(seeds):,} parameters, "
-            f"{mesh.size} {jax.devices()[0].platform} device(s)"
-            + (f", {len(seeds)} seeds at once" if len(seeds) > 1 else "")
+            f"{_devices(mesh)}" + (f", {len(seeds)} seeds at once" if len(seeds) > 1 else "")
         )
     else:
         found, step = restored
-        states = jax.jit(steps.stack, out_shardings=replicated)(found)
+        states = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *found), replicated)
         say(f"going on from the checkpoint of step {step}")
     if step == settings.num_steps:
         return step
@@ -116,12 +131,14 @@ def _run(
         reading,
         settings.accumulation,
         steps.token_shape(config),
+        config.parallel.backend,
     )
     # Calls of several steps read the data on the device, where there is room for them.
     table = steps.make_table(train_split, mesh) if settings.steps_per_call > 1 else None
     predict_step = steps.make_predict_step(model, mesh, reading)
     schedule = steps.learning_rate_schedule(config)
-    run_logs = [logs.MetricsLog(run, step) for _, run in runs]
+    # One process writes for all.
+    run_logs = [logs.MetricsLog(run, step) for _, run in runs] if processes.is_first() else []
     progress = logs.Progress(step, settings.num_steps)
     outstanding = collections.deque()  # (step, its sums, still on their way)
     clock = _Clock(step)
@@ -131,42 +148,46 @@ def _run(
         done, sums = outstanding.popleft()
         jax.block_until_ready(sums)
         progress.step(done)
-        if done % settings.log_every and done != settings.num_steps:
+        logging = done % settings.log_every == 0 or done == settings.num_steps
+        if not logging and done % settings.eval_every:
             return
         sums = jax.device_get(sums)
-        losses, accuracies = sums["loss"] / sums["examples"], sums["correct"] / sums["examples"]
-        for loss, seed, directory in zip(losses, seeds, directories, strict=True):
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the training loss is {loss} at step {done}, seed {seed}; the last good "
-                    f"checkpoint is kept in {directory}; lower train.learning_rate"
-                )
+        _check_finite(config, sums, done, runs)
+        if not logging:
+            return
         lap = clock.lap(done)
         rate = lap.pop("steps_per_second") * settings.batch_size
+        losses, accuracies = sums["loss"] / sums["examples"], sums["correct"] / sums["examples"]
         progress.metrics(
             done,
             loss=float(losses.mean()),
             accuracy=float(accuracies.mean()),
             rate=rate * len(seeds),
         )
-        for log, loss, accuracy in zip(run_logs, losses, accuracies, strict=True):
+        steps_of_window = (done - 1) % settings.log_every + 1
+        for i, log in enumerate(run_logs):
             log.write(
                 done,
                 "train",
-                loss=float(loss),
-                accuracy=float(accuracy),
+                loss=float(losses[i]),
+                accuracy=float(accuracies[i]),
                 learning_rate=float(schedule(done - 1)),
                 examples_per_second=rate,
+                **_statistics(steps.take(sums, i), steps_of_window),
                 **lap,
             )
 
     def validate() -> list[dict[str, float]]:
         batches = evaluation_batches(
-            validation_split, settings.batch_size, config.model.max_length, buckets=buckets
+            validation_split,
+            settings.batch_size,
+            config.model.max_length,
+            buckets=buckets,
+            part=part,
         )
         logits = evaluation.predict(predict_step, states.variables, batches, mesh)
         scores = [evaluation.score(of_seed, validation_split.label) for of_seed in logits]
-        for log, score in zip(run_logs, scores, strict=True):
+        for log, score in zip(run_logs, scores, strict=False):
             log.write(step, "validation", **score)
         mean = {k: sum(score[k] for score in scores) / len(scores) for k in scores[0]}
         say(
@@ -176,6 +197,7 @@ def _run(
         return scores
 
     def save(validations: list[dict[str, float] | None]) -> None:
+        in_host = jax.device_get(states)
         for i, (one, validation) in enumerate(zip(runs, validations, strict=True)):
             meta = {
                 "step": step,
@@ -183,10 +205,11 @@ def _run(
                 "validation": validation,
                 "config": skyformer_jax.config.to_dict(one[0]),
             }
-            checkpoints.save(managers[i], steps.take(states, i), meta)
+            state = jax.tree.map(np.asarray, steps.take(in_host, i))
+            checkpoints.save(managers[i], state, meta)
 
     buckets = config.data.get("buckets", ())
-    process = jax.process_index(), jax.process_count()
+    part = meshes.part_of_process(mesh)
     if table is None:
         streams = [
             training_batches(
@@ -196,15 +219,14 @@ def _run(
                 seed=seed,
                 first_step=step,
                 buckets=buckets,
-                process=process,
+                part=part,
             )
             for seed in seeds
         ]
     else:
-        index, count = process
         streams = [
             (
-                np.split(rows, count)[index]
+                part.of(rows)
                 for rows in training_rows(
                     len(train_split), settings.batch_size, seed=seed, first_step=step
                 )
@@ -219,7 +241,8 @@ def _run(
         managers = [stack.enter_context(checkpoints.open_manager(d)) for d in directories]
         while step < settings.num_steps:
             with clock.input():
-                batch = steps.shard_batch(stacked(streams, settings.steps_per_call), mesh, axis=2)
+                batch = stacked(streams, settings.steps_per_call)
+                batch = meshes.shard_batch(batch, mesh, axis=2)
             shape = jax.tree.leaves(batch)[0].shape
             with contextlib.nullcontext() if shape in compiled else clock.compiling():
                 states, sums = train_step(states, batch, table)
@@ -227,16 +250,74 @@ def _run(
             step += settings.steps_per_call
             outstanding.append((step, sums))
             due = step % settings.eval_every == 0 or step == settings.num_steps
-            while outstanding and (due or stop or len(outstanding) > _IN_FLIGHT):
+            stopping = stop(step - settings.steps_per_call, step)
+            while outstanding and (due or stopping or len(outstanding) > _IN_FLIGHT):
                 finish_one()
             if due:
                 with clock.paused():
                     save(validate())
-            if stop:
+            if stopping:
                 if not due:
+                    _check_finite(config, jax.device_get(sums), step, runs)
                     save([None] * len(seeds))
                 break
     return step
+
+
+def _devices(mesh: jax.sharding.Mesh) -> str:
+    """The mesh in words."""
+    text = f"{mesh.size} {jax.devices()[0].platform} device(s)"
+    if mesh.shape[meshes.SEQ] > 1:
+        text += f" ({mesh.shape[meshes.DATA]} along data, {mesh.shape[meshes.SEQ]} along seq)"
+    return text + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
+
+
+def _check_finite(
+    config: ml_collections.ConfigDict,
+    sums: dict[str, np.ndarray],
+    done: int,
+    runs: list[tuple[ml_collections.ConfigDict, Path]],
+) -> None:
+    """Raises a UserError, or says so, where loss or gradients of a step were not finite.
+
+    Args:
+      config: says which.
+      sums: of all seeds, since the last multiple of train.log_every.
+      done: the step that they reach to.
+      runs: of the seeds.
+    """
+    for skipped, first, examples, (one, run) in zip(
+        sums["skipped"], sums["first_skipped"], sums["examples"], runs, strict=True
+    ):
+        if not skipped:
+            continue
+        what = f"loss or gradients are not finite at step {first}, seed {one.seed}"
+        if config.train.non_finite == "stop" or not examples:
+            raise UserError(
+                f"{what}; the last good checkpoint is kept in {run / 'checkpoints'}; lower "
+                "train.learning_rate"
+                + (
+                    ", or skip such steps by train.non_finite=skip"
+                    if examples
+                    else f" (none of the {skipped} steps up to {done} was finite)"
+                )
+            )
+        say(f"{what}; {skipped} step(s) up to {done} skipped")
+
+
+def _statistics(sums: dict[str, np.ndarray], num_steps: int) -> dict[str, float]:
+    """What is logged beside loss and accuracy of so many steps: skipped ones, and train.statistics.
+
+    gradient_norm is the mean norm of the gradient before clipping, block_<i>_rms the root mean
+    square of what a block returns, at real tokens.
+    """
+    found = {"skipped": int(sums["skipped"])} if sums["skipped"] else {}
+    if "gradient_norm" in sums:
+        finite = num_steps - int(sums["skipped"])
+        found["gradient_norm"] = float(sums["gradient_norm"]) / finite
+        for i, mean_square in enumerate(sums["mean_square"]):
+            found[f"block_{i}_rms"] = float(mean_square / finite) ** 0.5
+    return found
 
 
 class _Clock:
@@ -286,27 +367,6 @@ class _Clock:
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that a first SIGTERM or SIGINT fills; a second one acts as it would without us."""
-    received: list[int] = []
-    old = {}
-
-    def receive(number: int, frame: Any) -> None:
-        del frame
-        received.append(number)
-        signal.signal(number, old[number])
-        say(f"{signal.Signals(number).name}: stopping after the current step")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        old[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from skyformer_jax.attention import shards
 from skyformer_jax.data.batches import Batch, Examples
-
-AXIS = "data"
+from skyformer_jax.training.mesh import DATA, memory_limit, replicated, specs, spread
 
 # Tokens that a CPU computes at a time: what a layer makes of them stays in its caches, and the
 # memory for it is not fetched anew from the system, page by page (docs/speed.md).
@@ -39,7 +38,10 @@ class TrainState:
       params: the model's parameters.
       fixed: what the model drew at the start and keeps, Performer's features for example.
       opt_state: the optimizer's.
-      sums: of loss, correct predictions and examples since the last multiple of log_every steps.
+      sums: since the last multiple of log_every steps, over the steps that were finite: loss,
+        correct predictions, examples; over the others: skipped, how many there were, and
+        first_skipped, the number of the first. With statistics also gradient_norm, of the mean
+        gradient before clipping, and mean_square [layers], of what each block returns.
     """
 
     step: jax.Array
@@ -83,22 +85,29 @@ def init_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     token_shape: tuple[int, ...],
+    statistics: bool = False,
 ) -> TrainState:
     """The state before the first step; a pure function, to be jitted or only shape-evaluated.
 
-    token_shape is that of an example's tokens: (length,), or (2, length) for pairs of documents.
+    token_shape is that of an example's tokens: (length,), or (2, length) for pairs of documents;
+    statistics adds what TrainState says to its sums.
     """
     init_key, train_key = jax.random.split(jax.random.key(seed))
     tokens = jnp.zeros((1, *token_shape), jnp.uint8)
-    variables = model.init(init_key, tokens, jnp.ones(tokens.shape, bool))
+    whole = model.clone(axis_name=None)
+    variables = whole.init(init_key, tokens, jnp.ones(tokens.shape, bool))
     params = variables["params"]
+    sums = {name: jnp.float32(0) for name in ("loss", "correct", "examples")}
+    sums |= {name: jnp.int32(0) for name in ("skipped", "first_skipped")}
+    if statistics:
+        sums |= {"gradient_norm": jnp.float32(0), "mean_square": jnp.zeros(model.num_layers)}
     return TrainState(
         step=jnp.int32(0),
         rng=jax.random.key_data(train_key),
         params=params,
         fixed=variables.get("fixed", {}),
         opt_state=optimizer.init(params),
-        sums={name: jnp.float32(0) for name in ("loss", "correct", "examples")},
+        sums=sums,
     )
 
 
@@ -107,19 +116,21 @@ def init_states(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     token_shape: tuple[int, ...],
+    statistics: bool = False,
 ) -> TrainState:
     """The states of init_state for each of the seeds, along a first axis."""
-    init = functools.partial(init_state, model=model, optimizer=optimizer, token_shape=token_shape)
+    init = functools.partial(
+        init_state,
+        model=model,
+        optimizer=optimizer,
+        token_shape=token_shape,
+        statistics=statistics,
+    )
     return jax.vmap(init)(jnp.asarray(seeds, jnp.uint32))
 
 
-def stack(trees: Sequence[Any]) -> Any:
-    """Equal trees of arrays as one, along a first axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
 def take(tree: Any, index: int) -> Any:
-    """One of the trees that were stacked."""
+    """One of the trees that are stacked along a first axis."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
@@ -140,27 +151,38 @@ class Reading(NamedTuple):
     shift: int = 0
     mask_zeros: bool = False
 
-    def __call__(self, values: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Values uint8 [..., length], length int [...] -> tokens int32, mask bool, both alike."""
-        mask = jnp.arange(values.shape[-1]) < length[..., None]
+    def __call__(
+        self, values: jax.Array, length: jax.Array, places: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Reads.
+
+        Args:
+          values: uint8 [..., length].
+          length: int [...], of the whole sequences.
+          places: int [length], the positions in them that the values have.
+
+        Returns:
+          tokens int32 and mask bool, both as values.
+        """
+        mask = places < length[..., None]
         if self.mask_zeros:
             mask &= values != 0
         return jnp.where(mask, values.astype(jnp.int32) + self.shift, 0), mask
 
 
 def abstract_state(
-    config: ml_collections.ConfigDict,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
+    config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state of one model, without computing it."""
-    make = functools.partial(init_state, config.seed, model, optimizer, token_shape(config))
-    replicated = NamedSharding(mesh, P())
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(make),
+    """Shapes and dtypes of the state of one model, without computing it."""
+    make = functools.partial(
+        init_state,
+        config.seed,
+        model,
+        optimizer,
+        token_shape(config),
+        config.train.get("statistics", False),
     )
+    return jax.eval_shape(make)
 
 
 class Table(NamedTuple):
@@ -183,20 +205,26 @@ def make_table(examples: Examples, mesh: jax.sharding.Mesh) -> Table | None:
     So it is too if there are more tokens than 32 bits count.
     """
     arrays = Table(examples.values, examples.starts, examples.label)
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    if examples.values.size >= 2**31 or 4 * sum(x.nbytes for x in arrays) > memory:
+    too_large = 4 * sum(x.nbytes for x in arrays) > memory_limit()
+    if examples.values.size >= 2**31 or too_large:
         return None
     arrays = arrays._replace(starts=examples.starts.astype(np.int32))
-    return jax.device_put(arrays, NamedSharding(mesh, P()))
+    return jax.device_put(arrays, replicated(mesh))
 
 
-def read_batch(table: Table, rows: jax.Array, token_shape: tuple[int, ...]) -> Batch:
+def read_batch(
+    table: Table,
+    rows: jax.Array,
+    token_shape: tuple[int, ...],
+    axis_name: str | None = None,
+) -> Batch:
     """The batch that data.batches.make_batch makes on the host.
 
     Args:
       table: of make_table.
       rows: int32 [..., batch].
       token_shape: see the function of that name.
+      axis_name: mesh axis over which sequences are split; the tokens are then this device's.
 
     Returns:
       tokens uint8 [..., batch, *token_shape], those after an example's end being any; length and
@@ -205,10 +233,11 @@ def read_batch(table: Table, rows: jax.Array, token_shape: tuple[int, ...]) -> B
     documents = math.prod(token_shape[:-1])
     first = rows[..., None] * documents + jnp.arange(documents)
     begin, end = table.starts[first], table.starts[first + 1]
-    places = jnp.minimum(begin[..., None] + jnp.arange(token_shape[-1]), len(table.values) - 1)
+    here = shards.places(token_shape[-1] // shards.num_shards(axis_name), axis_name)
+    places = jnp.minimum(begin[..., None] + here, len(table.values) - 1)
     tokens, length = table.values[places], end - begin
     return Batch(
-        tokens.reshape(*rows.shape, *token_shape),
+        tokens.reshape(*rows.shape, *token_shape[:-1], len(here)),
         length.reshape(*rows.shape, *token_shape[:-1]),
         table.label[rows],
     )
@@ -222,21 +251,31 @@ def _logits(
     *,
     reading: Reading,
     train: bool,
-) -> jax.Array:
-    """Logits [batch, classes], each example with its own random key.
+    statistics: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Logits [batch, classes], each example with its own random key; with statistics mean squares.
 
     The model is mapped over the examples, so that what is random about one depends on its place in
     the global batch, not on how many devices share the work.
     """
+    places = shards.places(batch.tokens.shape[-1], model.axis_name)
 
-    def one(values: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
+    def one(
+        values: jax.Array, length: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         rngs = {}
         if key is not None:
             rngs["landmarks"], rngs["dropout"] = jax.random.split(key)
-        tokens, mask = reading(values, length)
-        return model.apply(variables, tokens[None], mask[None], deterministic=not train, rngs=rngs)[
-            0
-        ]
+        tokens, mask = reading(values, length, places)
+        logits, sown = model.apply(
+            variables,
+            tokens[None],
+            mask[None],
+            deterministic=not train,
+            rngs=rngs,
+            mutable=["statistics"] if statistics else [],
+        )
+        return logits[0], sown["statistics"]["mean_square"] if statistics else None
 
     return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(
         batch.tokens, batch.length, keys
@@ -274,29 +313,38 @@ def train_step(
     reading: Reading,
     accumulation: int,
 ) -> TrainState:
-    """One step on this device's share of the batch; the named axis joins the shares.
+    """One step on this device's share of the batch; named axes join the shares.
 
-    The share is computed in `accumulation` equal parts, one after another, whose gradients are
-    added: memory is that of a part, and the result differs by rounding alone. 0 leaves the number
-    of parts to the device.
+    The axis "data" divides the examples; where the model has an axis_name, that one divides their
+    sequences. The share is computed in `accumulation` equal parts, one after another, whose
+    gradients are added: memory is that of a part, and the result differs by rounding alone. 0
+    leaves the number of parts to the device.
+
+    Where the loss or a gradient is not finite, the step changes nothing but the counts in sums.
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     # By each example's place in the global batch.
     local_batch = len(batch.label)
-    keys = _keys(rng, jax.lax.axis_index(AXIS) * local_batch + jnp.arange(local_batch))
+    keys = _keys(rng, jax.lax.axis_index(DATA) * local_batch + jnp.arange(local_batch))
+    statistics = "mean_square" in state.sums
 
     def loss_fn(
         params: Any, batch: Batch, keys: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables = {"params": params, "fixed": state.fixed}
-        logits = _logits(model, variables, batch, keys, reading=reading, train=True)
+        logits, mean_square = _logits(
+            model, variables, batch, keys, reading=reading, train=True, statistics=statistics
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
         correct = (logits.argmax(axis=-1) == batch.label).sum()
-        return losses.sum() / local_batch, {
+        sums = {
             "loss": losses.sum(),
             "correct": correct.astype(jnp.float32),
             "examples": jnp.float32(len(losses)),
         }
+        if statistics:
+            sums["mean_square"] = mean_square.sum(axis=0)
+        return losses.sum() / local_batch, sums
 
     differentiate = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
     parts = _in_parts(batch, keys, accumulation)
@@ -310,16 +358,36 @@ def train_step(
         shapes = jax.eval_shape(differentiate, *take(parts, 0))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
-    gradients = jax.lax.pmean(gradients, AXIS)
-    sums = jax.lax.psum(sums, AXIS)
+    # Every device of the sequence's axis has the whole loss, so that what it differentiates is the
+    # sum of these: the mean of the gradients is that of one.
+    axes = (DATA,) if model.axis_name is None else (DATA, model.axis_name)
+    gradients = jax.lax.pmean(gradients, axes)
+    sums = jax.lax.psum(sums, DATA)
+    finite = jnp.isfinite(sums["loss"])
+    for gradient in jax.tree.leaves(gradients):
+        finite &= jnp.isfinite(gradient).all()
+    if statistics:
+        sums["gradient_norm"] = optax.global_norm(gradients)
+        sums["mean_square"] /= sums["examples"]
+
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    fresh = state.step % log_every == 0
-    sums = jax.tree.map(lambda old, new: jnp.where(fresh, 0, old) + new, state.sums, sums)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state, sums = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, sums),
+        (state.params, state.opt_state, jax.tree.map(jnp.zeros_like, sums)),
+    )
+    before = jax.tree.map(
+        lambda x: jnp.where(state.step % log_every == 0, jnp.zeros_like(x), x), state.sums
+    )
+    first = ~finite & (before["skipped"] == 0)
+    sums["skipped"] = (~finite).astype(jnp.int32)
+    sums["first_skipped"] = jnp.where(first, state.step + 1, 0)
     return state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         opt_state=opt_state,
-        sums=sums,
+        sums=jax.tree.map(jnp.add, before, sums),
     )
 
 
@@ -339,26 +407,9 @@ def predict_step(
     """
     parts = _in_parts(batch, None if rng is None else _keys(rng, rows))
     logits = jax.lax.map(
-        lambda part: _logits(model, variables, *part, reading=reading, train=False), parts
+        lambda part: _logits(model, variables, *part, reading=reading, train=False)[0], parts
     )
     return logits.reshape(-1, logits.shape[-1])
-
-
-def make_mesh() -> jax.sharding.Mesh:
-    """All devices along one data axis."""
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def shard_batch(batch: Any, mesh: jax.sharding.Mesh, *, axis: int = 0) -> Any:
-    """The arrays of this process's share of a batch on its devices, as parts of global arrays.
-
-    Args:
-      batch: a tree of arrays.
-      mesh: of the devices.
-      axis: of the examples: 0, or 2 for the batches that make_train_step's function takes.
-    """
-    sharding = NamedSharding(mesh, P(*[None] * axis, AXIS))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def make_train_step(
@@ -369,8 +420,11 @@ def make_train_step(
     reading: Reading,
     accumulation: int = 0,
     token_shape: tuple[int, ...] = (),
+    backend: str = "shard_map",
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """train_step on every device of the mesh, for every seed and several times, compiled.
+
+    The model's axis_name must be mesh.sequence_axis(mesh); for backend see mesh.spread.
 
     The function takes states [seeds], which are used up, and batches [steps, seeds, batch], or a
     Table and the rows of these batches, int32, for which token_shape is needed. It returns the
@@ -392,7 +446,7 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         def step(states: TrainState, batch: Batch | jax.Array) -> tuple[TrainState, None]:
             if table is not None:
-                batch = read_batch(table, batch, token_shape)
+                batch = read_batch(table, batch, token_shape, model.axis_name)
             return one_step(states, batch), None
 
         if len(jax.tree.leaves(batches)[0]) == 1:
@@ -401,19 +455,11 @@ def make_train_step(
             states, _ = jax.lax.scan(step, states, batches)
         return states, states.sums
 
-    # With check_vma=True the gradients of the replicated parameters would be summed before pmean.
-    mapped = jax.shard_map(
-        all_steps,
-        mesh=mesh,
-        in_specs=(P(), P(None, None, AXIS), P()),
-        out_specs=(P(), P()),
-        check_vma=False,
-    )
-
     def call(
         states: TrainState, batches: Batch | jax.Array, table: Table | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        return mapped(states, batches, table)
+        in_specs = (P(), specs(batches, axis=2), P())
+        return spread(all_steps, mesh, backend, in_specs, (P(), P()))(states, batches, table)
 
     return jax.jit(call, donate_argnums=0)
 
@@ -426,11 +472,12 @@ def make_predict_step(
     The compiled function returns logits [seeds, batch, classes].
     """
     one_step = functools.partial(predict_step, model=model, reading=reading)
-    mapped = jax.shard_map(
-        jax.vmap(one_step, in_axes=(0, None, None, None)),
-        mesh=mesh,
-        in_specs=(P(), P(AXIS), P(), P(AXIS)),
-        out_specs=P(None, AXIS),
-        check_vma=False,
-    )
-    return jax.jit(mapped)
+    in_all = jax.vmap(one_step, in_axes=(0, None, None, None))
+
+    def call(variables: Any, batch: Batch, rng: jax.Array | None, rows: jax.Array) -> jax.Array:
+        in_specs = (P(), specs(batch), P(), P(DATA))
+        mapped = spread(in_all, mesh, "shard_map", in_specs, P(None, DATA))
+        return mapped(variables, batch, rng, rows)
+
+    # All logits go to all devices, and so to every process.
+    return jax.jit(call, out_shardings=replicated(mesh))
