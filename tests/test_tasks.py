@@ -322,6 +322,8 @@ def _prepare_here(data_dir):
 
 
 def test_two_preparations_at_once_make_one_data_set(tmp_path):
+    task = tiny_data.tiny_tasks()["listops"]
+    waiting = task.data_set(str(tmp_path))  # will find the data set made when its turn comes
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_prepare_here, args=(str(tmp_path),)) for _ in range(2)]
     for process in processes:
@@ -329,8 +331,8 @@ def test_two_preparations_at_once_make_one_data_set(tmp_path):
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
-    task = tiny_data.tiny_tasks()["listops"]
     assert [len(task.load(split, tmp_path)) for split in SPLITS] == [60, 20, 30]
+    assert [len(store.load(waiting, split)) for split in SPLITS] == [60, 20, 30]
     assert not list(tmp_path.glob("listops/tiny/incomplete*"))
 
 

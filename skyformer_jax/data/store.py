@@ -123,6 +123,8 @@ def load(builder: LraBuilder, split: str) -> Examples:
     place = Path(builder.data_dir)
     if not place.is_dir():
         raise UserError(f"{place} is missing; prepare it by python -m skyformer_jax.data.prepare")
+    if not builder.info.splits:  # made before another process had prepared the data set
+        builder.info.read_from_directory(place)
     size = builder.info.splits[split].num_examples
     names = document_features(builder.NUM_DOCUMENTS)
     values, lengths, labels = bytearray(), [], []
