@@ -27,24 +27,39 @@ def _fail(text: str, status: int = 2) -> NoReturn:
     os._exit(status)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """Absl's flag parsing, config file and overrides included, with one line for what is wrong."""
+def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Absl's flag parsing, config file and overrides included.
+
+    Args:
+      values: the flags, which get what argv says.
+      argv: of a command line, the program's name first.
+
+    Raises:
+      UserError: one line for what is wrong.
+    """
     try:
-        rest = flags.FLAGS(argv)
-    except UserError as error:
-        _fail(str(error))
+        rest = values(argv)
+    except UserError:
+        raise
     except flags.Error as error:
         # A config file's own error comes as the last line of a traceback in the text.
         _, _, own = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
-        _fail(own or str(error))
+        raise UserError(own or str(error)) from None
     except (AttributeError, KeyError) as error:
         text = str(error.args[0]).strip("'\"").replace("\\n", " ").replace("'", "")
-        _fail(f"no such config field: {text}")
+        raise UserError(f"no such config field: {text}") from None
     except (OSError, TypeError, ValueError) as error:
-        _fail(str(error))
+        raise UserError(str(error)) from None
     if len(rest) > 1:
-        _fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
-    return rest
+        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        parse(flags.FLAGS, argv)
+    except UserError as error:
+        _fail(str(error))
+    return [argv[0]]
 
 
 def run(main: Callable[[], None]) -> None:

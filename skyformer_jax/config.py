@@ -202,6 +202,15 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
+def stored(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What config.json of a run holds: locations are absolute, eval.py may be called elsewhere."""
+    held = to_dict(config)
+    for location in ("dir", "source"):
+        if held["data"][location]:
+            held["data"][location] = str(Path(held["data"][location]).expanduser().absolute())
+    return held
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}

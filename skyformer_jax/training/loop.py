@@ -426,11 +426,7 @@ def _open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[
         except BlockingIOError:
             raise UserError(f"another process is training in {workdir}") from None
         path = workdir / "config.json"
-        asked = skyformer_jax.config.to_dict(config)
-        for location in ("dir", "source"):  # eval.py may be called from elsewhere
-            if asked["data"][location]:
-                absolute = Path(asked["data"][location]).expanduser().absolute()
-                asked["data"][location] = str(absolute)
+        asked = skyformer_jax.config.stored(config)
         begun = any(
             checkpoints.steps(p / "checkpoints") for p in (workdir, *workdir.glob("seed-*"))
         )
