@@ -44,7 +44,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
     except flags.Error as error:
         # A config file's own error comes as the last line of a traceback in the text.
         _, _, own = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
-        raise UserError(own or str(error)) from None
+        raise UserError(own.strip() or str(error)) from None
     except (AttributeError, KeyError) as error:
         text = str(error.args[0]).strip("'\"").replace("\\n", " ").replace("'", "")
         raise UserError(f"no such config field: {text}") from None

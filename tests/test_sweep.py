@@ -1,0 +1,417 @@
+"""The grid, what counts as finished, the table, the worker processes and the Slurm script."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_runs import TINY
+
+from experiments import grid, sweep
+from skyformer_jax.config import read
+from skyformer_jax.errors import UserError
+from skyformer_jax.training.evaluation import config_digest, wilson_interval
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
+HERE = {"commit": "abc", "device": "1 x cpu"}
+
+
+def make(folder, configs=("listops", "text"), attentions=("softmax",), seeds="01", **options):
+    options = {"variant": "", "overrides": [], **options}
+    return grid.make_grid(configs, attentions, list(seeds), directory=folder, **options)
+
+
+def finish(cell, accuracy=0.5, checksum="c0ffee", config=None):
+    """Leaves in the cell's folder what a finished run of train.py leaves, its checkpoints aside."""
+    cell.workdir.mkdir(parents=True, exist_ok=True)
+    (cell.workdir / "config.json").write_text(json.dumps(config or cell.asked))
+    result = {
+        "examples": 2000,
+        "checkpoint": 700,
+        "validation": {"loss": 1.5, "accuracy": accuracy + 0.01},
+        "accuracy": accuracy,
+        "interval_95": wilson_interval(accuracy, 2000),
+        "loss": 1.6,
+        "floors": {"most frequent class": 0.17},
+        "config_digest": config_digest(read(cell.workdir / "config.json")),
+        "data": {"name": "d/1.0.0", "source": "", "notes": [], "checksum": checksum},
+    }
+    (cell.workdir / "eval_test.json").write_text(json.dumps(result))
+
+
+def test_grid_says_what_is_reduced(tmp_path):
+    overrides = ["text:data.source=lra", "text:train.num_steps=90", "data.dir=elsewhere"]
+    cells = make(tmp_path, overrides=overrides)
+    assert [cell.workdir.name for cell in cells] == [
+        "listops-softmax-seed0",
+        "text-softmax-seed0",
+        "listops-softmax-seed1",
+        "text-softmax-seed1",
+    ]
+    listops, text = cells[2:]
+    assert listops.departures == {} and listops.asked["seed"] == 1
+    assert text.departures == {"train.num_steps": (50_000, 90)}
+    assert text.asked["data"]["source"] == str(Path.cwd() / "lra")
+    assert "--config.data.source=lra" in text.arguments
+    assert "--config.data.source=lra" not in listops.arguments
+
+    (paper,) = make(tmp_path, ["text"], seeds="0", variant="paper")
+    assert paper.departures == {} and paper.asked["train"]["batch_size"] == 32
+    (small,) = make(tmp_path, ["listops"], ["skyformer"], seeds="0", variant="small")
+    assert small.workdir.name == "listops-skyformer-small-seed0"
+    (quickstart,) = make(tmp_path, ["quickstart"], ["skyformer"], seeds="0")
+    assert small.departures == quickstart.departures
+    assert small.departures["task"] == ("listops", "listops_small")
+    assert small.departures["attention.num_landmarks"] == (128, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"configs": ["lisops"]}, "did you mean 'listops'"),
+        ({"configs": []}, "--configs is empty"),
+        ({"attentions": ["skyforme"]}, "did you mean 'skyformer'"),
+        ({"seeds": ["-1"]}, "not a whole number"),
+        ({"variant": "tiny"}, "paper, small"),
+        ({"overrides": ["train.num_steps"]}, r"not \[CONFIG:\]FIELD=VALUE"),
+        ({"overrides": ["image:train.num_steps=5"]}, "'image'; choose one of: listops, text"),
+        ({"overrides": ["train.steps=5"]}, "no such config field.*steps"),
+        ({"overrides": ["train.num_steps=many"]}, "many"),
+        ({"overrides": ["train.num_steps=80"]}, "train.warmup_steps"),
+        ({"overrides": ["num_seeds=3"]}, "each cell has its own"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_starts(tmp_path, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        make(tmp_path / "sweep", **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_only_results_of_the_very_config_count(tmp_path):
+    (cell,) = make(tmp_path, ["text"], seeds="0")
+    (other,) = make(tmp_path, ["text"], seeds="0", overrides=["train.learning_rate=0.5"])
+    row = grid.read_cell(cell)
+    assert (row["status"], row["accuracy"], row["num_steps"]) == ("unfinished", None, 50_000)
+    fields = set(row)
+
+    finish(cell, 0.625)
+    row = grid.read_cell(cell)
+    assert (row["status"], row["accuracy"], row["checkpoint"]) == ("finished", 0.625, 700)
+    assert (row["validation_accuracy"], row["data"]["checksum"]) == (0.635, "c0ffee")
+    assert set(row) == fields
+    json.dumps(row, allow_nan=False)
+    (moved,) = make(tmp_path, ["text"], seeds="0", overrides=["data.dir=moved"])
+    assert grid.read_cell(moved)["status"] == "finished"
+
+    def refused(message, cell=cell):
+        row = grid.read_cell(cell)
+        assert (row["status"], row["accuracy"]) == ("refused", None)
+        assert message in row["error"] and "\n" not in row["error"]
+        assert set(row) == fields
+
+    refused("train.learning_rate (saved: 0.0001, asked for: 0.5)", other)
+    # A run of another config was begun where the checkpoints of the first had been deleted.
+    (cell.workdir / "config.json").write_text(json.dumps(other.asked))
+    refused("older than config.json", other)
+    finish(cell)
+    (cell.workdir / "eval_test.json").write_text("{")
+    refused("damaged")
+    finish(cell)
+    (cell.workdir / "config.json").unlink()
+    refused("config.json is missing")
+    (cell.workdir / "eval_test.json").unlink()
+    assert grid.read_cell(cell)["status"] == "unfinished"
+
+
+def test_table_and_summary(tmp_path):
+    cells = make(tmp_path, attentions=["softmax", "skyformer"], seeds="012")
+    accuracies = {"text-softmax": (0.5, 0.625, 0.53), "listops-skyformer": (0.375, 0.36)}
+    for cell in cells:
+        found = accuracies.get(f"{cell.config}-{cell.attention}", ())
+        if cell.seed < len(found):
+            finish(cell, found[cell.seed], checksum=f"{cell.seed // 2}")
+    rows = [grid.read_cell(cell) for cell in cells]
+    summary = {f"{row['config']}-{row['attention']}": row for row in grid.summarise(rows)}
+    assert len(summary) == 4
+    for name, found in accuracies.items():
+        row = summary[name]
+        assert row["num_seeds"] == len(found)
+        np.testing.assert_allclose(row["mean"], np.mean(found))
+        np.testing.assert_allclose(row["standard_deviation"], np.std(found, ddof=1))
+        np.testing.assert_allclose(
+            row["standard_error"], np.std(found, ddof=1) / np.sqrt(len(found))
+        )
+    assert summary["text-skyformer"]["mean"] is None
+    assert grid.table(rows).splitlines() == [
+        "| | listops | text |",
+        "|---|---|---|",
+        "| `softmax` | - | 55.17 ± 6.53 |",
+        "| `skyformer` | 36.75 ± 1.06 (2 of 3) | - |",
+        "",
+        "listops: 50,000 steps of 32; full",
+        "text: 50,000 steps of 16; full",
+        "text: WARNING: its cells were evaluated on different data",
+    ]
+    one = [row for row in rows if row["seed"] == 0]
+    assert "| `softmax` | - | 50.00 |" in grid.table(one)
+    (small,) = make(tmp_path, ["text"], seeds="0", variant="small")
+    said = grid.table([grid.read_cell(small)]).splitlines()[-1]
+    assert said.startswith("text: 1,000 steps of 32; departs from the full setting in data.length")
+
+
+# What train.py does, as far as a sweep sees it, without the time that it takes.
+STUB = """
+import json, pathlib, shutil, signal, sys, time
+workdir = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
+do = json.loads((workdir / "do.json").read_text())
+if do == "wait":
+    def stop(*_):
+        print("stopped after step 3; saved.", file=sys.stderr)
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, stop)
+    (workdir / "waiting").touch()
+    while True:
+        time.sleep(0.05)
+if do == "fail":
+    print("error: the disk is full\\n\\nFatal: nothing", file=sys.stderr)
+    sys.exit(2)
+if do == "crash":
+    print("Traceback:\\nKeyError: 3", file=sys.stderr, flush=True)
+    signal.raise_signal(signal.SIGKILL)
+shutil.move(workdir / "result", workdir / "eval_test.json")
+"""
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    """Four cells, trained by the stub, which is told to finish them."""
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "_SECONDS_BETWEEN_LOOKS", 0.02)
+    (tmp_path / "train.py").write_text(STUB)
+    cells = make(tmp_path / "sweep")
+    for cell in cells:
+        finish(cell)
+        shutil.move(cell.workdir / "eval_test.json", cell.workdir / "result")
+        tell(cell, "finish")
+    return cells
+
+
+def tell(cell, what):
+    (cell.workdir / "do.json").write_text(json.dumps(what))
+
+
+def train(cells, workers=2, signals=(), then=None):
+    """Trains to the end and returns which ended; then(signals) is called between the looks."""
+    ended, signals = [], list(signals)
+    for some in sweep.train_cells(cells, sweep.make_environments(workers, []), HERE, signals):
+        ended += some
+        if then:
+            then(signals)
+    return ended
+
+
+def test_failures_are_recorded_and_tried_again(cells):
+    tell(cells[0], "fail")
+    tell(cells[1], "crash")
+    assert set(map(id, train(cells))) == set(map(id, cells))
+    rows = [grid.read_cell(cell) for cell in cells]
+    assert [row["status"] for row in rows] == ["failed", "failed", "finished", "finished"]
+    assert rows[0]["error"] == "the disk is full"
+    assert rows[1]["error"] == "killed by SIGKILL after: KeyError: 3"
+    assert (rows[2]["provenance"], rows[2]["attempts"]) == (HERE, 1)
+    tell(cells[0], "finish")
+    train(cells[:1])
+    row = grid.read_cell(cells[0])
+    assert (row["status"], row["error"], row["attempts"]) == ("finished", None, 2)
+    assert row["seconds"] >= rows[0]["seconds"]
+
+
+def test_a_signal_lets_the_running_cells_save(cells):
+    tell(cells[0], "wait")
+    tell(cells[1], "wait")
+
+    def stop(signals):
+        # Schedulers may repeat SIGTERM; the cells must see one.
+        if all((cell.workdir / "waiting").exists() for cell in cells[:2]):
+            signals += [signal.SIGTERM] * 2
+
+    assert set(map(id, train(cells, then=stop))) == set(map(id, cells[:2]))
+    assert {grid.read_cell(cell)["status"] for cell in cells} == {"unfinished"}
+    for cell in cells[:2]:
+        assert (cell.workdir / "train.log").read_text() == "stopped after step 3; saved.\n"
+    assert not (cells[2].workdir / "train.log").exists()
+    assert not train(cells, signals=[signal.SIGINT])
+
+
+def test_a_cell_that_another_process_trains_is_waited_for(cells, capsys):
+    cell = cells[0]
+    for finishes in (False, True):
+        looks = []
+        with (cell.workdir / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+            def look(signals, looks=looks, lock=lock, finishes=finishes):
+                looks.append(grid.read_cell(cell)["status"])
+                if len(looks) == 5:
+                    if finishes:
+                        finish(cell, 0.75)
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+
+            assert train(cells[:1], then=look) == [cell]
+        assert looks[:5] == ["unfinished"] * 5
+        assert "another process is training it" in capsys.readouterr().err
+        row = grid.read_cell(cell)
+        assert row["accuracy"] == (0.75 if finishes else 0.5)
+        assert row["attempts"] == 1  # our own, of the first round
+        (cell.workdir / "eval_test.json").unlink()
+
+
+def test_devices_are_dealt_to_the_workers(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in sweep.make_environments(None, ["2", "5"])] == [
+        "2",
+        "5",
+    ]
+    shared = sweep.make_environments(3, ["2", "5"])
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in shared] == ["2", "5", "2"]
+    assert {e["XLA_PYTHON_CLIENT_MEM_FRACTION"] for e in shared} == {"0.450"}
+    assert len(sweep.make_environments(None, [])) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "called"),
+    [(signal.SIGUSR1, "scontrol requeue 7_3"), (signal.SIGTERM, "sleep 600")],
+)
+def test_slurm_script_saves_and_requeues(tmp_path, number, called):
+    """The script in a real bash, which is signalled as Slurm would; its commands are stubs."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    for name in ("scontrol", "sleep"):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >> "{tmp_path}/called"\n')
+        (tmp_path / name).chmod(0o755)
+    command = folder / "command"
+    command.write_text(
+        f"""#!{sys.executable}
+import pathlib, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+pathlib.Path("started").touch()
+signal.sigwait([signal.SIGTERM])
+pathlib.Path("arguments").write_text(" ".join(sys.argv[1:]))
+sys.exit(143)
+"""
+    )
+    command.chmod(0o755)
+    text = sweep.slurm_script([str(command), "--set=a b"], 54, 8, folder, folder)
+    assert "#SBATCH --array=0-53%8\n" in text
+    assert "#SBATCH --array=0-53\n" in sweep.slurm_script([], 54, None, folder, folder)
+    script = tmp_path / "sweep.sh"
+    script.write_text(text)
+    subprocess.run(["bash", "-n", script], check=True)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "3",
+    }
+    job = subprocess.Popen(["bash", script], env=environment)
+    while not (folder / "started").exists() and job.poll() is None:
+        time.sleep(0.02)
+    job.send_signal(number)
+    assert job.wait(60) != 0
+    assert (folder / "arguments").read_text() == "--set=a b --cell=3"
+    assert (tmp_path / "called").read_text() == called + "\n"
+
+
+def start(folder, *arguments, seeds="0"):
+    fields = {**TINY, "data.dir": folder / "data"}
+    del fields["attention.num_landmarks"]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "experiments" / "sweep.py"),
+            "--configs=quickstart",
+            "--attentions=softmax,skyformer",
+            f"--seeds={seeds}",
+            f"--dir={folder}/cells",
+            f"--out={folder}/out.json",
+            *(f"--set={field}={value}" for field, value in fields.items()),
+            *arguments,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def ended(process):
+    stdout, stderr = process.communicate(timeout=500)
+    return process.returncode, stdout, stderr
+
+
+def test_command_collects_and_writes_the_array(tmp_path):
+    status, stdout, stderr = ended(start(tmp_path, "--table", seeds="0,1"))
+    assert (status, stderr) == (0, "0 of 4 cells are finished\n")
+    assert "| `skyformer` | - |" in stdout
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["seeds"] == [0, 1] and len(result["cells"]) == 4
+    assert "train.num_steps=200" in result["overrides"]
+    assert str(tmp_path) not in json.dumps(result)  # where things lie is nobody else's business
+    assert {"commit", "versions", "device", "cores"} <= set(result)
+    status, _, stderr = ended(start(tmp_path, f"--slurm={tmp_path}/s.sh"))
+    assert status == 0 and "trains 2 cells" in stderr
+    script = (tmp_path / "s.sh").read_text()
+    assert "--configs=quickstart --attentions=softmax,skyformer --seeds=0" in script
+    assert f"--set=data.dir={tmp_path}/data" in script and "--slurm" not in script
+
+
+@pytest.mark.slow
+def test_a_sweep_is_stopped_and_goes_on(tmp_path):
+    process = start(tmp_path, "--workers=2")
+    metrics = [
+        tmp_path / f"cells/quickstart-{name}-seed0/metrics.jsonl"
+        for name in ("softmax", "skyformer")
+    ]
+    while process.poll() is None and not any(path.exists() for path in metrics):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    status, stdout, stderr = ended(process)
+    assert status == 128 + signal.SIGTERM, stderr
+    assert "start the same command to go on" in stderr
+    assert "| `softmax` | - |" in stdout
+    assert not list(tmp_path.glob("cells/*/eval_test.json"))
+    assert not (json.loads((tmp_path / "out.json").read_text()))["cells"][0]["error"]
+
+    # A job of an array: one cell, and no file that others write.
+    (tmp_path / "out.json").unlink()
+    status, stdout, stderr = ended(start(tmp_path, "--cell=1"))
+    assert status == 0, stderr
+    assert stdout == "" and not (tmp_path / "out.json").exists()
+
+    status, stdout, stderr = ended(start(tmp_path, "--workers=2"))
+    assert status == 0, stderr
+    assert "1 of 2 cells are finished" in stderr and "2 of 2 cells finished, 0 left" in stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    for cell in result["cells"]:
+        workdir = tmp_path / f"cells/quickstart-{cell['attention']}-seed0"
+        evaluated = json.loads((workdir / "eval_test.json").read_text())
+        assert cell["status"] == "finished" and cell["attempts"] == 2
+        assert all(
+            cell[k] == evaluated[k] for k in ("accuracy", "loss", "checkpoint", "data", "task")
+        )
+        log = (workdir / "train.log").read_text()
+        assert "stopped after step" not in log or "going on from the checkpoint" in log
+    assert "departs from the full setting in" in stdout
+
+    status, _, stderr = ended(start(tmp_path, "--workers=2", "--set=train.learning_rate=0.01"))
+    assert status == 1
+    assert "train.learning_rate (saved: 0.002, asked for: 0.01)" in stderr
