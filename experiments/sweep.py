@@ -1,11 +1,13 @@
-"""Trains a grid of task x attention x seed, and makes the table that a reproduction reports from.
+r"""Trains a grid of task x attention x seed, and makes the table that a reproduction reports from.
 
-    python experiments/sweep.py                    # the paper's table 1: five tasks, nine, 3 seeds
-    python experiments/sweep.py --configs=text --attentions=softmax,skyformer --variant=small \
-        --set=text:data.source=DIR --set=train.num_steps=100 --workers=2 --dir=runs/try
-    python experiments/sweep.py --devices=0,1,2,3  # a GPU for each of four workers
-    python experiments/sweep.py --table            # what there is so far; starts nothing
-    python experiments/sweep.py --slurm=sweep.sh && sbatch sweep.sh   # a cell a job of a cluster
+    python experiments/sweep.py --configs=listops,text --attentions=softmax,skyformer --seeds=0,1 \
+        --variant=small --set=text:data.source=DIR --set=train.num_steps=200 --workers=2
+
+Without flags it is the paper's table 1: five tasks, nine attentions, three seeds. With those above:
+
+    --devices=0,1,2,3  a GPU for each of four workers; --devices=0 --workers=3 shares one
+    --table            makes the table of what there is so far, and starts nothing
+    --slurm=sweep.sh   writes a script for sbatch, which trains each cell in a job of a cluster
 
 A cell is a run of train.py in DIR/<config>-<attention>[-<variant>]-seed<k>, with its standard error
 in train.log there. The same command again skips the finished cells and goes on with the others,
@@ -13,8 +15,6 @@ which train.py continues from their checkpoints. A result of another config than
 is refused, never counted. SIGTERM or Ctrl-C lets the running cells save and stop (a second Ctrl-C
 does not wait for that). If the sweep itself is killed its cells train on; the next start waits for
 them instead of starting them twice. Exit status: 0, 1 if a cell failed, 128 + signal if stopped.
-
-Several workers on one GPU share its memory: --devices=0 --workers=3.
 
 Writes --out anew after each cell. Beside provenance (of the process that wrote it):
 
@@ -24,8 +24,8 @@ Writes --out anew after each cell. Beside provenance (of the process that wrote 
         status         finished, unfinished, failed (tried again next time) or refused (is not)
         error          one line, if failed or refused
         num_steps, batch_size
-        departures     {field: [full setting, this cell]}: empty unless the run is a reduced one;
-                       of the variant "paper" as of "", the full setting is its own
+        departures     {field: [full setting, this cell]}, empty if the run is not a reduced one;
+                       variant "paper" is a full setting of its own
         task, examples, accuracy, interval_95, loss, checkpoint, floors, data   of eval_test.json
         validation_accuracy   of that checkpoint
         seconds        wall time of all attempts that a sweep saw the end of, all included
@@ -237,13 +237,16 @@ def train_cells(
             if pending and worker not in at_work and not signals:
                 at_work[worker] = _start(pending.popleft(), environment)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-        for count, number in enumerate(signals[passed_on:], passed_on):
+        while passed_on < len(signals):
+            number, first = signals[passed_on], passed_on == 0
+            passed_on += 1
+            if first:
+                say(f"{signal.Signals(number).name}: the running cells save and stop")
             # A scheduler may send SIGTERM repeatedly; a second one would keep train.py from saving.
-            if count == 0 or number == signal.SIGINT:
+            if first or number == signal.SIGINT:
                 for attempt in at_work.values():
                     if attempt.process is not None:
                         attempt.process.send_signal(signal.SIGTERM)
-            passed_on += 1
         ended = []
         for worker, attempt in list(at_work.items()):
             if attempt.process is None:
@@ -310,8 +313,6 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def receive(number: int, frame: Any) -> None:
         del frame
-        if not received:
-            say(f"{signal.Signals(number).name}: the running cells save and stop")
         received.append(number)
 
     old = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -410,11 +411,11 @@ def _make_folder(path: Path) -> None:
 
 
 def _write_slurm(cells: Sequence[Cell], directory: Path) -> None:
-    path, command = Path(_SLURM.value), _command()
-    script = slurm_script(command, len(cells), _WORKERS.value, directory, Path.cwd())
+    path = Path(_SLURM.value)
+    script = slurm_script(_command(), len(cells), _WORKERS.value, directory, Path.cwd())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script)
-    say(f"sbatch {path} trains {len(cells)} cells; for the table, then: {shlex.join(command)}")
+    say(f"sbatch {path} trains {len(cells)} cells; its first lines say how to make the table")
 
 
 def _write(cells: Sequence[Cell], rows: dict[Path, dict[str, Any]], header: dict[str, Any]) -> None:
