@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = tuple(sorted(path.stem for path in ROOT.glob("configs/*.py") if path.stem != "common"))
 # What a config that is reduced by itself is a reduction of.
 _FULL = {"quickstart": "listops"}
-# Fields that do not change what is computed, or are none of the setting.
-NOT_SETTING = (*skyformer_jax.config.LOCATIONS, "data.source", "seed")
+# How fields begin that do not change what is computed, or are none of the setting.
+NOT_SETTING = (*skyformer_jax.config.MEANS, "data.source", "seed")
 TRAINABLE = ("unfinished", "failed")  # statuses; the others are finished and refused
 
 
@@ -156,7 +156,7 @@ def _departures(full: dict[str, Any], asked: dict[str, Any]) -> dict[str, tuple[
     return {
         field: (full.get(field), asked.get(field))
         for field in sorted(full.keys() | asked.keys())
-        if field not in NOT_SETTING and full.get(field) != asked.get(field)
+        if not field.startswith(NOT_SETTING) and full.get(field) != asked.get(field)
     }
 
 

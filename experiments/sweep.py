@@ -421,7 +421,9 @@ def _write_slurm(cells: Sequence[Cell], directory: Path) -> None:
 def _write(cells: Sequence[Cell], rows: dict[Path, dict[str, Any]], header: dict[str, Any]) -> None:
     ordered = [rows[cell.workdir] for cell in cells]
     overrides = [
-        text for text in _SET.value if text.partition("=")[0].rpartition(":")[2] not in NOT_SETTING
+        text
+        for text in _SET.value
+        if not text.partition("=")[0].rpartition(":")[2].startswith(NOT_SETTING)
     ]
     result = {
         "what": "test accuracy of the best checkpoint by validation, for each attention and seed",

@@ -130,7 +130,7 @@ def test_dropout_depends_on_its_key_alone():
     for i in range(3):
         np.testing.assert_array_equal(mapped[i], models.dropout(keys[i], x[i], 0.5))
     assert not np.array_equal(mapped[0] == 0, mapped[1] == 0)
-    np.testing.assert_array_equal(models.dropout(keys[0], x, 0.0), x)
+    np.testing.assert_array_equal(models.dropout(keys[0], x[0], 0.0), x[0])
 
 
 @pytest.mark.parametrize("name", ["skyformer", "performer"])  # learned parts, and fixed ones

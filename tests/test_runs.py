@@ -185,9 +185,9 @@ def test_the_newest_checkpoint_of_all(tmp_path):
     directories = [tmp_path / name / "checkpoints" for name in "ab"]
 
     def save(i, step):
-        with checkpoints.open_manager(directories[i]) as manager:
+        with checkpoints.open_saver(directories[i]) as save_one:
             tree = {"w": state["w"] + 10 * i + step}
-            checkpoints.save(manager, tree, {"step": step, "validation": None})
+            save_one(tree, {"step": step, "validation": None})
 
     assert checkpoints.restore_latest(directories, state) is None
     save(0, 1)
@@ -279,6 +279,28 @@ def truncate(step_folder):
 def empty(step_folder):
     shutil.rmtree(step_folder)
     step_folder.mkdir()
+
+
+def test_the_best_and_the_two_latest_are_kept(tmp_path):
+    """In one run and over a restart; a checkpoint that was not validated is never the best."""
+    accuracies = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: 0.1, 6: 0.2, 7: 0.3}
+
+    def save(*some):
+        with checkpoints.open_saver(tmp_path) as save_one:
+            for step in some:
+                accuracy = accuracies[step]
+                validation = None if accuracy is None else {"accuracy": accuracy}
+                save_one({"w": np.ones(3)}, {"step": step, "validation": validation})
+        return checkpoints.steps(tmp_path)
+
+    assert save(1, 2, 3, 4) == [2, 3, 4]
+    assert save(5, 6) == [2, 5, 6]
+    assert checkpoints.find(tmp_path, "best") == 2
+    for path in (tmp_path / "2").rglob("*"):  # the best one's meta
+        if path.is_file() and path.parent.name == "meta":
+            path.write_text("{")
+    assert save(7) == [6, 7]
+    assert checkpoints.find(tmp_path, "best") == 7
 
 
 @pytest.mark.parametrize("damage", [flip_bytes, truncate, empty])

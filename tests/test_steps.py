@@ -40,42 +40,87 @@ def one_state(model, optimizer):
     return steps.init_states([0], model, optimizer, (48,))
 
 
-# Between the others and these only the attention differs, which knows nothing of devices.
-QUICK = ("skyformer",)
+def two_steps(config, data, seq, backend, accumulation):
+    """Parameters and sums after two steps by SGD, whose scale a wrong gradient changes."""
+    mesh = meshes.make_mesh(data, seq, devices=jax.devices()[: data * seq])
+    model = models.build_model(config, axis_name=meshes.sequence_axis(mesh))
+    optimizer = optax.sgd(1.0)
+    states = steps.init_states([0], model, optimizer, (48,), True)
+    step = steps.make_train_step(
+        model, optimizer, mesh, 2, READING, accumulation, (48,), backend=backend
+    )
+    for seed in range(2):
+        batch = random_batch(16, seed)  # parts of 12 or 6 positions hold nothing but padding
+        states, sums = step(states, sharded(batch._replace(length=batch.length // 3 + 1), mesh))
+        jax.block_until_ready(sums)
+    return jax.device_get((states.params, sums))
+
+
+WAYS = [
+    (data, 1, backend, accumulation)
+    for backend in ("shard_map", "pmap")
+    for data in (1, 2, 4, 8)
+    for accumulation in (1, 2)
+    if data > 1 or backend == "pmap"
+]
+SPLIT_WAYS = [(1, 8, "shard_map", 1), (2, 4, "shard_map", 2), (4, 2, "shard_map", 1)]
+QUICK = [("skyformer", [(8, 1, "shard_map", 1), (2, 4, "shard_map", 2), (4, 1, "pmap", 1)])]
 
 
 @pytest.mark.parametrize(
-    "name",
-    [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in attention.NAMES],
+    ("name", "ways"),
+    [
+        *QUICK,
+        *[pytest.param(name, WAYS, marks=pytest.mark.slow) for name in attention.NAMES],
+        *[pytest.param(name, SPLIT_WAYS, marks=pytest.mark.slow) for name in attention.SPLITTABLE],
+    ],
 )
-def test_devices_do_not_change_the_step(name):
-    """By SGD, which Adam's scale invariance would hide: 1, 2 and 8 devices, dropout and all."""
+def test_meshes_do_not_change_the_step(name, ways):
+    """Data and sequences divided, both back ends, in parts or not: as one device, dropout and all.
+
+    The dropout, the landmarks, padding and every attention's own random draws are those of a place
+    in the batch and in the sequence.
+    """
     config = tiny_config(name, num_layers=1)
+    params, sums = two_steps(config, 1, 1, "shard_map", 1)
     model, optimizer = models.build_model(config), optax.sgd(1.0)
-    batches = [random_batch(16, seed) for seed in range(2)]
-
-    def run(num_devices):
-        mesh = mesh_of(num_devices)
-        state = one_state(model, optimizer)
-        step = steps.make_train_step(model, optimizer, mesh, 2, READING)
-        for batch in batches:
-            state, sums = step(state, sharded(batch, mesh))
-            jax.block_until_ready(sums)
-        return jax.device_get((state.params, sums))
-
-    params, sums = run(1)
     initial = one_state(model, optimizer).params
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, initial)
     assert max(jax.tree.leaves(moved)) > 1e-3
-    for num_devices in (2, 8):
-        other_params, other_sums = run(num_devices)
+    assert sums["examples"] == [32] and sums["skipped"] == [0]
+    assert sums["gradient_norm"] > 0 and sums["mean_square"].shape == (1, 1)
+    for way in ways:
+        other_params, other_sums = two_steps(config, *way)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6),
             other_params,
             params,
         )
-        np.testing.assert_allclose(other_sums["loss"], sums["loss"], rtol=1e-5)
-        assert other_sums["examples"] == [32]
+        for of_way, expected in zip(other_sums.values(), sums.values(), strict=True):
+            np.testing.assert_allclose(of_way, expected, rtol=2e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_a_count():
+    """The token of one example is none of the vocabulary's: its embedding is NaN."""
+    model, optimizer = models.build_model(tiny_config("softmax", num_layers=1)), optax.adam(0.1)
+    mesh = mesh_of(2)
+    step = steps.make_train_step(model, optimizer, mesh, 4, READING, accumulation=2)
+    batches = [random_batch(8, seed) for seed in range(6)]
+    for bad in (1, 3):
+        batches[bad].tokens[5, 0] = 255
+    states, seen = one_state(model, optimizer), []
+    for i, batch in enumerate(batches):
+        before = jax.device_get(states)
+        states, sums = step(states, sharded(batch, mesh))
+        after = jax.device_get(states)
+        assert after.step == [i + 1]
+        same = jax.tree.map(np.array_equal, before.params, after.params)
+        assert any(jax.tree.leaves(same)) == all(jax.tree.leaves(same)) == (i in (1, 3))
+        same = jax.tree.map(np.array_equal, before.opt_state, after.opt_state)
+        assert all(jax.tree.leaves(same)) == (i in (1, 3))
+        assert np.isfinite(sums["loss"]).all()
+        seen.append([int(sums[name][0]) for name in ("examples", "skipped", "first_skipped")])
+    assert seen == [[8, 0, 0], [8, 1, 2], [16, 1, 2], [16, 2, 2], [8, 0, 0], [16, 0, 0]]
 
 
 def test_parts_calls_and_seeds_change_nothing(monkeypatch):
@@ -247,8 +292,8 @@ def test_what_is_fixed_stays_through_training_and_checkpoints(tmp_path):
     state, _ = step(state, sharded(random_batch(16), mesh))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.fixed), before)
     meta = {"step": 1, "validation": None}
-    with checkpoints.open_manager(tmp_path) as manager:
-        checkpoints.save(manager, steps.take(jax.device_get(state), 0), meta)
+    with checkpoints.open_saver(tmp_path) as save:
+        save(steps.take(jax.device_get(state), 0), meta)
     abstract = steps.abstract_state(config, model, optimizer)
     restored, _ = checkpoints.restore(tmp_path, 1, abstract)
     jax.tree.map(

@@ -9,9 +9,10 @@ run has several processes, all call these functions, with one folder that all of
 writes, every one reads and verifies for itself, and they agree on what they found.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +25,73 @@ from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 from skyformer_jax.training import processes
 
-# Metric of a checkpoint that was saved on the way, without a validation: never the best.
-NOT_VALIDATED = -1.0
-
 
 class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read, or is not what was written."""
 
 
-def _accuracy(metrics: dict[str, float]) -> float:
-    return metrics["accuracy"]
+class _Best:
+    """Preserves the checkpoint of the greatest accuracy, the first of equals; a policy of Orbax's.
+
+    Orbax would keep accuracies in files of its own, which no checksum covers: damaged, they have it
+    raise at every start, or delete the best.
+    """
+
+    def __init__(self, accuracies: dict[int, float]) -> None:
+        self._accuracies = accuracies
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each of the checkpoints that there are."""
+        del context
+        ranked = [c.step for c in checkpoints if c.step in self._accuracies]
+        best = max(ranked, key=lambda step: (self._accuracies[step], -step), default=None)
+        return [c.step == best for c in checkpoints]
 
 
-def open_manager(directory: Path) -> ocp.CheckpointManager:
-    """A manager that saves in the background and keeps the two latest and the best."""
-    return ocp.CheckpointManager(
-        directory.absolute(),
-        options=ocp.CheckpointManagerOptions(
-            best_fn=_accuracy,
-            best_mode="max",
-            cleanup_tmp_directories=True,
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [
-                    checkpoint_managers.LatestN(2),  # should the latest turn out to be damaged
-                    checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1),
-                ]
-            ),
-        ),
+def _accuracies(directory: Path) -> dict[int, float]:
+    """Validation accuracy of every checkpoint that was validated and whose meta can be read."""
+    found = {}
+    for step in steps(directory):
+        try:
+            validation = read_meta(directory, step)["validation"]
+        except DamagedCheckpointError as error:
+            say(str(error))
+            continue
+        if validation:
+            found[step] = validation["accuracy"]
+    return found
+
+
+@contextlib.contextmanager
+def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None]]:
+    """A function save(state, meta) that returns before the files are complete; the end waits.
+
+    The two latest checkpoints are kept, should the latest turn out to be damaged, and the best.
+    state is the TrainState, of NumPy arrays, which must not change. meta are JSON values;
+    meta["step"] numbers the checkpoint, meta["validation"]["accuracy"] ranks it (None: it is not
+    ranked).
+
+    Raises:
+      RuntimeError: in save, if Orbax declines to.
+      OSError, ValueError: in save or at the end, if an earlier save failed in the background.
+    """
+    accuracies = _accuracies(directory)
+    latest = checkpoint_managers.LatestN(2)
+    options = ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True,
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, _Best(accuracies)]),
     )
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+
+        def save(state: Any, meta: dict[str, Any]) -> None:
+            meta = {**meta, "digest": digest(state, meta)}
+            if meta["validation"]:
+                accuracies[meta["step"]] = meta["validation"]["accuracy"]
+            items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+            if not manager.save(meta["step"], args=ocp.args.Composite(**items), force=True):
+                raise RuntimeError(f"Orbax did not save step {meta['step']}")
+
+        yield save
 
 
 def digest(state: Any, meta: dict[str, Any]) -> str:
@@ -67,31 +107,6 @@ def digest(state: Any, meta: dict[str, Any]) -> str:
     rest = {key: value for key, value in meta.items() if key != "digest"}
     sha.update(json.dumps(rest, sort_keys=True).encode())
     return sha.hexdigest()
-
-
-def save(manager: ocp.CheckpointManager, state: Any, meta: dict[str, Any]) -> None:
-    """Starts saving; returns before the files are complete.
-
-    Args:
-      manager: of open_manager.
-      state: the TrainState, of NumPy arrays, which must not change.
-      meta: JSON values; meta["step"] numbers the checkpoint, meta["validation"]["accuracy"] ranks
-        it (None: it is not ranked).
-
-    Raises:
-      RuntimeError: if Orbax declines to save.
-      OSError, ValueError: if an earlier save failed in the background.
-    """
-    meta = {**meta, "digest": digest(state, meta)}
-    validation = meta["validation"] or {"accuracy": NOT_VALIDATED}
-    saved = manager.save(
-        meta["step"],
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-        metrics={"accuracy": validation["accuracy"]},
-        force=True,
-    )
-    if not saved:
-        raise RuntimeError(f"Orbax did not save step {meta['step']}")
 
 
 def steps(directory: Path) -> list[int]:
@@ -238,18 +253,10 @@ def find(directory: Path, which: str) -> int:
     if which == "latest":
         return found[-1]
     if which == "best":
-        ranked = []
-        for step in found:
-            try:
-                validation = read_meta(directory, step)["validation"]
-            except DamagedCheckpointError as error:
-                say(str(error))
-                continue
-            if validation:
-                ranked.append((validation["accuracy"], -step))
-        if not ranked:
+        accuracies = _accuracies(directory)
+        if not accuracies:
             raise UserError(f"no checkpoint of {directory} was validated; use --checkpoint=latest")
-        return -max(ranked)[1]
+        return max(accuracies, key=lambda step: (accuracies[step], -step))
     if which.isdigit() and int(which) in found:
         return int(which)
     raise UserError(

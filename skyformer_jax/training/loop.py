@@ -206,7 +206,7 @@ def _run(
                 "config": skyformer_jax.config.to_dict(one[0]),
             }
             state = jax.tree.map(np.asarray, steps.take(in_host, i))
-            checkpoints.save(managers[i], state, meta)
+            savers[i](state, meta)
 
     buckets = config.data.get("buckets", ())
     part = meshes.part_of_process(mesh)
@@ -238,7 +238,7 @@ def _run(
         stack.enter_context(contextlib.closing(progress))
         for log in run_logs:
             stack.enter_context(contextlib.closing(log))
-        managers = [stack.enter_context(checkpoints.open_manager(d)) for d in directories]
+        savers = [stack.enter_context(checkpoints.open_saver(d)) for d in directories]
         while step < settings.num_steps:
             with clock.input():
                 batch = stacked(streams, settings.steps_per_call)

@@ -367,7 +367,7 @@ def train_step(
     for gradient in jax.tree.leaves(gradients):
         finite &= jnp.isfinite(gradient).all()
     if statistics:
-        sums["gradient_norm"] = optax.global_norm(gradients)
+        sums["gradient_norm"] = optax.tree.norm(gradients)
         sums["mean_square"] /= sums["examples"]
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
