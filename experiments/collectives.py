@@ -23,14 +23,15 @@ def _bytes(shapes: str) -> int:
     return found
 
 
-def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes of the results of a program's collectives, on one device, loops' turns counted.
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """A program's collectives, on one device, those in loops as often as they turn.
 
     Args:
       text: the compiled program's, of jax.stages.Compiled.as_text().
 
     Returns:
-      For each kind that occurs, the bytes of an execution. An all-reduce of B bytes over S devices
+      For each kind that occurs, the count of an execution and the bytes of their results. An
+      all-reduce of B bytes over S devices
       sends about 2 B (S - 1) / S of them from each device, an all-gather B (S - 1) / S, a
       collective-permute B.
 
@@ -50,15 +51,21 @@ def collective_bytes(text: str) -> dict[str, int]:
         found: collections.Counter = collections.Counter()
         for line in computations[name]:
             if collective := _COLLECTIVE.search(line):
-                found[collective[2]] += _bytes(collective[1])
+                found[collective[2], "count"] += 1
+                found[collective[2], "bytes"] += _bytes(collective[1])
                 continue
             for called in _CALLED.findall(line):
                 inner = count(called)
                 trips = _TRIPS.search(line)
                 if inner and " while(" in line and not trips:
                     raise ValueError(f"unknown number of turns: {line.strip()[:200]}")
-                for kind, size in inner.items():
-                    found[kind] += size * (int(trips[1]) if trips else 1)
+                for key, number in inner.items():
+                    found[key] += number * (int(trips[1]) if trips else 1)
         return found
 
-    return dict(count(entry))
+    total = count(entry)
+    return {
+        kind: {what: total[kind, what] for what in ("count", "bytes")}
+        for kind in KINDS
+        if (kind, "count") in total
+    }

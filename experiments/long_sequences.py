@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from configs import common
-from experiments.collectives import collective_bytes
+from experiments.collectives import collectives
 from experiments.provenance import provenance, write_json
 from skyformer_jax import cli
 from skyformer_jax.data.batches import Batch
@@ -67,7 +67,7 @@ def measure(config: ml_collections.ConfigDict, parts: int, num_steps: int) -> di
     """Compiles and takes steps with every sequence in so many parts.
 
     Returns:
-      parts; bytes of temporaries, arguments and results on a device; collective_bytes on a device,
+      parts; bytes of temporaries, arguments and results on a device; collectives of a device,
       by kind; seconds of each step after the first; the losses.
     """
     length = config.model.max_length
@@ -91,7 +91,7 @@ def measure(config: ml_collections.ConfigDict, parts: int, num_steps: int) -> di
         "temporaries_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
-        "collective_bytes": collective_bytes(compiled.as_text()),
+        "collectives": collectives(compiled.as_text()),
         "seconds": [],
         "loss": [],
     }
@@ -158,7 +158,7 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['parts']} part(s): {row['temporaries_bytes'] / 2**20:8,.0f} MiB, "
-            f"{row['median_seconds']:6.1f} s a step, sends {row['collective_bytes']}"
+            f"{row['median_seconds']:6.1f} s a step, sends {row['collectives']}"
         )
 
 
