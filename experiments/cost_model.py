@@ -9,12 +9,13 @@ the devices S, all along the sequence, for the paper's model (2 layers, width 64
     Skyformer       t = n/S (r + L a) + its collectives on the wire
     exact, a ring   t = n/S r + L max(n^2/S b, 3 S passes on the wire) + those collectives
 
-with L layers; r seconds a token for all but the attention, a for Skyformer's attention, b for a pair
-of tokens in exact attention, forward and backward. b is that of the chunked Gaussian kernel: like
-softmax attention in a ring it holds no scores, and it has as many matrix products; dense softmax
-takes 4 to 13 times as long here, from 4,096 tokens on. A ring's passes are counted as hidden behind
-its products where they are shorter. An all-reduce over S takes log2(S) times the latency of one
-between two, and 2 (S - 1) / S times the bytes. Reads results/, writes JSON and a picture.
+with L layers; r seconds a token for all but the attention, a for Skyformer's attention, b for a
+pair of tokens in exact attention, forward and backward. b is that of the chunked Gaussian kernel:
+like softmax attention in a ring it holds no scores, and it has as many matrix products; dense
+softmax takes 4 to 13 times as long here, from 4,096 tokens on. A ring's passes are counted as
+hidden behind its products where they are shorter. An all-reduce over S takes log2(S) times the
+latency of one between two, and 2 (S - 1) / S times the bytes. Reads results/, writes JSON and a
+picture.
 """
 
 import json

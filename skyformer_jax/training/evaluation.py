@@ -232,6 +232,8 @@ def evaluate(
 
 def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     """That of training where these devices allow it, else all of them along data."""
+    if "parallel" not in config:  # as runs of the time before had it
+        return meshes.make_mesh()
     try:
         return meshes.make_mesh(*skyformer_jax.config.mesh_shape(config, jax.device_count()))
     except UserError:
