@@ -14,6 +14,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -40,7 +41,7 @@ from skyformer_jax.training import checkpoints, logs
 
 _KILLS = flags.DEFINE_integer("kills", 100, "Moments of SIGKILL.", lower_bound=1)
 _FAULTS = flags.DEFINE_list("faults", ["all"], "Which to try.")
-_SMALL = flags.DEFINE_bool("small", False, "One trial of each fault: two minutes.")
+_SMALL = flags.DEFINE_bool("small", False, "One trial of each fault.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments and places.")
 _DIR = flags.DEFINE_string("dir", "runs/faults", "Scratch folder.")
 _OUT = flags.DEFINE_string("out", "results/faults.json", "File to write.")
@@ -411,7 +412,7 @@ def kills(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row]:
     elif target == "final evaluation":
         aims.sort()
     rows, waiting = [], []
-    for life in range(len(aims) + 1):  # a run that ends before its kill is followed by another
+    for life in itertools.count():  # a run that ends before its kill is followed by another
         fresh = target == "preparation" and life == 0
         here = _new_place(lab, place / f"run-{life}", fresh_data=fresh)
         status = None
@@ -552,6 +553,8 @@ def full_disk(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row
         ran = _run(here, _later(seconds, fault, target))
         after = look(_workdir(here))
         detail = f"{spare:,} bytes left"
+        if not ran.phase:
+            raise NotTriedError("the run was over before its moment")
         if ran.status == 0:
             return [_row(ran.phase, detail, f"enough, {_SAME_END}", _finished(lab, here, ran))]
         line, problems = _complaint(ran)
@@ -584,7 +587,7 @@ def read_only(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row
 def _locked(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row]:
     """Takes the right to change the workdir, or its checkpoints only, from a run that goes on."""
     here = _new_place(lab, place / "run")
-    locked = _workdir(here) / ("checkpoints" if index % 2 else "")
+    locked = _workdir(here) / ("" if index % 2 else "checkpoints")
 
     def fault(process: subprocess.Popen, phase_now: Callable[[], str]) -> str:
         del process
