@@ -357,7 +357,7 @@ def _terminate(process: subprocess.Popen, phase_now: Callable[[], str]) -> str:
     return now
 
 
-def _complaint(ran: Ran) -> tuple[str, list[str]]:
+def complaint(ran: Ran) -> tuple[str, list[str]]:
     """The one line of a start that had to fail, and what is wrong with how it failed."""
     said = strays(ran.log)
     line = said[-1] if said else ""
@@ -536,7 +536,7 @@ def full_disk(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row
     with _small_disk(here / "disk", 24 if index else 8):
         if index == 0:
             ran = _run(here)
-            line, problems = _complaint(ran)
+            line, problems = complaint(ran)
             _command("mount", "-o", "remount,size=64m", here / "disk")
             end = _finish(lab, here, look(_workdir(here)))
             return [_row("before the start", "8 MiB", _LINE_THEN_SAME_END, problems + end, line)]
@@ -557,10 +557,10 @@ def full_disk(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row
             raise NotTriedError("the run was over before its moment")
         if ran.status == 0:
             return [_row(ran.phase, detail, f"enough, {_SAME_END}", _finished(lab, here, ran))]
-        line, problems = _complaint(ran)
+        line, problems = complaint(ran)
         if index % 2:  # impatience
             detail += ", and started again before there were more"
-            problems += _complaint(_run(here))[1]
+            problems += complaint(_run(here))[1]
         (here / "disk" / "filler").unlink(missing_ok=True)
         end = _finish(lab, here, after)
         return [_row(ran.phase, detail, _LINE_THEN_SAME_END, problems + end, line)]
@@ -577,7 +577,7 @@ def read_only(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row
             shutil.copytree(source, here / "disk", dirs_exist_ok=True)
         before = look(_workdir(here))
         _command("mount", "-o", "remount,ro", here / "disk")
-        line, problems = _complaint(_run(here))
+        line, problems = complaint(_run(here))
         _command("mount", "-o", "remount,rw", here / "disk")
         problems += _finish(lab, here, before)
     fell_in = ("before the start", "halfway", "finished")[index]
@@ -602,7 +602,7 @@ def _locked(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row]:
         if locked.exists():
             _command("chattr", "-i", locked)
     after = look(_workdir(here))
-    line, problems = _complaint(ran)
+    line, problems = complaint(ran)
     problems += _finish(lab, here, after)
     detail = f"no changes in {locked.relative_to(here / 'disk')} from then on"
     return [_row(ran.phase, detail, _LINE_THEN_SAME_END, problems, line)]
