@@ -358,7 +358,15 @@ def _terminate(process: subprocess.Popen, phase_now: Callable[[], str]) -> str:
 
 
 def complaint(ran: Ran) -> tuple[str, list[str]]:
-    """The one line of a start that had to fail, and what is wrong with how it failed."""
+    """Judges a start that had to fail.
+
+    Args:
+      ran: it.
+
+    Returns:
+      The last line that is no routine, and what is wrong: that it is not the only one, is not an
+      error's, or that the exit status is not that of a UserError.
+    """
     said = strays(ran.log)
     line = said[-1] if said else ""
     if ran.status is None:
@@ -710,16 +718,20 @@ def main() -> None:
     missing = [one for one in wanted if "{}-{}".format(*one) not in done]
     if missing:
         lab = _make_lab(scratch)
-        with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
-            futures = {pool.submit(_try, lab, *one): one for one in missing}
+        random.Random(_SEED.value).shuffle(missing)  # long and short mixed, for the time left
+        pool = concurrent.futures.ThreadPoolExecutor(_WORKERS)
+        try:
+            futures = {pool.submit(_try, lab, *one): "{}-{}".format(*one) for one in missing}
             completed = concurrent.futures.as_completed(futures)
             for future in track(completed, len(missing), "faults", "trials"):
-                name = "{}-{}".format(*futures[future])
+                name = futures[future]
                 done[name] = future.result()
                 for row in done[name]:
                     if row["ok"] is False:
                         say(f"FAILED {name} in {row['phase']}, {row['detail']}: {row['outcome']}")
                 write_json(memory, {"header": header, "done": done})
+        finally:
+            pool.shutdown(cancel_futures=True)  # those that have begun are finished
     rows = [row for one in wanted for row in done["{}-{}".format(*one)]]
     print(table(rows))
     failed = sum(row["ok"] is False for row in rows)
