@@ -61,6 +61,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     abstract_state = steps.abstract_state(config, model, optimizer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(full_disk(workdir))
+        stack.enter_context(processes.others_needed())
         with processes.together():
             if processes.is_first():
                 stack.enter_context(_open_workdirs(workdir, config, abstract_state))
