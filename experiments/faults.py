@@ -4,10 +4,12 @@
     python experiments/faults.py --faults=kill,flip --kills=20
 
 After every fault the next start must go on to the bit-identical end of an undisturbed run, or stop
-with one clear line; no finished checkpoint may be lost. The folder --dir keeps what was tried, so
-that the same command goes on where it was interrupted, and the logs of what failed. Full and
-read-only disks need the right to mount; what could not be tried is said to be so. Writes JSON with
-commit, versions and hardware; the exit status is 1 if any trial failed.
+with one clear line; no finished checkpoint may be lost. So must two processes with one run between
+them, of which one is killed or stopped; they are compared with two that nothing happened to. The
+folder --dir keeps what was tried, so that the same command goes on where it was interrupted, and
+the logs of what failed. Full and read-only disks need the right to mount; what could not be tried
+is said to be so. Writes JSON with commit, versions and hardware; the exit status is 1 if any trial
+failed.
 """
 
 import collections
@@ -30,14 +32,16 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import jax
+import numpy as np
 from absl import flags
 
 from experiments.provenance import provenance, write_json
-from skyformer_jax import cli
-from skyformer_jax.config import one_of
+from skyformer_jax import cli, models
+from skyformer_jax.config import one_of, read
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say, track
-from skyformer_jax.training import checkpoints, logs
+from skyformer_jax.training import checkpoints, logs, steps
 
 _KILLS = flags.DEFINE_integer("kills", 100, "Moments of SIGKILL.", lower_bound=1)
 _FAULTS = flags.DEFINE_list("faults", ["all"], "Which to try.")
@@ -64,15 +68,16 @@ _RUN = {
     # Relative to a trial's folder: checkpoints hold the config, and are to be the same in all.
     "data.dir": "data",
 }
+_NUM_STEPS_OF_TWO = 60  # two processes are slow on a small machine
 _KILLS_A_TRIAL = 5
 _SECONDS_A_RUN = 150  # beyond, it hangs
-_WORKERS = 2
+_WORKERS = 2  # processes that train at a time
 
 # What a run says when all is well, or when a checkpoint that we damaged is put aside.
 _ROUTINE = re.compile(
     r"training \w+ on |the training step compiled|step \d+/\d+  |going on from the checkpoint of "
     r"|preparing |.*, ETA |SIGTERM: stopping|stopped after step \d+; saved"
-    r"|checkpoint .* is damaged: .*; moved it to "
+    r"|checkpoint .* is damaged: .*; moved it to |\[Gloo\] Rank "
 )
 
 Row = dict[str, Any]
@@ -89,11 +94,13 @@ class Lab(NamedTuple):
       scratch: the folder of all, with the prepared data and compiled programs.
       end: what the undisturbed run came to, see ending.
       seconds: that it took.
+      processes: that a run has.
     """
 
     scratch: Path
     end: dict[str, Any]
     seconds: float
+    processes: int = 1
 
 
 class Ran(NamedTuple):
@@ -103,11 +110,13 @@ class Ran(NamedTuple):
       status: of its exit, None if it hung and was killed.
       log: its standard error.
       phase: that the fault fell in; "" if it was over before.
+      seconds: from the fault, or the start, to the end.
     """
 
     status: int | None
     log: str
     phase: str
+    seconds: float = 0.0
 
 
 class Seen(NamedTuple):
@@ -115,7 +124,7 @@ class Seen(NamedTuple):
 
     Attributes:
       steps: their numbers.
-      best: accuracy and minus the step of the best.
+      best: accuracy and minus the step of the best; -1 and 0 if none was validated.
       aside: what has been put aside as damaged or ahead.
     """
 
@@ -133,7 +142,7 @@ def look(run: Path, damaged: Collection[int] = ()) -> Seen:
     """The finished checkpoints of a run that is not running, but for the steps known as damaged."""
     directory = run / "checkpoints"
     steps = frozenset(checkpoints.steps(directory)) - set(damaged)
-    ranked = [(checkpoints.NOT_VALIDATED, 0)]
+    ranked = [(-1.0, 0)]
     for step in steps:
         with contextlib.suppress(checkpoints.DamagedCheckpointError):
             validation = checkpoints.read_meta(directory, step)["validation"]
@@ -175,8 +184,9 @@ def lost(before: Seen, after: Seen, log: str, ours: Collection[int] = ()) -> lis
 def ending(run: Path) -> dict[str, Any]:
     """What a finished run came to: digest of the last checkpoint, curve, and test result."""
     test = json.loads((run / "eval_test.json").read_text())
+    directory = run / "checkpoints"
     return {
-        "digest": checkpoints.read_meta(run / "checkpoints", NUM_STEPS)["digest"],
+        "digest": checkpoints.read_meta(directory, checkpoints.steps(directory)[-1])["digest"],
         "curve": [
             [entry[k] for k in ("step", "split", "loss", "accuracy")]
             for entry in logs.read_metrics(run / "metrics.jsonl")
@@ -195,14 +205,14 @@ def strays(log: str) -> list[str]:
     return [line for line in log.splitlines() if line.strip() and not _ROUTINE.match(line)]
 
 
-def phase(run: Path, data: Path, log: str) -> str:
+def phase(run: Path, data: Path, log: str, num_steps: int = NUM_STEPS) -> str:
     """What a run is, or was, about, by what is on disk and what it has said."""
     if not re.search(r"^(training|going on)", log, re.MULTILINE):
         begun = "preparing " in log and any(data.glob("*/*/incomplete.*"))
         return "preparation" if begun else "start-up"
     if (run / "eval_test.json").exists():
         return "finished"
-    if NUM_STEPS in checkpoints.steps(run / "checkpoints"):
+    if num_steps in checkpoints.steps(run / "checkpoints"):
         return "final evaluation"
     if "step compiled in" not in log:
         return "compiling"
@@ -283,15 +293,14 @@ def _new_place(lab: Lab, place: Path, *, fresh_data: bool = False) -> Path:
 Fault = Callable[[subprocess.Popen, Callable[[], str]], str]
 
 
-def _run(place: Path, fault: Fault | None = None) -> Ran:
-    """Starts train.py in a trial's folder, with a fault or none, and waits for its end."""
-    log = place / "logs" / f"{sum(1 for _ in (place / 'logs').iterdir())}.txt"
+def _start(place: Path, log: Path, words: Collection[str], settings: dict[str, Any]) -> Any:
+    """A process that trains in a trial's folder, by words that are train.py or stand for it."""
     command = [
         sys.executable,
-        str(ROOT / "train.py"),
+        *words,
         f"--config={ROOT}/configs/quickstart.py",
         f"--workdir={_workdir(place)}",
-        *(f"--config.{name}={value}" for name, value in _RUN.items()),
+        *(f"--config.{name}={value}" for name, value in (_RUN | settings).items()),
     ]
     environment = {
         **os.environ,
@@ -300,25 +309,67 @@ def _run(place: Path, fault: Fault | None = None) -> Ran:
         "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-
-    def phase_now() -> str:
-        return phase(_workdir(place), place / "data", log.read_text())
-
-    fell_in = ""
     with log.open("w") as file:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=file, cwd=place, env=environment
         )
+
+
+def _run_all(
+    place: Path,
+    settings: list[dict[str, Any]],
+    fault: Fault | None = None,
+    victim: int = 0,
+    words: Collection[str] = (f"{ROOT}/train.py",),
+) -> list[Ran]:
+    """Starts a process for each of the settings, one of them with a fault, and waits for all."""
+    number = len(list((place / "logs").iterdir()))
+    files = [place / "logs" / f"{number + i}.txt" for i in range(len(settings))]
+    num_steps = settings[0].get("train.num_steps", NUM_STEPS)
+
+    def phase_now() -> str:
+        return phase(_workdir(place), place / "data", files[0].read_text(), num_steps)
+
+    running, over, fell_in = [], [], ""
     try:
+        for file, one in zip(files, settings, strict=True):
+            running.append(_start(place, file, words, one))
         if fault is not None:
-            fell_in = fault(process, phase_now)
-        status = process.wait(_SECONDS_A_RUN)
-    except subprocess.TimeoutExpired:
-        status = None
+            fell_in = fault(running[victim], phase_now)
+        begin = time.monotonic()
+        for process, file in zip(running, files, strict=True):
+            try:
+                status = process.wait(max(0, begin + _SECONDS_A_RUN - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                status = None
+            over.append(Ran(status, file.read_text(), fell_in, time.monotonic() - begin))
     finally:
-        process.kill()
-        process.wait()
-    return Ran(status, log.read_text(), fell_in)
+        for process in running:
+            process.kill()
+            process.wait()
+    return over
+
+
+def _run(
+    place: Path,
+    fault: Fault | None = None,
+    words: Collection[str] = (f"{ROOT}/train.py",),
+    **settings: Any,
+) -> Ran:
+    """Starts train.py, with a fault or none, and waits for its end."""
+    return _run_all(place, [settings], fault, words=words)[0]
+
+
+def _run_two(place: Path, fault: Fault | None = None, victim: int = 0) -> list[Ran]:
+    """Starts two processes with one run between them, and waits for the end of both."""
+    common = {
+        "train.num_steps": _NUM_STEPS_OF_TWO,
+        "parallel.num_processes": 2,
+        # One for all, as checkpoints hold the config; below those that systems give to others.
+        "parallel.coordinator": "127.0.0.1:29431",
+    }
+    both = [{**common, "parallel.process_id": i} for i in range(2)]
+    return _run_all(place, both, fault, victim)
 
 
 def _wait(process: subprocess.Popen, when: Callable[[], bool]) -> bool:
@@ -391,8 +442,12 @@ def _finished(lab: Lab, place: Path, ran: Ran) -> list[str]:
 
 def _finish(lab: Lab, place: Path, before: Seen, ours: Collection[int] = ()) -> list[str]:
     """Starts undisturbed after a fault; what is wrong with where it comes to."""
-    ran = _run(place)
-    return lost(before, look(_workdir(place)), ran.log, ours) + _finished(lab, place, ran)
+    ran, *others = _run_two(place) if lab.processes == 2 else [_run(place)]
+    problems = lost(before, look(_workdir(place)), ran.log, ours) + _finished(lab, place, ran)
+    for other in others:
+        problems += [f"the other said: {line}" for line in strays(other.log)[:1]]
+        problems += [f"the other: exit status {other.status}"] if other.status != 0 else []
+    return problems
 
 
 def _row(fell_in: str, detail: str, outcome: str, problems: list[str], line: str = "") -> Row:
@@ -616,6 +671,91 @@ def _locked(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row]:
     return [_row(ran.phase, detail, _LINE_THEN_SAME_END, problems, line)]
 
 
+def not_a_number(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row]:
+    """A batch of which the model makes NaN, in runs that stop there, or skip such steps."""
+    non_finite = ("stop", "skip")[index % 2]
+    bad = rng.randrange(1, NUM_STEPS + 1)
+    here = _new_place(lab, place / "run")
+    words = (f"{ROOT}/experiments/poisoned.py", f"--poisoned_step={bad}")
+    ran = _run(here, words=words, **{"train.non_finite": non_finite})
+    after = look(_workdir(here))
+    detail = f"at step {bad}, train.non_finite={non_finite}"
+    if non_finite == "stop":
+        line, problems = complaint(ran)
+        if f" at step {bad}," not in line:
+            problems.append("the line does not name the step")
+        good = (bad - 1) // EVAL_EVERY * EVAL_EVERY
+        if after.newest != good:
+            problems.append(f"the newest checkpoint is {after.newest}, not {good}")
+        problems += _finish(lab, here, after)
+        return [_row("steps", detail, _LINE_THEN_SAME_END, problems, line)]
+    said = strays(ran.log)
+    line = said[0] if said else ""
+    problems = [f"exit status {ran.status}"] if ran.status != 0 else []
+    if len(said) != 1 or f" at step {bad}," not in line:
+        problems.append(f"{len(said)} lines instead of one that names the step")
+    if not problems:
+        problems += _skipped(lab, _workdir(here), bad)
+    return [
+        _row("steps", detail, "one step skipped and said so, parameters finite", problems, line)
+    ]
+
+
+def _skipped(lab: Lab, run: Path, bad: int) -> list[str]:
+    """What is wrong with a finished run that had to skip one step."""
+    problems = []
+    entries = logs.read_metrics(run / "metrics.jsonl")
+    window = -(-bad // _RUN["train.log_every"]) * _RUN["train.log_every"]
+    skipped = [[entry["step"], entry["skipped"]] for entry in entries if "skipped" in entry]
+    if skipped != [[window, 1]]:
+        problems.append(f"metrics.jsonl has as skipped {skipped}")
+    before = [row for row in lab.end["curve"] if row[0] < window]
+    if ending(run)["curve"][: len(before)] != before:
+        problems.append("another curve before that step")
+    config = read(run / "config.json")
+    abstract_state = steps.abstract_state(
+        config, models.build_model(config), steps.make_optimizer(config)
+    )
+    state, _ = checkpoints.restore(run / "checkpoints", NUM_STEPS, abstract_state)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+        problems.append("parameters that are not finite")
+    return problems
+
+
+def one_of_two(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row]:
+    """SIGKILL or SIGTERM to one of two processes, once training has begun."""
+    target = ("compiling", "steps", "save", "validation")[index // 2 % 4]
+    victim, fault = index // 2 % 2 ^ index // 4, (_kill, _terminate)[index % 2]
+    seconds = rng.uniform(0, lab.seconds / 2 if target == "steps" else _TARGETS.get(target, 0.2))
+    here = _new_place(lab, place / "run")
+    over = _run_two(here, _later(seconds, fault, target), victim)
+    fell_in, after = over[0].phase, look(_workdir(here))
+    detail = f"{fault.__name__[1:]} process {victim}, {seconds:.2f} s into {target}"
+    if not fell_in:
+        raise NotTriedError("the run was over before its moment")
+    other = over[1 - victim]
+    if fault is _kill:
+        said = strays(other.log)
+        ours = [line for line in said if line.startswith("error: another process of this run")]
+        how = "only lines of JAX's"
+        if ours:
+            how = "one clear line" + (" beside JAX's own" if len(said) > 1 else "")
+        outcome = f"the other ended by itself, {how}, then {_SAME_END}"
+        detail += f"; the other: exit status {other.status} after {other.seconds:.1f} s"
+        line = (ours or said or [""])[0]
+        problems = ["the other hung"] if other.status is None else []
+        problems += ["the other ended as if all were well"] if other.status == 0 else []
+    else:
+        saved = re.search(r"stopped after step (\d+); saved", over[0].log)
+        line = saved[0] if saved else ""
+        outcome = f"both stopped at one step, then {_SAME_END}" if saved else _SAME_END
+        problems = [f"exit status {ran.status}" for ran in over if ran.status != 0]
+        problems += [f"said: {text}" for ran in over for text in strays(ran.log)[:1]]
+        if saved and int(saved[1]) != after.newest:
+            problems.append(f"the newest checkpoint is {after.newest}")
+    return [_row(fell_in, detail, outcome, problems + _finish(lab, here, after), line)]
+
+
 # Each makes one trial in a folder of its own: the rows of what it tried and what came of it.
 FAULTS: dict[str, Callable[[Lab, Path, random.Random, int], list[Row]]] = {
     "kill": kills,
@@ -625,9 +765,20 @@ FAULTS: dict[str, Callable[[Lab, Path, random.Random, int], list[Row]]] = {
     "empty": functools.partial(damage, empty),
     "full-disk": full_disk,
     "read-only": read_only,
+    "nan": not_a_number,
+    "one-of-two": one_of_two,
 }
 # But for kill, whose number is asked for.
-_TRIALS = {"term": 10, "truncate": 5, "flip": 20, "empty": 2, "full-disk": 13, "read-only": 6}
+_TRIALS = {
+    "term": 8,
+    "truncate": 4,
+    "flip": 16,
+    "empty": 2,
+    "full-disk": 13,
+    "read-only": 6,
+    "nan": 6,
+    "one-of-two": 8,
+}
 
 
 def _make_lab(scratch: Path) -> Lab:
@@ -660,6 +811,23 @@ def _make_lab(scratch: Path) -> Lab:
 
     _run(_new_place(lab, scratch / "halfway"), halfway)
     return Lab(scratch, ends[0], seconds)
+
+
+def _make_lab_of_two(scratch: Path) -> Lab:
+    """Has two processes finish an undisturbed run."""
+    for name in ("data", "cache"):
+        (scratch / name).mkdir(parents=True, exist_ok=True)
+    lab = Lab(scratch, {}, 0.0, 2)
+    place = _new_place(lab, scratch / "two")
+    say("running two processes undisturbed, twice")
+    _run_two(place)  # makes what is prepared and compiled
+    _new_place(lab, place)
+    start = time.monotonic()
+    over = _run_two(place)
+    if any(ran.status != 0 for ran in over):
+        said = [line for ran in over for line in strays(ran.log)]
+        raise UserError(f"two undisturbed processes failed: {' '.join(said[-1:])}")
+    return lab._replace(end=ending(_workdir(place)), seconds=time.monotonic() - start)
 
 
 def _try(lab: Lab, fault: str, index: int) -> list[Row]:
@@ -716,14 +884,21 @@ def main() -> None:
             say(f"{memory} is of other code or settings; beginning anew")
     wanted = [(name, index) for name in names for index in range(numbers[name])]
     missing = [one for one in wanted if "{}-{}".format(*one) not in done]
-    if missing:
-        lab = _make_lab(scratch)
-        random.Random(_SEED.value).shuffle(missing)  # long and short mixed, for the time left
-        pool = concurrent.futures.ThreadPoolExecutor(_WORKERS)
+    random.Random(_SEED.value).shuffle(missing)  # long and short mixed, for the time left
+    of_two = [one for one in missing if one[0] == "one-of-two"]
+    of_one = [one for one in missing if one[0] != "one-of-two"]
+    for some, make_lab, workers in (
+        (of_one, _make_lab, _WORKERS),
+        (of_two, _make_lab_of_two, _WORKERS // 2),
+    ):
+        if not some:
+            continue
+        lab = make_lab(scratch)
+        pool = concurrent.futures.ThreadPoolExecutor(workers)
         try:
-            futures = {pool.submit(_try, lab, *one): "{}-{}".format(*one) for one in missing}
+            futures = {pool.submit(_try, lab, *one): "{}-{}".format(*one) for one in some}
             completed = concurrent.futures.as_completed(futures)
-            for future in track(completed, len(missing), "faults", "trials"):
+            for future in track(completed, len(some), "faults", "trials"):
                 name = futures[future]
                 done[name] = future.result()
                 for row in done[name]:

@@ -1,6 +1,7 @@
 """The soak script's own eyes: its damage is real, and what is lost or different is seen."""
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import faults
+from experiments import faults, poisoned
 from experiments.faults import Ran, Seen
+from skyformer_jax.data.batches import Examples
 from skyformer_jax.training import checkpoints
 
 STATE = {"w": np.arange(2000.0), "b": {"c": np.ones((3, 4), np.float32)}}
@@ -24,9 +26,9 @@ COMPILED = TRAINING + "the training step compiled in 1.0 s\n"
 def run(tmp_path_factory):
     """A workdir with checkpoints of steps 20, 40 and 60, of which 20 is the best."""
     workdir = tmp_path_factory.mktemp("run")
-    with checkpoints.open_manager(workdir / "checkpoints") as manager:
+    with checkpoints.open_saver(workdir / "checkpoints") as save:
         for step, validation in ((20, {"accuracy": 0.3}), (40, {"accuracy": 0.2}), (60, None)):
-            checkpoints.save(manager, STATE, {"step": step, "validation": validation})
+            save(STATE, {"step": step, "validation": validation})
     return workdir
 
 
@@ -82,8 +84,8 @@ def test_flipped(newest):
         else:
             np.testing.assert_array_equal(state["w"], STATE["w"])
         (newest / path).write_bytes(whole[path])
-    assert {Path("meta/metadata"), Path("metrics/metrics"), Path("state/d")} <= flipped
-    assert len(flipped) > 8
+    assert {Path("meta/metadata"), Path("state/d")} <= flipped
+    assert len(flipped) > 6
     assert refused > 2
 
 
@@ -159,6 +161,8 @@ def test_phases(tmp_path):
     assert phase(COMPILED + "step 30/200  loss 2.2\n") == "steps"
     assert phase(COMPILED + "step 40/200  loss 2.2\n") == "validation"
     assert phase(COMPILED + "step 40/200  validation loss 2.2\n") == "steps"
+    (directory / "60").mkdir()
+    assert faults.phase(run, data, COMPILED, 60) == "final evaluation"
     (directory / str(faults.NUM_STEPS)).mkdir()
     assert phase(COMPILED) == "final evaluation"
     (run / "eval_test.json").write_text("{}")
@@ -179,6 +183,13 @@ def test_one_clear_line():
         (None, routine),
     ):
         assert faults.complaint(Ran(status, log, "steps"))[1]
+
+
+def test_one_token_of_one_step_is_poisoned():
+    examples = Examples(np.zeros(120, np.uint8), np.arange(0, 121, 3), np.zeros(40, np.int32))
+    batches = poisoned.poisoned_batches(7, examples, 8, 3, seed=0, first_step=4)
+    sums = [int(batch.tokens.sum()) for batch in itertools.islice(batches, 5)]
+    assert sums == [0, 0, 255, 0, 0]  # steps 5 to 9
 
 
 @pytest.mark.slow
