@@ -8,8 +8,8 @@ from typing import Any
 
 import tqdm
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
 from skyformer_jax.progress import open_bar, say
 
@@ -41,8 +41,10 @@ class MetricsLog:
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         partial.replace(path)
         self._file = path.open("a")
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}"))
+        self._write_event(0, file_version="brain.Event:2")
         # Has TensorBoard hide what earlier files say of that step and later ones.
         self._write_event(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -55,7 +57,8 @@ class MetricsLog:
         self._events.flush()
 
     def _write_event(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._events.write(event.SerializeToString())
 
     def close(self) -> None:
         """Flushes both."""
