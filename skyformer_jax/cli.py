@@ -5,7 +5,7 @@ import logging as python_logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -62,6 +62,22 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return [argv[0]]
 
 
+def _without_late_arrays(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A sys.unraisablehook that leaves one error out of what report tells.
+
+    Where an array of a checkpoint cannot be read or written, Orbax closes its event loop while
+    TensorStore is still at others; of each of these comes a traceback when it arrives, beside the
+    error that matters.
+    """
+
+    def hook(unraisable: Any) -> None:
+        late = isinstance(unraisable.exc_value, RuntimeError) and unraisable.object is None
+        if not late or str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    return hook
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs main() with parsed flags; a UserError is printed without a traceback, exit status 2."""
 
@@ -71,6 +87,7 @@ def run(main: Callable[[], None]) -> None:
             # Orbax warns of its routine, and reports what it raises a second time.
             logging.set_verbosity(logging.FATAL)
             python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+            sys.unraisablehook = _without_late_arrays(sys.unraisablehook)
         try:
             main()
         except KeyboardInterrupt:

@@ -178,6 +178,21 @@ def test_what_one_process_cannot_do_ends_both(alone, tmp_path, data_dir):
     assert "/proc/nowhere" in other_stderr
 
 
+def test_the_end_of_another_process_is_one_line(monkeypatch):
+    """Where there is another, and no other failure is taken for it."""
+    reset = "UNKNOWN: Gloo all-reduce failed: Read error [::1]:5: Connection reset by peer"
+
+    def raised(text):
+        with pytest.raises(Exception) as info, processes.others_needed():
+            raise jax.errors.JaxRuntimeError(text)
+        return info.type
+
+    assert raised(reset) is jax.errors.JaxRuntimeError
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert raised(reset) is processes.LostProcessError
+    assert raised("RESOURCE_EXHAUSTED: out of memory") is jax.errors.JaxRuntimeError
+
+
 def test_what_does_not_add_up_is_one_line(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)

@@ -74,6 +74,7 @@ def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None
     Raises:
       RuntimeError: in save, if Orbax declines to.
       OSError, ValueError: in save or at the end, if an earlier save failed in the background.
+      LostProcessError: for what fails in its block, see processes.others_needed.
     """
     accuracies = _accuracies(directory)
     latest = checkpoint_managers.LatestN(2)
@@ -81,7 +82,8 @@ def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None
         cleanup_tmp_directories=True,
         preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, _Best(accuracies)]),
     )
-    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(ocp.CheckpointManager(directory.absolute(), options=options))
 
         def save(state: Any, meta: dict[str, Any]) -> None:
             meta = {**meta, "digest": digest(state, meta)}
@@ -91,7 +93,12 @@ def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None
             if not manager.save(meta["step"], args=ocp.args.Composite(**items), force=True):
                 raise RuntimeError(f"Orbax did not save step {meta['step']}")
 
-        yield save
+        try:
+            with processes.others_needed():
+                yield save
+        except processes.LostProcessError:
+            stack.pop_all()  # to close it would be to wait for that process
+            raise
 
 
 def digest(state: Any, meta: dict[str, Any]) -> str:

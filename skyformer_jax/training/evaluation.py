@@ -18,7 +18,7 @@ from skyformer_jax import tasks
 from skyformer_jax.attention import REGISTRY
 from skyformer_jax.data import store
 from skyformer_jax.data.batches import Batch, Examples, evaluation_batches, padded_length
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import UserError, full_disk
 from skyformer_jax.models import build_model
 from skyformer_jax.training import checkpoints, compilation, processes, steps
 from skyformer_jax.training import mesh as meshes
@@ -34,12 +34,9 @@ def load_split(config: ml_collections.ConfigDict, split: str) -> Examples:
       UserError: as the task's load; or if one is longer than model.max_length.
     """
     task = tasks.get(config.task)
-    examples = task.load(
-        split,
-        config.data.dir,
-        source=config.data.source or None,
-        **{option: config.data[option] for option in task.options if option in config.data},
-    )
+    options = {option: config.data[option] for option in task.options if option in config.data}
+    with full_disk(config.data.dir):  # the first use prepares the data
+        examples = task.load(split, config.data.dir, source=config.data.source or None, **options)
     padded_length(int(examples.lengths.max()), config.model.max_length, ())
     return examples
 
@@ -244,8 +241,9 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     if not processes.is_first():
         return
     partial = path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+    with full_disk(path.parent):
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(path)
 
 
 def _summary(results: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """What a run tells: the progress bar or lines, metrics.jsonl, TensorBoard, the learning curve."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 import tqdm
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
 from skyformer_jax.progress import open_bar, say
 
@@ -27,7 +30,8 @@ class MetricsLog:
     """Appends metrics to metrics.jsonl and to TensorBoard events.
 
     What an earlier, interrupted run logged after first_step is dropped: those steps are about to
-    be taken again.
+    be taken again. Events are written without tensorboardX's thread, which dies on a full disk and
+    then lets its writer wait for ever.
     """
 
     def __init__(self, workdir: Path, first_step: int) -> None:
@@ -37,21 +41,29 @@ class MetricsLog:
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         partial.replace(path)
         self._file = path.open("a")
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step + 1, flush_secs=30
-        )
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}"))
+        self._write_event(0, file_version="brain.Event:2")
+        # Has TensorBoard hide what earlier files say of that step and later ones.
+        self._write_event(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, split: str, **metrics: float) -> None:
         """One line and one set of scalars, split/name."""
         self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            self._write_event(step, summary=summary.scalar(f"{split}/{name}", value))
+        self._events.flush()
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._events.write(event.SerializeToString())
 
     def close(self) -> None:
         """Flushes both."""
-        self._file.close()
-        self._events.close()
+        with contextlib.closing(self._events):
+            self._file.close()
 
 
 class Progress:

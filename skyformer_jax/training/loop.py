@@ -22,7 +22,7 @@ from skyformer_jax.data.batches import (
     training_batches,
     training_rows,
 )
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import UserError, full_disk
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import say
 from skyformer_jax.training import checkpoints, compilation, evaluation, logs, processes, steps
@@ -60,6 +60,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     optimizer = steps.make_optimizer(config)
     abstract_state = steps.abstract_state(config, model, optimizer)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(full_disk(workdir))
+        stack.enter_context(processes.others_needed())
         with processes.together():
             if processes.is_first():
                 stack.enter_context(_open_workdirs(workdir, config, abstract_state))
@@ -137,8 +139,7 @@ def _run(
     table = steps.make_table(train_split, mesh) if settings.steps_per_call > 1 else None
     predict_step = steps.make_predict_step(model, mesh, reading)
     schedule = steps.learning_rate_schedule(config)
-    # One process writes for all.
-    run_logs = [logs.MetricsLog(run, step) for _, run in runs] if processes.is_first() else []
+    run_logs = []
     progress = logs.Progress(step, settings.num_steps)
     outstanding = collections.deque()  # (step, its sums, still on their way)
     clock = _Clock(step)
@@ -234,10 +235,9 @@ def _run(
             for seed in seeds
         ]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_disk_errors(directories[0].parent))
         stack.enter_context(contextlib.closing(progress))
-        for log in run_logs:
-            stack.enter_context(contextlib.closing(log))
+        for _, run in runs if processes.is_first() else []:  # one process writes for all
+            run_logs.append(stack.enter_context(contextlib.closing(logs.MetricsLog(run, step))))
         savers = [stack.enter_context(checkpoints.open_saver(d)) for d in directories]
         while step < settings.num_steps:
             with clock.input():
@@ -367,21 +367,6 @@ class _Clock:
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin
-
-
-@contextlib.contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    """Turns a failed write of a checkpoint, which Orbax raises in many shapes, into one line."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        if any(word in text for word in ("No space left", "ENOSPC", "EDQUOT", "Quota exceeded")):
-            raise UserError(
-                f"the disk of {directory} is full; finished checkpoints are kept: free some space "
-                "and start the same command to go on"
-            ) from error
-        raise
 
 
 def _check_disk(workdir: Path, num_runs: int, abstract_state: steps.TrainState) -> None:

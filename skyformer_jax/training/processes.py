@@ -18,6 +18,21 @@ from skyformer_jax import progress
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 
+# How JAX and its collectives (Gloo, NCCL) speak of a process that is gone.
+_LOST = (
+    "Connection reset by peer",
+    "Connection closed by peer",
+    "Broken pipe",
+    "Socket closed",
+    "remote process exited",
+    "heartbeat timeout",
+    "CoordinationServiceError",
+)
+
+
+class LostProcessError(UserError):
+    """Another process of the run is gone; nothing that needs it can be done."""
+
 
 def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the other processes; to be called before anything else asks JAX for its devices.
@@ -88,6 +103,28 @@ def together() -> Iterator[None]:
     failed = [i for i, bad in enumerate(of_all(0)) if bad]
     if failed:
         raise UserError(f"process {failed[0]} stopped; what it printed says why")
+
+
+@contextlib.contextmanager
+def others_needed() -> Iterator[None]:
+    """Says in one line what a computation's failure means if it is another process's end.
+
+    JAX itself aborts a process, with lines of its own, once it knows that another one is gone: at
+    once if that was process 0, else after a hundred seconds.
+
+    Raises:
+      LostProcessError: then.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        if jax.process_count() == 1 or not any(words in reason for words in _LOST):
+            raise
+        raise LostProcessError(
+            f"another process of this run ended; what it printed says why. Start all of them again "
+            f"to go on. ({reason[:200]})"
+        ) from error
 
 
 @contextlib.contextmanager
