@@ -9,18 +9,11 @@ from ml_collections import ConfigDict
 from test_runs import TINY
 
 from configs import quickstart
-from skyformer_jax import tasks, training
+from skyformer_jax import training
 from skyformer_jax.errors import UserError
 from skyformer_jax.training import loop
 
 BAD = 11
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    tasks.get("listops_small").load("test", folder)
-    return folder
 
 
 def tiny_config(data_dir, **changes):

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from test_runs import TINY, train_command
 
-from skyformer_jax import tasks
 from skyformer_jax.config import read
 from skyformer_jax.models import build_model
 from skyformer_jax.training import checkpoints, processes, steps
@@ -58,13 +57,6 @@ def finish(*running):
             process.kill()
     clean = [[re.sub(r"\[Gloo\].*\n", "", text) for text in end] for end in ends]
     return [(process.returncode, *end) for process, end in zip(running, clean, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    tasks.get("listops_small").load("test", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

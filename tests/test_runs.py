@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from skyformer_jax import tasks, training
+from skyformer_jax import training
 from skyformer_jax.config import read
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
@@ -70,13 +70,6 @@ def start_and_signal(command, number, when):
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     return process.returncode, stderr
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    tasks.get("listops_small").load("test", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
