@@ -170,6 +170,61 @@ def test_what_one_process_cannot_do_ends_both(alone, tmp_path, data_dir):
     assert "/proc/nowhere" in other_stderr
 
 
+FIND = """
+import jax
+from skyformer_jax.training import processes
+processes.start("auto")
+print(jax.process_index(), jax.process_count(), processes.of_all(10 + jax.process_index()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["slurm", "ompi", "jax"])
+def test_processes_find_each_other_by_the_environment(launcher):
+    """By the variables that the launchers set, which stand in for them here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = port % 2**12  # of which JAX makes a port
+    variables = {
+        "slurm": {
+            "SLURM_JOB_ID": f"{job}",
+            "SLURM_STEP_NODELIST": "127.0.0.1",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": "{i}",
+            "SLURM_LOCALID": "{i}",
+        },
+        "ompi": {
+            "OMPI_MCA_orte_hnp_uri": f"{job * 2**12}.0;tcp://127.0.0.1:1",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": "{i}",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "{i}",
+        },
+        "jax": {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": "{i}",
+        },
+    }[launcher]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIND],
+            env={
+                **environment(1),
+                "PYTHONPATH": str(ROOT),
+                **{name: value.format(i=i) for name, value in variables.items()},
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for i, (status, out, stderr) in enumerate(finish(*running)):
+        assert status == 0, stderr
+        assert out.strip() == f"{i} 2 [10, 11]"
+
+
 def test_the_end_of_another_process_is_one_line(monkeypatch):
     """Where there is another, and no other failure is taken for it."""
     reset = "UNKNOWN: Gloo all-reduce failed: Read error [::1]:5: Connection reset by peer"
