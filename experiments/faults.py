@@ -772,11 +772,11 @@ FAULTS: dict[str, Callable[[Lab, Path, random.Random, int], list[Row]]] = {
 }
 # But for kill, whose number is asked for.
 _TRIALS = {
-    "term": 6,
+    "term": 5,
     "truncate": 3,
-    "flip": 10,
+    "flip": 8,
     "empty": 2,
-    "full-disk": 9,
+    "full-disk": 7,
     "read-only": 6,
     "nan": 4,
     "one-of-two": 8,

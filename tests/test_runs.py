@@ -284,9 +284,11 @@ def test_the_best_and_the_two_latest_are_kept(tmp_path):
                 accuracy = accuracies[step]
                 validation = None if accuracy is None else {"accuracy": accuracy}
                 save_one({"w": np.ones(3)}, {"step": step, "validation": validation})
+        assert not list((tmp_path / "deleted").glob("*"))
         return checkpoints.steps(tmp_path)
 
     assert save(1, 2, 3, 4) == [2, 3, 4]
+    (tmp_path / "deleted" / "4" / "state").mkdir(parents=True)  # as a kill leaves it
     assert save(5, 6) == [2, 5, 6]
     assert checkpoints.find(tmp_path, "best") == 2
     for path in (tmp_path / "2").rglob("*"):  # the best one's meta

@@ -12,6 +12,7 @@ writes, every one reads and verifies for itself, and they agree on what they fou
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from orbax.checkpoint import checkpoint_managers
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 from skyformer_jax.training import processes
+
+_DELETED = "deleted"
 
 
 class DamagedCheckpointError(UserError):
@@ -62,6 +65,16 @@ def _accuracies(directory: Path) -> dict[int, float]:
     return found
 
 
+def _remove_deleted(directory: Path) -> None:
+    """Removes what Orbax has moved away.
+
+    If it deleted checkpoints where they lie, a kill might leave a half of one that looks finished.
+    """
+    if processes.is_first():
+        for path in (directory / _DELETED).glob("*"):
+            shutil.rmtree(path)
+
+
 @contextlib.contextmanager
 def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None]]:
     """A function save(state, meta) that returns before the files are complete; the end waits.
@@ -76,10 +89,12 @@ def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None
       OSError, ValueError: in save or at the end, if an earlier save failed in the background.
       LostProcessError: for what fails in its block, see processes.others_needed.
     """
+    _remove_deleted(directory)
     accuracies = _accuracies(directory)
     latest = checkpoint_managers.LatestN(2)
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True,
+        todelete_subdir=_DELETED,
         preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, _Best(accuracies)]),
     )
     with contextlib.ExitStack() as stack:
@@ -92,6 +107,7 @@ def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None
             items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
             if not manager.save(meta["step"], args=ocp.args.Composite(**items), force=True):
                 raise RuntimeError(f"Orbax did not save step {meta['step']}")
+            _remove_deleted(directory)
 
         try:
             with processes.others_needed():
@@ -99,6 +115,7 @@ def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None
         except processes.LostProcessError:
             stack.pop_all()  # to close it would be to wait for that process
             raise
+    _remove_deleted(directory)
 
 
 def digest(state: Any, meta: dict[str, Any]) -> str:

@@ -371,8 +371,8 @@ class _Clock:
 
 def _check_disk(workdir: Path, num_runs: int, abstract_state: steps.TrainState) -> None:
     """Raises a UserError where the checkpoints of a run would not fit."""
-    # Three checkpoints kept, and one being written.
-    needed = 4 * num_runs * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+    # Three checkpoints kept, one being written, and one about to be removed.
+    needed = 5 * num_runs * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
     needed += 16 << 20
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
