@@ -478,7 +478,7 @@ def kills(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row]:
         aims.sort()
     rows, waiting = [], []
     for life in itertools.count():  # a run that ends before its kill is followed by another
-        fresh = target == "preparation" and life == 0
+        fresh = aims[0] == "preparation"  # else it would never come
         here = _new_place(lab, place / f"run-{life}", fresh_data=fresh)
         status = None
         while status != 0:
