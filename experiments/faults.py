@@ -78,6 +78,7 @@ _ROUTINE = re.compile(
     r"training \w+ on |the training step compiled|step \d+/\d+  |going on from the checkpoint of "
     r"|preparing |.*, ETA |SIGTERM: stopping|stopped after step \d+; saved"
     r"|checkpoint .* is damaged: .*; moved it to |\[Gloo\] Rank "
+    r"|W\d+ .*preemption_notifier.cc:\d+\] SIGTERM caught at "
 )
 
 Row = dict[str, Any]
@@ -478,7 +479,7 @@ def kills(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Row]:
         aims.sort()
     rows, waiting = [], []
     for life in itertools.count():  # a run that ends before its kill is followed by another
-        fresh = target == "preparation" and life == 0
+        fresh = aims[0] == "preparation"  # else it would never come
         here = _new_place(lab, place / f"run-{life}", fresh_data=fresh)
         status = None
         while status != 0:
@@ -728,7 +729,7 @@ def one_of_two(lab: Lab, place: Path, rng: random.Random, index: int) -> list[Ro
     """SIGKILL or SIGTERM to one of two processes, once training has begun."""
     target = ("compiling", "steps", "save", "validation")[index // 2 % 4]
     victim, fault = (index // 2 + index // 4) % 2, (_kill, _terminate)[index % 2]
-    seconds = rng.uniform(0, lab.seconds / 2 if target == "steps" else _TARGETS.get(target, 0.2))
+    seconds = rng.uniform(0, {"steps": 2.0, **_TARGETS}.get(target, 0.2))
     here = _new_place(lab, place / "run")
     over = _run_two(here, _later(seconds, fault, target), victim)
     fell_in, after = over[0].phase, look(_workdir(here))
