@@ -65,6 +65,6 @@ def test_a_run_of_nothing_but_bad_steps_stops_in_any_case(tmp_path):
     sums = {"skipped": np.array([8]), "first_skipped": np.array([9]), "examples": np.array([0.0])}
     runs = [(ConfigDict({"seed": 4}), tmp_path)]
     with pytest.raises(UserError, match=r"step 9, seed 4;.*none of the 8 steps up to 16"):
-        loop._check_finite(config, sums, 16, runs)
+        loop._check_finite(config, sums, 16, runs, tell=True)
     some = jax.tree.map(lambda x: x * 0 + 1, sums)
-    loop._check_finite(config, some, 16, runs)
+    loop._check_finite(config, some, 16, runs, tell=True)

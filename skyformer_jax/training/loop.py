@@ -153,7 +153,7 @@ def _run(
         if not logging and done % settings.eval_every:
             return
         sums = jax.device_get(sums)
-        _check_finite(config, sums, done, runs)
+        _check_finite(config, sums, done, runs, tell=logging)
         if not logging:
             return
         lap = clock.lap(done)
@@ -258,7 +258,7 @@ def _run(
                     save(validate())
             if stopping:
                 if not due:
-                    _check_finite(config, jax.device_get(sums), step, runs)
+                    _check_finite(config, jax.device_get(sums), step, runs, tell=False)
                     save([None] * len(seeds))
                 break
     return step
@@ -277,14 +277,17 @@ def _check_finite(
     sums: dict[str, np.ndarray],
     done: int,
     runs: list[tuple[ml_collections.ConfigDict, Path]],
+    *,
+    tell: bool,
 ) -> None:
-    """Raises a UserError, or says so, where loss or gradients of a step were not finite.
+    """Raises a UserError where loss or gradients of a step were not finite and must not be.
 
     Args:
       config: says which.
       sums: of all seeds, since the last multiple of train.log_every.
       done: the step that they reach to.
       runs: of the seeds.
+      tell: whether to say what was skipped.
     """
     for skipped, first, examples, (one, run) in zip(
         sums["skipped"], sums["first_skipped"], sums["examples"], runs, strict=True
@@ -302,7 +305,8 @@ def _check_finite(
                     else f" (none of the {skipped} steps up to {done} was finite)"
                 )
             )
-        say(f"{what}; {skipped} step(s) up to {done} skipped")
+        if tell:
+            say(f"{what}; {skipped} step(s) up to {done} skipped")
 
 
 def _statistics(sums: dict[str, np.ndarray], num_steps: int) -> dict[str, float]:
