@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import import_script
 
-from experiments import faults, poisoned
-from experiments.faults import Ran, Seen
 from skyformer_jax.data.batches import Examples
 from skyformer_jax.training import checkpoints
+
+faults, poisoned = import_script("faults"), import_script("poisoned")
+Ran, Seen = faults.Ran, faults.Seen
 
 STATE = {"w": np.arange(2000.0), "b": {"c": np.ones((3, 4), np.float32)}}
 TRAINING = "training skyformer on listops_small: 50,000 examples\n"

@@ -15,6 +15,7 @@ import skyformer_jax
 from skyformer_jax import attention, layers, nnx_layers
 
 LENGTH, WIDTH, HEADS, HEAD_DIM = 20, 16, 2, 8
+QUICK = ("softmax", "kernelized", "skyformer", "linformer", "reformer")
 all_attentions = pytest.mark.parametrize("name", attention.NAMES)
 LAYER_OPTIONS = {
     **SMALL,
@@ -58,7 +59,14 @@ def flax_modules(name, dropout=0.0):
     return linen, params, of_nnx
 
 
-@all_attentions
+# Of each kind one by default: with landmarks, with shared queries and keys, with arrays of its own.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in attention.NAMES
+    ],
+)
 def test_flax_modules_take_the_attention(name, batch):
     """Same numbers in linen, in NNX and by hand, for every form of Flax's padding masks."""
     x, mask = batch

@@ -133,7 +133,9 @@ def test_dropout_depends_on_its_key_alone():
     np.testing.assert_array_equal(models.dropout(keys[0], x[0], 0.0), x[0])
 
 
-@pytest.mark.parametrize("name", ["skyformer", "performer"])  # learned parts, and fixed ones
+@pytest.mark.parametrize(  # learned parts, and fixed ones
+    "name", ["skyformer", pytest.param("performer", marks=pytest.mark.slow)]
+)
 def test_recomputed_blocks_are_the_same(name):
     """Logits and gradients, with the same parameters, and less memory for gradients."""
     tokens, mask = batch()

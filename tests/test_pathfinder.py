@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from scripts import import_script
 
-from experiments.pathfinder_check import statistics
 from skyformer_jax.data import pathfinder
 from skyformer_jax.errors import UserError
+
+statistics = import_script("pathfinder_check").statistics
 
 ALL = list(itertools.product(pathfinder.SIZES, pathfinder.DIFFICULTIES))
 # Drawing pairs of long targets into little space takes a thousand tries each.

@@ -132,6 +132,7 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path, d
     assert curve(workdir) == curve(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_seeds_at_once_are_runs_of_their_own(undisturbed, tmp_path, data_dir):
     """Two seeds in one program, killed between their saves: the first is the undisturbed run."""
     workdir = tmp_path / "seeds"
@@ -298,7 +299,9 @@ def test_the_best_and_the_two_latest_are_kept(tmp_path):
     assert checkpoints.find(tmp_path, "best") == 7
 
 
-@pytest.mark.parametrize("damage", [flip_bytes, truncate, empty])
+@pytest.mark.parametrize(
+    "damage", [flip_bytes, *(pytest.param(x, marks=pytest.mark.slow) for x in (truncate, empty))]
+)
 def test_a_damaged_newest_checkpoint_is_put_aside(undisturbed, tmp_path, damage, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed[0], workdir)

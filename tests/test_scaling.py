@@ -6,15 +6,17 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from scripts import import_script
 from test_model import tiny_config
 
-from experiments import long_sequences
 from experiments.collectives import collectives
 from skyformer_jax import models
 from skyformer_jax.attention import kernelized_attention, skyformer_attention
 from skyformer_jax.data.batches import Batch
 from skyformer_jax.training import mesh as meshes
 from skyformer_jax.training import steps
+
+long_sequences = import_script("long_sequences")
 
 
 def compiled_step(length, parts=8, **changes):

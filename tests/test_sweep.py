@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import import_script
 from test_runs import TINY
 
-from experiments import grid, sweep
+from experiments import grid
 from skyformer_jax.config import read
 from skyformer_jax.errors import UserError
 from skyformer_jax.training.evaluation import config_digest, wilson_interval
+
+sweep = import_script("sweep")
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
