@@ -209,16 +209,13 @@ def _chunked_value(
 _chunked = jax.custom_vjp(_chunked_value, nondiff_argnums=(4, 5))
 
 
-def _chunked_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    scale: jax.Array,
-    query_rows: int,
-    key_rows: int,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out = _chunked_value(query, key, value, scale, query_rows, key_rows)
-    return out, (query, key, value, scale)
+def _keeping_arrays(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The first half of a gradient rule: the function, and its first four arguments to keep."""
+
+    def forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return function(*arguments), arguments[:4]
+
+    return forward
 
 
 def _chunked_backward(
@@ -257,7 +254,7 @@ def _chunked_backward(
     return tuple(g.astype(x.dtype) for g, x in zip(gradients, residuals, strict=True))
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_chunked.defvjp(_keeping_arrays(_chunked_value), _chunked_backward)
 
 
 # For keys and values that are split over devices: they go round a ring, past the queries of each.
@@ -283,18 +280,6 @@ def _ring_value(
 
 
 _ring = jax.custom_vjp(_ring_value, nondiff_argnums=(4, 5))
-
-
-def _ring_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    scale: jax.Array,
-    axis_name: str,
-    implementation: str,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out = _ring_value(query, key, value, scale, axis_name, implementation)
-    return out, (query, key, value, scale)
 
 
 def _ring_backward(
@@ -324,7 +309,7 @@ def _ring_backward(
     return tuple(g.astype(x.dtype) for g, x in zip(gradients, residuals, strict=True))
 
 
-_ring.defvjp(_ring_forward, _ring_backward)
+_ring.defvjp(_keeping_arrays(_ring_value), _ring_backward)
 
 
 def kernelized_attention(
