@@ -49,6 +49,10 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
     one_of("model.dtype", config.model.dtype, models.DTYPES)
     one_of("model.positions", config.model.positions, models.POSITIONS)
     one_of("train.non_finite", config.train.non_finite, NON_FINITE)
+    if config.model.positions == "sinusoidal" and config.model.width % 2:
+        raise UserError(
+            f"model.width must be even for model.positions=sinusoidal; got {config.model.width}"
+        )
 
     model, train = config.model, config.train
     positive = {f"model.{k}": v for k, v in model.items() if type(v) is int}

@@ -342,6 +342,7 @@ def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):
         ({"attention.name": "skyfomer"}, "did you mean 'skyformer'"),
         ({"attention.name": "softmax"}, "--config=FILE:softmax"),
         ({"model.pooling": "max"}, "mean, cls, padded_mean"),
+        ({"model.positions": "sinusoidal", "model.width": 15}, "must be even"),
         ({"train.num_steps": 0}, "at least 1"),
         ({"train.warmup_steps": NUM_STEPS}, "train.num_steps - 1"),
         ({"model.max_length": 20}, "at least 48"),
