@@ -46,8 +46,10 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         _, _, own = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
         raise UserError(own.strip() or str(error)) from None
     except (AttributeError, KeyError) as error:
-        text = str(error.args[0]).strip("'\"").replace("\\n", " ").replace("'", "")
-        raise UserError(f"no such config field: {text}") from None
+        reason = error.args[0]
+        if isinstance(reason, KeyError):  # in which ml_collections wraps it
+            reason = reason.args[0]
+        raise UserError(f"no such config field: {' '.join(str(reason).split())}") from None
     except (OSError, TypeError, ValueError) as error:
         raise UserError(str(error)) from None
     if len(rest) > 1:

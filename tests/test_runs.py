@@ -338,7 +338,7 @@ def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train.batchsize": 3}, "batch_size"),
+        ({"train.batchsize": 3}, "field: 'batchsize' Did you mean \"batch_size\" instead"),
         ({"attention.name": "skyfomer"}, "did you mean 'skyformer'"),
         ({"attention.name": "softmax"}, "--config=FILE:softmax"),
         ({"model.pooling": "max"}, "mean, cls, padded_mean"),

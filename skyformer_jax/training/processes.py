@@ -59,7 +59,7 @@ def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> Non
             process_id=index if index >= 0 else None,
         )
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
             f"parallel.coordinator={coordinator}: {reason}; name host:port of process 0, "
             "parallel.num_processes and parallel.process_id (0 to num_processes - 1)"
