@@ -4,7 +4,7 @@ Data: 50,000 / 2,000 / 5,000 expressions of 5 to 47 tokens, at most 4 levels dee
 and in the file format of the full task (configs/listops.py), generated on the first run.
 
 The learning rate is higher, and the batch larger, than in the paper's setting, since short
-sequences allow both; 32 landmarks stand for the at most 94 rows of queries and keys.
+sequences allow both; 32 landmarks or features stand for the at most 94 rows of queries and keys.
 
     python train.py --config=configs/quickstart.py
     python train.py --config=configs/quickstart.py:softmax
@@ -19,8 +19,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """argument: "attention"."""
     attention, _ = common.parse(argument)
     config = common.paper_config("listops_small", attention, max_length=48)
-    if attention == "skyformer":
-        config.attention.num_landmarks = 32
+    common.use_few_landmarks(config)
     config.train.num_steps = 1200
     config.train.batch_size = 128
     config.train.learning_rate = 2e-3
