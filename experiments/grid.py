@@ -124,7 +124,7 @@ def _make_cell(
         *(f"--config.{setting}" for setting in settings),
         f"--config.seed={seed}",
     )
-    config = _parse_config(arguments)
+    config = parse_config(arguments)
     if (config.attention.name, config.seed, config.num_seeds) != (attention_name, seed, 1):
         raise UserError("--set cannot set attention.name, seed or num_seeds: each cell has its own")
     skyformer_jax.config.check(config, num_devices=1)
@@ -143,7 +143,7 @@ def _make_cell(
     )
 
 
-def _parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """The config that train.py makes of these arguments."""
     values, argv = flags.FlagValues(), ["train.py", *arguments]
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)

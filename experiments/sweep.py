@@ -5,6 +5,7 @@ r"""Trains a grid of task x attention x seed, and makes the table that a reprodu
 
 Without flags it is the paper's table 1: five tasks, nine attentions, three seeds. With those above:
 
+    --small            a grid for a CPU: the variant small, still shorter; some minutes a cell
     --devices=0,1,2,3  a GPU for each of four workers; --devices=0 --workers=3 shares one
     --table            makes the table of what there is so far, and starts nothing
     --slurm=sweep.sh   writes a script for sbatch, which trains each cell in a job of a cluster
@@ -56,34 +57,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tqdm
 from absl import flags
 
+from experiments import grid_flags
 from experiments.grid import (
     NOT_SETTING,
     ROOT,
     TRAINABLE,
     Cell,
-    make_grid,
     read_cell,
     summarise,
     table,
 )
 from experiments.provenance import write_json
-from skyformer_jax import attention, cli
+from skyformer_jax import cli
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import open_bar, say
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
-_CONFIGS = flags.DEFINE_list(
-    "configs", "listops,text,retrieval,image,pathfinder", "Names of files in configs/."
-)
-_ATTENTIONS = flags.DEFINE_list("attentions", list(attention.NAMES), "Which.")
-_SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Numbers.")
-_VARIANT = flags.DEFINE_string("variant", "", "Of the configs: paper or small.")
-_SET = flags.DEFINE_multi_string(
-    "set", [], "[CONFIG:]FIELD=VALUE, an override of all cells or of one config's; repeatable."
-)
-_DIR = flags.DEFINE_string("dir", "runs/sweep", "Folder of the cells' folders.")
-_OUT = flags.DEFINE_string("out", "results/sweep.json", "File to write.")
+flags.adopt_module_key_flags(grid_flags)
 _WORKERS = flags.DEFINE_integer(
     "workers", None, "Cells trained at a time; default: one, or one a device.", lower_bound=1
 )
@@ -392,14 +383,14 @@ def _outcome(row: dict[str, Any]) -> str:
 def _command() -> list[str]:
     """This command, with what decides the grid."""
     given = {
-        "configs": ",".join(_CONFIGS.value),
-        "attentions": ",".join(_ATTENTIONS.value),
-        "seeds": ",".join(_SEEDS.value),
-        "variant": _VARIANT.value,
-        "dir": _DIR.value,
-        "out": _OUT.value,
+        "configs": ",".join(grid_flags.CONFIGS.value),
+        "attentions": ",".join(grid_flags.ATTENTIONS.value),
+        "seeds": ",".join(grid_flags.SEEDS.value),
+        "variant": grid_flags.variant(),
+        "dir": grid_flags.DIR.value,
+        "out": grid_flags.OUT.value,
     }
-    pairs = [*given.items(), *(("set", text) for text in _SET.value)]
+    pairs = [*given.items(), *(("set", text) for text in grid_flags.overrides())]
     return [sys.executable, str(Path(__file__).resolve())] + [f"--{k}={v}" for k, v in pairs]
 
 
@@ -422,7 +413,7 @@ def _write(cells: Sequence[Cell], rows: dict[Path, dict[str, Any]], header: dict
     ordered = [rows[cell.workdir] for cell in cells]
     overrides = [
         text
-        for text in _SET.value
+        for text in grid_flags.overrides()
         if not text.partition("=")[0].rpartition(":")[2].startswith(NOT_SETTING)
     ]
     result = {
@@ -431,20 +422,17 @@ def _write(cells: Sequence[Cell], rows: dict[Path, dict[str, Any]], header: dict
         "configs": list(dict.fromkeys(cell.config for cell in cells)),
         "attentions": list(dict.fromkeys(cell.attention for cell in cells)),
         "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
-        "variant": _VARIANT.value,
+        "variant": grid_flags.variant(),
         "overrides": overrides,
         "cells": ordered,
         "summary": summarise(ordered),
     }
-    write_json(Path(_OUT.value), result)
+    write_json(Path(grid_flags.OUT.value), result)
 
 
 def main() -> None:
     """Trains what is not finished, writes the JSON after each cell, and prints the table."""
-    directory = Path(_DIR.value)
-    cells = make_grid(
-        _CONFIGS.value, _ATTENTIONS.value, _SEEDS.value, _VARIANT.value, _SET.value, directory
-    )
+    directory, cells = Path(grid_flags.DIR.value), grid_flags.make_cells()
     _make_folder(directory)
     if _SLURM.value:
         return _write_slurm(cells, directory)

@@ -1,0 +1,102 @@
+"""The first steps of training, with the parameters after each, kept for several scripts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import ml_collections
+import numpy as np
+
+import skyformer_jax.config
+from experiments.provenance import provenance
+from skyformer_jax.data.batches import Batch, Examples, stacked, training_batches
+from skyformer_jax.models import build_model
+from skyformer_jax.progress import say, track
+from skyformer_jax.training import compilation, evaluation, steps
+from skyformer_jax.training import mesh as meshes
+
+# With the fields of the config that change none of what is kept.
+_NOT_KEPT = (*skyformer_jax.config.MEANS, "data.source")
+
+
+def training_examples(config: ml_collections.ConfigDict, split: Examples, num_steps: int) -> Any:
+    """The batches of the first steps, as training reads them."""
+    batches = training_batches(
+        split, config.train.batch_size, config.model.max_length, seed=config.seed
+    )
+    return [next(batches) for _ in range(num_steps)]
+
+
+def read(config: ml_collections.ConfigDict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The tokens and the mask that the model sees."""
+    places = np.arange(batch.tokens.shape[-1])
+    return evaluation.reading(config)(batch.tokens, batch.length, places)
+
+
+def train(
+    config: ml_collections.ConfigDict, split: Examples, num_steps: int, folder: Path
+) -> tuple[list[Any], dict[str, Any]]:
+    """Trains, on one device, or reads what an earlier call kept.
+
+    Args:
+      config: of the run, whose schedule is that of all its steps.
+      split: the training examples.
+      num_steps: steps to take.
+      folder: gets first_steps.npz.
+
+    Returns:
+      The model's variables before the first step and after each, and the provenance of the steps.
+    """
+    wanted = {
+        field: value
+        for field, value in skyformer_jax.config.flatten(
+            skyformer_jax.config.stored(config)
+        ).items()
+        if not field.startswith(_NOT_KEPT)
+    }
+    path = folder / "first_steps.npz"
+    if path.exists():
+        with np.load(path) as kept:
+            header = json.loads(str(kept["header"]))
+            if header["config"] == json.loads(json.dumps(wanted)) and header["steps"] >= num_steps:
+                say(f"{folder.name}: the steps are there")
+                flat = {tuple(k.split("/")): kept[k] for k in kept.files if k != "header"}
+                stacks = flax.traverse_util.unflatten_dict(flat)
+                found = [_variables(steps.take(stacks, i)) for i in range(num_steps + 1)]
+                return found, header["provenance"]
+
+    compilation.use_cache(config.compilation_cache)
+    model, optimizer = build_model(config), steps.make_optimizer(config)
+    mesh = meshes.make_mesh(1, 1, jax.devices()[:1])
+    state = jax.jit(steps.init_states, static_argnums=(1, 2, 3))(
+        [config.seed], model, optimizer, steps.token_shape(config)
+    )
+    state = jax.device_put(state, meshes.replicated(mesh))
+    step = steps.make_train_step(
+        model,
+        optimizer,
+        mesh,
+        config.train.log_every,
+        evaluation.reading(config),
+        config.train.accumulation,
+    )
+    found = [steps.take(jax.device_get(state.variables), 0)]
+    batches = training_examples(config, split, num_steps)
+    for batch in track(batches, num_steps, f"{folder.name}, training", "steps"):
+        state, _ = step(state, stacked([iter([batch])], 1))
+        found.append(steps.take(jax.device_get(state.variables), 0))
+    where = provenance(1)
+    flat = flax.traverse_util.flatten_dict(jax.tree.map(lambda *x: np.stack(x), *found), sep="/")
+    header = {"config": wanted, "steps": num_steps, "provenance": where}
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.savez(file, header=json.dumps(header), **flat)
+    part.replace(path)
+    return found, where
+
+
+def _variables(stored: dict[str, Any]) -> dict[str, Any]:
+    return {"fixed": {}, **stored}

@@ -1,0 +1,74 @@
+"""The flags of the scripts that go over the grid of task x attention x seed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from experiments import grid
+from skyformer_jax import attention
+from skyformer_jax.errors import UserError
+
+CONFIGS = flags.DEFINE_list(
+    "configs", "listops,text,retrieval,image,pathfinder", "Names of files in configs/."
+)
+ATTENTIONS = flags.DEFINE_list("attentions", list(attention.NAMES), "Which.")
+SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Numbers.")
+VARIANT = flags.DEFINE_string("variant", "", "Of the configs: paper or small.")
+SMALL = flags.DEFINE_bool("small", False, "A reduced setting for a CPU; the script says which.")
+SET = flags.DEFINE_multi_string(
+    "set", [], "[CONFIG:]FIELD=VALUE, an override of all cells or of one config's; repeatable."
+)
+DIR = flags.DEFINE_string("dir", "runs/sweep", "Folder of the cells' folders.")
+OUT = flags.DEFINE_string("out", "results/sweep.json", "File to write.")
+
+# What --small makes of the variant small where it trains to the end: minutes a cell on one core.
+_SHORTER = (
+    *("listops:train.num_steps=800", "listops:train.warmup_steps=80"),
+    "listops:train.eval_every=100",
+    *("text:data.length=256", "text:model.max_length=256"),
+    *("text:train.num_steps=800", "text:train.warmup_steps=80", "text:train.eval_every=160"),
+    *("image:train.num_steps=1000", "image:train.warmup_steps=100", "image:train.eval_every=200"),
+)
+
+
+def set_defaults(**defaults: str) -> None:
+    """Gives flags other defaults than the sweep's, before they are parsed."""
+    for name, value in defaults.items():
+        flags.FLAGS.set_default(name, value)
+
+
+def overrides() -> list[str]:
+    """All overrides, those of --small included, those of --set last."""
+    shorter = _SHORTER if SMALL.value else ()
+    return [x for x in shorter if x.partition(":")[0] in CONFIGS.value] + SET.value
+
+
+def variant() -> str:
+    """Of the configs.
+
+    Raises:
+      UserError: for --small beside another variant.
+    """
+    if SMALL.value and VARIANT.value not in ("", "small"):
+        raise UserError(f"--small is of the variant small; leave out --variant={VARIANT.value}")
+    return "small" if SMALL.value else VARIANT.value
+
+
+def make_cells(settings: Sequence[str] | None = None) -> list[grid.Cell]:
+    """The grid that the flags ask for.
+
+    Args:
+      settings: overrides, if others than those of the flags.
+
+    Raises:
+      UserError: for the first thing that cannot work.
+    """
+    return grid.make_grid(
+        CONFIGS.value,
+        ATTENTIONS.value,
+        SEEDS.value,
+        variant(),
+        overrides() if settings is None else settings,
+        Path(DIR.value),
+    )

@@ -1,0 +1,83 @@
+"""The instability score of the paper's appendix F, over the first steps of training.
+
+    python experiments/stability.py --seeds=0
+    python experiments/stability.py --small --configs=listops
+
+    tau_i = ||f(x_i, W_i) - f(x_i, W_(i-1))||_F^2 / ||W_i - W_(i-1)||_F^2
+
+with f the output of the last block, x_i the batch of step i, W the parameters that f depends on
+(skyformer_jax/analysis.py). The paper gives its mean over the first 20 steps as a ratio to
+softmax's. Training is as configs/ say, dropout included; f is evaluated without it, and with the
+same landmarks before and after the step. --examples=N evaluates f on the first N of each batch.
+
+A task whose data are not there is skipped, with a line; so is what an earlier run of this code
+finished. --small takes the variant small of the configs, which needs a minute.
+
+Writes --out after each cell, beside provenance and what was asked for:
+
+    rows  config, attention, seed, batch_size, length, learning_rate (the peak), warmup_steps,
+          examples (of each batch, on which f was evaluated), instability (a score a step),
+          departures (see sweep.py), data (a checksum of the training split), provenance
+
+and the picture beside it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+from absl import flags
+
+from experiments import first_steps, grid_flags
+from experiments.cell_rows import keep_rows
+from experiments.grid import Cell, parse_config
+from skyformer_jax import analysis, cli
+from skyformer_jax.models import build_model
+from skyformer_jax.report import pictures
+from skyformer_jax.training import evaluation
+
+grid_flags.set_defaults(
+    attentions="softmax,kernelized,nystromformer,skyformer",
+    dir="runs/first_steps",
+    out="results/stability.json",
+)
+flags.adopt_module_key_flags(grid_flags)
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps of training.", lower_bound=1)
+_EXAMPLES = flags.DEFINE_integer("examples", 0, "Of each batch; 0: all.", lower_bound=0)
+
+
+def measure(cell: Cell) -> dict[str, object]:
+    """The scores of a cell's first steps, and what they are of."""
+    config = parse_config(cell.arguments)
+    split = evaluation.load_split(config, "train")
+    weights, where = first_steps.train(config, split, _STEPS.value, cell.workdir)
+    model = build_model(config)
+    scores = []
+    for i, batch in enumerate(first_steps.training_examples(config, split, _STEPS.value)):
+        some = jax.tree.map(lambda x: x[: _EXAMPLES.value or len(x)], batch)
+        tokens, mask = first_steps.read(config, some)
+        scores.append(analysis.instability(model, weights[i], weights[i + 1], tokens, mask))
+    return {
+        "learning_rate": config.train.learning_rate,
+        "warmup_steps": config.train.warmup_steps,
+        "examples": len(some.label),
+        "instability": scores,
+        "data": split.checksum(),
+        "provenance": where,
+    }
+
+
+def main() -> None:
+    """Measures cell after cell; writes JSON and picture after each."""
+    keep_rows(
+        "instability score (appendix F) of each of the first steps of training",
+        {"steps": _STEPS.value, "examples": _EXAMPLES.value},
+        measure,
+        pictures.stability,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,184 @@
+"""What the paper's figures measure: spectral error, singular values, instability.
+
+Source: Chen, Zeng, Ji, Yang, "Skyformer", NeurIPS 2021: figure 1, appendix E (figure 2) and
+appendix F (table 1).
+"""
+
+import functools
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from skyformer_jax.attention import skyformer_attention
+
+# Of the classifier, parameters that come after the last block.
+_AFTER_BLOCKS = ("final_norm", "head_hidden", "head_out")
+# Tokens that instability computes at a time; see training/steps.py.
+_TOKENS = 4096
+
+
+def skyformer_of_softmax(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """Softmax attention by Skyformer's method, as figure 1 of the paper compares it with others.
+
+    The matrix exp(scale Q K^T) is completed to that of [Q; K] with itself, which is positive
+    semi-definite, and approximated by landmarks; the rows are then divided by their sums. Since
+    exp(scale q.k) = exp(scale/2 |q|^2) G(q, k) exp(scale/2 |k|^2), and the first factor cancels in
+    the division, that is skyformer_attention of values weighted by the last factor; gamma is thus
+    a regularisation of the Gaussian kernel.
+
+    Args:
+      query: [batch, q_length, heads, head_dim], unscaled.
+      key: [batch, kv_length, heads, head_dim].
+      value: [batch, kv_length, heads, head_dim].
+      mask: bool [batch, kv_length], True at real tokens.
+      **options: of skyformer_attention, but scale.
+
+    Returns:
+      As softmax_attention. The approximate sum of a row can come near zero, or below it: nothing is
+      done about that.
+    """
+    half_square = 0.5 * key.shape[-1] ** -0.5 * (key.astype(jnp.float32) ** 2).sum(axis=-1)
+    if mask is not None:
+        half_square = jnp.where(mask[:, :, None], half_square, -jnp.inf)
+    weights = jnp.exp(half_square - half_square.max(axis=1, keepdims=True))[..., None]
+    weights = jnp.broadcast_to(weights, value.shape)
+    attend = functools.partial(skyformer_attention, query, key, mask=mask, **options)
+    sums = attend(weights)  # the same in all columns
+    return (attend(weights * value) / sums).astype(value.dtype)
+
+
+def spectral_norm(matrices: np.ndarray) -> np.ndarray:
+    """Largest singular values of [..., rows, columns], in float64."""
+    return np.linalg.norm(np.asarray(matrices, np.float64), ord=2, axis=(-2, -1))
+
+
+def spectral_error(approximation: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Spectral norm of the error of an attention's output, relative to that of the exact output.
+
+    Args:
+      approximation: [batch, length, heads, head_dim].
+      exact: likewise.
+
+    Returns:
+      float64 [batch, heads].
+    """
+    error = np.asarray(approximation, np.float64) - np.asarray(exact, np.float64)
+    heads_first = np.moveaxis(error, 2, 1), np.moveaxis(np.asarray(exact), 2, 1)
+    return spectral_norm(heads_first[0]) / spectral_norm(heads_first[1])
+
+
+def singular_values(outputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Singular values of each example's output at its real tokens, over the greatest of them.
+
+    Args:
+      outputs: [batch, length, width].
+      mask: bool [batch, length], True at real tokens.
+
+    Returns:
+      float64 [batch, min(length, width)], descending from 1.
+    """
+    real = np.where(mask[..., None], np.asarray(outputs, np.float64), 0)
+    values = np.linalg.svd(real, compute_uv=False)
+    return values / values[:, :1]
+
+
+def outputs_of(
+    name: str, model: nn.Module, variables: Any, tokens: jax.Array, mask: jax.Array
+) -> list[jax.Array]:
+    """What the modules of that name return in an evaluation of the model, in their order.
+
+    Args:
+      name: query, key or value (each [batch, length, heads, head_dim]), attention_layer or block_0
+        ([batch, length, width]), for example.
+      model: a classifier without remat.
+      variables: of the model.
+      tokens: as the model takes them.
+      mask: likewise.
+
+    Raises:
+      ValueError: if there is no such module.
+    """
+    _, captured = model.apply(
+        variables,
+        tokens,
+        mask,
+        capture_intermediates=lambda module, method: (module.name, method) == (name, "__call__"),
+        mutable=["intermediates"],
+    )
+    found = flax.traverse_util.flatten_dict(captured.get("intermediates", {}))
+    if not found:
+        raise ValueError(f"the model has no module {name!r}")
+    return [found[path][0] for path in sorted(found)]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def embedding_change(
+    model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """||f(x, W') - f(x, W)||_F^2 of each example, f being the last block's output at real tokens.
+
+    Args:
+      model: a classifier without remat, applied without dropout or random draws.
+      before: the variables W.
+      after: the variables W'.
+      tokens: int [batch, length], or [batch, 2, length].
+      mask: bool, likewise.
+
+    Returns:
+      float32 [batch].
+    """
+    name = f"block_{model.num_layers - 1}"
+
+    def one(example: tuple[jax.Array, jax.Array]) -> jax.Array:
+        tokens, mask = (x[None] for x in example)
+        (new,), (old,) = (outputs_of(name, model, w, tokens, mask) for w in (after, before))
+        return jnp.where(mask.reshape(*new.shape[:2], 1), (new - old) ** 2, 0).sum()
+
+    at_a_time = max(1, _TOKENS // tokens[0].size)
+    return jax.lax.map(one, (tokens, mask), batch_size=at_a_time)
+
+
+def instability(
+    model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array
+) -> float:
+    """The instability score of a training step, appendix F of the paper.
+
+    ||f(x, W') - f(x, W)||_F^2 / ||W' - W||_F^2, with f as in embedding_change and W the parameters
+    that f depends on: all but those of the final norm and the head.
+
+    Args:
+      model: see embedding_change; the others as well.
+      before: the variables before the step.
+      after: those after it.
+      tokens: of the step's batch, or of some of its examples.
+      mask: likewise.
+
+    Returns:
+      The score, divided by the number of examples.
+
+    Raises:
+      ValueError: if the parameters did not change.
+    """
+    distance = sum(
+        float(((np.asarray(new, np.float64) - np.asarray(old, np.float64)) ** 2).sum())
+        for name, tree in after["params"].items()
+        if name not in _AFTER_BLOCKS
+        for new, old in zip(
+            jax.tree.leaves(tree), jax.tree.leaves(before["params"][name]), strict=True
+        )
+    )
+    if not distance:
+        raise ValueError("the parameters are the same before and after")
+    change = np.asarray(embedding_change(model, before, after, tokens, mask), np.float64)
+    return float(change.mean() / distance)

@@ -1,0 +1,1 @@
+"""The report: what the scripts of experiments/ measured, beside what the paper printed."""
