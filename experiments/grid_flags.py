@@ -1,6 +1,5 @@
 """The flags of the scripts that go over the grid of task x attention x seed."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -55,11 +54,8 @@ def variant() -> str:
     return "small" if SMALL.value else VARIANT.value
 
 
-def make_cells(settings: Sequence[str] | None = None) -> list[grid.Cell]:
+def make_cells() -> list[grid.Cell]:
     """The grid that the flags ask for.
-
-    Args:
-      settings: overrides, if others than those of the flags.
 
     Raises:
       UserError: for the first thing that cannot work.
@@ -69,6 +65,6 @@ def make_cells(settings: Sequence[str] | None = None) -> list[grid.Cell]:
         ATTENTIONS.value,
         SEEDS.value,
         variant(),
-        overrides() if settings is None else settings,
+        overrides(),
         Path(DIR.value),
     )

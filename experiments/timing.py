@@ -60,7 +60,8 @@ def compile_all(
 
     Returns:
       The programs that there are, and a row for every name: compile_seconds (tracing included),
-      temporaries_bytes, argument_bytes and output_bytes; or skipped, the reason.
+      temporaries_bytes, argument_bytes, output_bytes and alias_bytes (of outputs that lie in
+      arguments); or skipped, the reason.
     """
 
     def lower(name: K) -> tuple[jax.stages.Lowered, float]:
@@ -76,6 +77,7 @@ def compile_all(
             "temporaries_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
             "output_bytes": memory.output_size_in_bytes,
+            "alias_bytes": memory.alias_size_in_bytes,
         }
 
     futures, programs, rows = {}, {}, {}
@@ -193,8 +195,9 @@ def measure_steps(
       deadline: time.monotonic() after which nothing more is begun.
 
     Returns:
-      For every name compile_seconds, temporaries_bytes, seconds_per_step, a list,
-      median_seconds_per_step and steps_per_second; or skipped, the reason.
+      For every name compile_seconds, temporaries_bytes, bytes (arguments and results as well),
+      seconds_per_step, a list, median_seconds_per_step and steps_per_second; or skipped, the
+      reason.
     """
     mesh = meshes.make_mesh()
     lowerings, batches = {}, {}
@@ -236,6 +239,9 @@ def measure_steps(
         row = compiled[name, "step"]
         found = turns.get(name, {"skipped": row.get("skipped", NOT_REACHED)})
         rows[name] = {k: row[k] for k in ("compile_seconds", "temporaries_bytes") if k in row}
+        if "temporaries_bytes" in row:
+            parts = ("temporaries_bytes", "argument_bytes", "output_bytes")
+            rows[name]["bytes"] = sum(row[part] for part in parts) - row["alias_bytes"]
         if "skipped" in found:
             rows[name]["skipped"] = found["skipped"]
         else:

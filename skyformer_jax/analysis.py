@@ -59,8 +59,11 @@ def skyformer_of_softmax(
 
 
 def spectral_norm(matrices: np.ndarray) -> np.ndarray:
-    """Largest singular values of [..., rows, columns], in float64."""
-    return np.linalg.norm(np.asarray(matrices, np.float64), ord=2, axis=(-2, -1))
+    """Largest singular values of [..., rows, columns], in float64; inf if one is not finite."""
+    matrices = np.asarray(matrices, np.float64)
+    finite = np.isfinite(matrices).all(axis=(-2, -1), keepdims=True)
+    norms = np.linalg.norm(np.where(finite, matrices, 0), ord=2, axis=(-2, -1))
+    return np.where(finite[..., 0, 0], norms, np.inf)
 
 
 def spectral_error(approximation: np.ndarray, exact: np.ndarray) -> np.ndarray:

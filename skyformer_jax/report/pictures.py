@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from skyformer_jax.attention import NAMES
 from skyformer_jax.report import paper
@@ -83,6 +84,20 @@ def _panels(
     return figure
 
 
+def _logarithmic(axis: Axes) -> None:
+    """A logarithmic axis of x with ticks that read 0.2, 0.5, 1, ..."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _list_names(axis: Axes) -> None:
+    """All attentions along y, the first on top."""
+    axis.set_yticks(range(len(NAMES)), reversed(NAMES), fontsize=8)
+    axis.set_ylim(-0.6, len(NAMES) - 0.4)
+
+
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -135,3 +150,111 @@ def singular_values(result: Result, path: Path) -> None:
     for axis in figure.axes[:: len(configs)]:
         axis.set_ylabel("singular value over the greatest")
     _save(figure, path)
+
+
+def figure1(result: Result, path: Path) -> None:
+    """Relative error against features, a column a length, initialised weights above trained."""
+    weights = list(dict.fromkeys(row["weights"] for row in result["rows"]))
+    lengths = sorted({row["length"] for row in result["rows"]})
+    panels = {f"{kind}, n = {length:,}": (kind, length) for kind in weights for length in lengths}
+
+    def draw(axis: Axes, title: str) -> None:
+        own = [row for row in result["rows"] if (row["weights"], row["length"]) == panels[title]]
+        for name in _names(own):
+            points = [
+                (row["num_features"], row["relative_error"]["median"])
+                for row in own
+                if row["attention"] == name
+            ]
+            axis.plot(*zip(*points, strict=True), label=name, **_style(name))
+        if not own:
+            where = {"ha": "center", "va": "center", "transform": axis.transAxes}
+            axis.text(0.5, 0.5, "longer than\ntrained for", **where)
+        # What is exact is below the axis.
+        axis.set(title=title, xlabel="features", xscale="log", yscale="log", ylim=(3e-4, 3))
+        axis.set_xticks(result["features"], result["features"], minor=False)
+        axis.minorticks_off()
+
+    figure = _panels(list(panels), draw, rows=len(weights), height=2.7)
+    for axis in figure.axes[:: len(lengths)]:
+        axis.set_ylabel("relative spectral error")
+    _save(figure, path)
+
+
+def table1(result: Result, path: Path) -> None:
+    """Test accuracy, a panel a task: every seed, the mean, and the floors as dashed lines."""
+    rows = [row for row in result["cells"] if row["status"] == "finished"]
+
+    def draw(axis: Axes, config: str) -> None:
+        own = [row for row in rows if row["config"] == config]
+        for place, name in enumerate(reversed(NAMES)):
+            found = [100 * row["accuracy"] for row in own if row["attention"] == name]
+            style = {**_style(name), "ls": "", "ms": 5}
+            axis.plot(found, [place] * len(found), alpha=0.5, **style)
+            if found:
+                axis.plot([sum(found) / len(found)], [place], **{**style, "ms": 9, "marker": "|"})
+        _list_names(axis)
+        for floor, accuracy in (own[0]["floors"] if own else {}).items():
+            if 100 * accuracy > axis.get_xlim()[0] - 10:
+                axis.axvline(100 * accuracy, ls="--", lw=1, color="gray")
+                axis.set_title(f"dashed: {floor}", fontsize=7, loc="right", color="gray")
+        axis.set_title(config, loc="left")
+        axis.set_xlabel("test accuracy, %")
+
+    _save(_panels(_configs(rows), draw), path)
+
+
+def table2(result: Result, path: Path) -> None:
+    """Seconds of a step above, memory below, over softmax's; a panel a task; the paper's hollow."""
+    rows = _measured(result)
+    configs = _configs(rows)
+    whats = {"time": ("seconds_per_step", paper.HOURS), "memory": ("bytes", paper.MEMORY)}
+    panels = {f"{config}, {what}": (config, what) for what in whats for config in configs}
+
+    def draw(axis: Axes, title: str) -> None:
+        config, what = panels[title]
+        field, printed = whats[what]
+        own = {row["attention"]: row[field] for row in rows if row["config"] == config}
+        for place, name in enumerate(reversed(NAMES)):
+            style = {**_style(name), "ls": "", "ms": 6}
+            if name in own and "softmax" in own:
+                axis.plot([own[name] / own["softmax"]], [place], **style)
+            if config in printed["softmax"]:
+                ratio = printed[name][config] / printed["softmax"][config]
+                axis.plot([ratio], [place], **{**style, "mfc": "none"})
+        _list_names(axis)
+        axis.axvline(1, ls="--", lw=1, color="gray")
+        axis.set(title=title, xlabel="over softmax's (hollow: the paper's)")
+        _logarithmic(axis)
+
+    _save(_panels(list(panels), draw, rows=2), path)
+
+
+def figure2(result: Result, path: Path) -> None:
+    """Validation accuracy above, loss below, against time; a column a task; mean of the seeds."""
+    rows = result["rows"]
+    configs = _configs(rows)
+    panels = {
+        f"{config}, {what}": (config, what) for what in ("accuracy", "loss") for config in configs
+    }
+    unit, seconds = ("hours", 3600) if _longest(rows) > 7200 else ("minutes", 60)
+
+    def draw(axis: Axes, title: str) -> None:
+        config, what = panels[title]
+        own = [row for row in rows if row["config"] == config]
+        for name in _names(own):
+            curves = [row["validation"] for row in own if row["attention"] == name]
+            times = _mean([point["seconds"] / seconds for point in curve] for curve in curves)
+            values = _mean([point[what] for point in curve] for curve in curves)
+            axis.plot(times, values, label=name, **_style(name))
+        axis.set(title=title, xlabel=f"{unit} of training")
+        _logarithmic(axis)
+
+    figure = _panels(list(panels), draw, rows=2, height=2.7)
+    for i, what in enumerate(("validation accuracy", "validation loss, nats")):
+        figure.axes[i * len(configs)].set_ylabel(what)
+    _save(figure, path)
+
+
+def _longest(rows: Rows) -> float:
+    return max(point["seconds"] for row in rows for point in row["validation"])

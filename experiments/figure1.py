@@ -1,0 +1,277 @@
+"""Error of each approximation against exact softmax attention, the paper's figure 1.
+
+    python experiments/figure1.py                          # on an accelerator
+    python experiments/figure1.py --small --set=data.source=DIR
+
+Queries, keys and values are those of the layers of a Text model with softmax attention, on reviews
+of at least as many bytes as a length asks for, cut there: of the model as it is initialised, and of
+one that is trained here (into --dir; it goes on where it stopped). Each approximation then computes
+the attention of the same arrays, with as many features as asked for:
+
+    skyformer      landmarks; its method applied to the softmax kernel, as in the paper, see
+                   skyformer_jax/analysis.py
+    nystromformer  landmarks (without its convolution)
+    linformer      rows of its projections, random as at the start of training
+    performer      random features
+    informer       active queries, and sampled keys
+    bigbird        keys of a query: blocks of an eighth of that, two global, three of the window and
+                   three random
+
+Reformer is left out: it attends with one array as queries and keys, so that exact attention is not
+its limit. What is random is drawn --draws times.
+
+--small trains a shorter model: texts of 512 bytes, 800 steps of 16; --lengths beyond a trained
+model's are measured with initialised weights alone, as the table of positions ends there.
+
+Writes --out after each length, with provenance, and the picture beside it:
+
+    rows  weights (initialised or trained), length, attention, num_features,
+          relative_error: mean, median, standard_deviation and count of the spectral norm of the
+          error of a head's output over that of the exact output, over examples, layers, heads and
+          draws;
+          absolute_error: the mean of the norm itself; failed: how many were not finite, left out
+    training  what the trained weights are of: steps, batch size, accuracy, departures
+
+Started again, it goes on with the lengths that are missing.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import numpy as np
+from absl import flags
+
+from configs import text
+from experiments.grid import Cell, make_grid, parse_config
+from experiments.provenance import provenance, write_json
+from skyformer_jax import analysis, cli, training
+from skyformer_jax.attention import ATTENTIONS
+from skyformer_jax.data.batches import Examples, make_batch
+from skyformer_jax.errors import UserError
+from skyformer_jax.models import build_model
+from skyformer_jax.progress import say, track
+from skyformer_jax.report import pictures
+from skyformer_jax.training import checkpoints, evaluation, steps
+
+_SMALL = flags.DEFINE_bool("small", False, "A shorter model, for a CPU; see above.")
+_LENGTHS = flags.DEFINE_list("lengths", "256,512,1024,2048,4096", "Tokens of a sequence.")
+_FEATURES = flags.DEFINE_list("features", "16,32,64,128,256", "Numbers of features.")
+_EXAMPLES = flags.DEFINE_integer("examples", 4, "Reviews of each length.", lower_bound=1)
+_DRAWS = flags.DEFINE_integer("draws", 4, "Draws of what is random.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the model; draw i has the key i.", lower_bound=0)
+_SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE, an override of the config.")
+_DIR = flags.DEFINE_string("dir", "runs/figure1", "Folder of the trained model.")
+_OUT = flags.DEFINE_string("out", "results/figure1.json", "JSON to write; the plot has .png.")
+
+_SHORTER = (
+    *("data.length=512", "model.max_length=512", "train.num_steps=800"),
+    *("train.learning_rate=1e-3", "train.warmup_steps=80", "train.eval_every=400"),
+)
+
+_DETERMINISTIC = ("nystromformer",)
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def approximations(num_features: int, length: int) -> dict[str, Attend]:
+    """Each approximation with so many features, of query, key, value and a random key."""
+
+    def option(name: str, **options: Any) -> Attend:
+        return lambda query, key, value, rng: ATTENTIONS[name](
+            query, key, value, rng=rng, **options
+        )
+
+    found = {
+        "skyformer": lambda query, key, value, rng: analysis.skyformer_of_softmax(
+            query, key, value, rng=rng, num_landmarks=num_features
+        ),
+        "nystromformer": option("nystromformer", num_landmarks=num_features),
+        "linformer": option("linformer", num_features=num_features),
+        "performer": option("performer", num_features=num_features),
+        "informer": option(
+            "informer", num_active_queries=num_features, num_sampled_keys=num_features
+        ),
+    }
+    block_size = num_features // 8
+    if length >= 8 * block_size:
+        found["bigbird"] = option("bigbird", block_size=block_size)
+    return found
+
+
+def texts(split: Examples, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first reviews that have the length, cut there: tokens and mask, without padding.
+
+    Raises:
+      UserError: if there are too few.
+    """
+    rows = np.flatnonzero(split.lengths[:, 0] >= length)[: _EXAMPLES.value]
+    if len(rows) < _EXAMPLES.value:
+        raise UserError(
+            f"--lengths: only {len(rows)} validation reviews have {length} bytes, of "
+            f"--examples={_EXAMPLES.value}; ask for shorter or fewer ones"
+        )
+    batch = make_batch(split.cut(length), rows, length)
+    return batch.tokens.astype(np.int32) + split.shift, np.ones(batch.tokens.shape, bool)
+
+
+def layer_inputs(model: Any, variables: Any, split: Examples, length: int) -> list[Arrays]:
+    """Query, key and value of each layer, for the reviews of that length."""
+    tokens, mask = texts(split, length)
+
+    @jax.jit
+    def arrays_of(tokens: jax.Array, mask: jax.Array) -> list[list[jax.Array]]:
+        return [
+            analysis.outputs_of(name, model, variables, tokens, mask)
+            for name in ("query", "key", "value")
+        ]
+
+    # One at a time, for the memory of exact attention.
+    found = [arrays_of(tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
+    return [
+        tuple(np.asarray(x) for x in arrays)
+        for of_example in found
+        for arrays in zip(*of_example, strict=True)
+    ]
+
+
+def measure(inputs: list[Arrays], features: list[int], what: str) -> list[dict[str, Any]]:
+    """The errors of each approximation and number of features on those arrays of one length."""
+    length = inputs[0][0].shape[1]
+    exact = [np.asarray(jax.jit(ATTENTIONS["softmax"])(*arrays)) for arrays in inputs]
+    norms = [analysis.spectral_norm(np.moveaxis(x, 2, 1)) for x in exact]
+    settings = [
+        (name, num_features, attend)
+        for num_features in features
+        for name, attend in approximations(num_features, length).items()
+    ]
+    rows = []
+    for name, num_features, attend in track(settings, len(settings), what, "settings"):
+        attend, draws = jax.jit(attend), 1 if name in _DETERMINISTIC else _DRAWS.value
+        relative = np.array(
+            [
+                [
+                    analysis.spectral_error(attend(*arrays, jax.random.key(draw)), reference)
+                    for draw in range(draws)
+                ]
+                for arrays, reference in zip(inputs, exact, strict=True)
+            ]
+        )  # [examples and layers, draws, 1, heads]
+        absolute = relative * np.array(norms)[:, None]
+        finite = np.isfinite(relative)
+        found = relative[finite]
+        rows.append(
+            {
+                "attention": name,
+                "num_features": num_features,
+                "relative_error": {
+                    "mean": float(found.mean()),
+                    "median": float(np.median(found)),
+                    "standard_deviation": float(found.std(ddof=1)),
+                    "count": len(found),
+                },
+                "absolute_error": float(absolute[finite].mean()),
+                "failed": int((~finite).sum()),
+            }
+        )
+    return rows
+
+
+def trained_model(cell: Cell) -> tuple[Any, Any, dict[str, Any]]:
+    """The model of the cell, trained, its variables and what they are of."""
+    config = parse_config(cell.arguments)
+    result = training.train(config, cell.workdir)
+    if result is None:
+        sys.exit(1)  # stopped by a signal, and said so
+    model = build_model(config)
+    state, _ = checkpoints.restore(
+        cell.workdir / "checkpoints",
+        result["checkpoint"],
+        steps.abstract_state(config, model, steps.make_optimizer(config)),
+    )
+    about = {
+        "steps": config.train.num_steps,
+        "batch_size": config.train.batch_size,
+        "length": config.model.max_length,
+        **{key: result[key] for key in ("checkpoint", "accuracy", "data")},
+        "departures": cell.departures,
+    }
+    return model, state.variables, about
+
+
+def initialised_model(seed: int) -> tuple[Any, Any]:
+    """The model of the full setting before training, and its variables."""
+    config = text.get_config("softmax")
+    model = build_model(config)
+    init = jax.jit(steps.init_state, static_argnums=(1, 2, 3))
+    return model, init(
+        seed, model, steps.make_optimizer(config), steps.token_shape(config)
+    ).variables
+
+
+def _numbers(flag: flags.FlagHolder, least: int) -> list[int]:
+    try:
+        numbers = sorted({int(x) for x in flag.value})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < least:
+        raise UserError(
+            f"--{flag.name} must be whole numbers from {least}; got {','.join(flag.value)}"
+        )
+    return numbers
+
+
+def main() -> None:
+    """Trains, if need be, and measures length after length; writes JSON and picture after each."""
+    lengths, features = _numbers(_LENGTHS, 16), _numbers(_FEATURES, 8)
+    settings = [*(_SHORTER if _SMALL.value else ()), *_SET.value]
+    (cell,) = make_grid(["text"], ["softmax"], [str(_SEED.value)], "", settings, Path(_DIR.value))
+    trained, variables, about = trained_model(cell)
+    models = {
+        "initialised": initialised_model(_SEED.value),
+        "trained": (trained, variables),
+    }
+    config = parse_config(cell.arguments)
+    config.data.length = max(lengths)
+    config.model.max_length = max(config.model.max_length, *lengths)
+    validation = evaluation.load_split(config, "validation")
+
+    header = {
+        "what": "spectral norm of the error of approximations of softmax attention over that of "
+        "its output, for each head, by number of features and length",
+        **provenance(1),
+        "seed": _SEED.value,
+        "examples": _EXAMPLES.value,
+        "draws": _DRAWS.value,
+        "features": features,
+        "data": {**about["data"], "checksum": validation.checksum()},
+        "training": about,
+    }
+    path, rows = Path(_OUT.value), []
+    if path.exists():
+        before = json.loads(path.read_text())
+        if {k: v for k, v in before.items() if k != "rows"} == json.loads(json.dumps(header)):
+            rows = before["rows"]
+    done = {(row["weights"], row["length"]) for row in rows}
+    for weights, (model, variables) in models.items():
+        for length in lengths:
+            if (weights, length) in done:
+                continue
+            if length > model.max_length:
+                say(f"{weights} weights: no positions beyond {model.max_length}: not {length}")
+                continue
+            inputs = layer_inputs(model, variables, validation, length)
+            found = measure(inputs, features, f"{weights} weights, {length} tokens")
+            rows += [{"weights": weights, "length": length, **row} for row in found]
+            result = {**header, "rows": rows}
+            write_json(path, result)
+            pictures.figure1(result, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

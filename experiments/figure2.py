@@ -1,0 +1,108 @@
+"""Validation accuracy and loss against training time, the paper's figure 2 and its appendix's.
+
+    python experiments/table1.py && python experiments/figure2.py
+    python experiments/table1.py --small ... && python experiments/figure2.py --small ...
+
+The curves are those of the runs that table1.py trained in --dir: give both the same flags. Times
+are steps times the seconds of a step, which are measured here, the attentions of a task side by
+side in one process on random tokens: the runs themselves may have shared their machine with others.
+Validation and compilation are left out.
+
+Writes --out, beside provenance (of the times; the cells' own is in table1.json):
+
+    rows  config, attention, seed, num_steps, batch_size, departures (see sweep.py),
+          seconds_per_step, its turns, validation: step, seconds, loss, accuracy of each validation,
+          training: the same of the training batches since the line before
+
+and the picture beside it.
+"""
+
+import collections
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+from absl import flags
+
+from experiments import grid_flags
+from experiments.grid import Cell, parse_config, read_cell
+from experiments.provenance import provenance, write_json
+from experiments.timing import measure_steps
+from skyformer_jax import cli
+from skyformer_jax.errors import UserError
+from skyformer_jax.progress import say
+from skyformer_jax.report import pictures
+from skyformer_jax.training.logs import read_metrics
+
+grid_flags.set_defaults(dir="runs/table1", out="results/figure2.json")
+flags.adopt_module_key_flags(grid_flags)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each attention takes.", lower_bound=1)
+
+
+def curve(cell: Cell, split: str, seconds_per_step: float) -> list[dict[str, float]]:
+    """What the cell logged of a split."""
+    return [
+        {
+            "step": entry["step"],
+            "seconds": entry["step"] * seconds_per_step,
+            "loss": entry["loss"],
+            "accuracy": entry["accuracy"],
+        }
+        for entry in read_metrics(cell.workdir / "metrics.jsonl")
+        if entry["split"] == split
+    ]
+
+
+def main() -> None:
+    """Times the steps of what is trained, and writes its curves."""
+    by_config = collections.defaultdict(list)
+    for cell in grid_flags.make_cells():
+        row = read_cell(cell)
+        if row["status"] == "finished":
+            by_config[cell.config].append((cell, row))
+        else:
+            say(f"{cell.workdir.name}: {row['status']}; left out")
+    if not by_config:
+        raise UserError(
+            f"{grid_flags.DIR.value} has no finished run of these settings: start table1.py with "
+            "the same flags first"
+        )
+    rows, path = [], Path(grid_flags.OUT.value)
+    for config, found in by_config.items():
+        configs = {cell.attention: parse_config(cell.arguments) for cell, _ in found}
+        times = measure_steps(configs, _ROUNDS.value, config)
+        for cell, row in found:
+            time = times[cell.attention]
+            if "skipped" in time:
+                say(f"{cell.workdir.name}: not timed: {time['skipped']}; left out")
+                continue
+            seconds = time["median_seconds_per_step"]
+            rows.append(
+                {
+                    **{
+                        key: row[key]
+                        for key in ("config", "attention", "seed", "num_steps", "batch_size")
+                    },
+                    "departures": row["departures"],
+                    "seconds_per_step": seconds,
+                    "turns": time["seconds_per_step"],
+                    "validation": curve(cell, "validation", seconds),
+                    "training": curve(cell, "train", seconds),
+                }
+            )
+        result = {
+            "what": "validation and training curves of the runs of table1.py against steps times "
+            "the seconds of a step",
+            **provenance(jax.device_count()),
+            "variant": grid_flags.variant(),
+            "rounds": _ROUNDS.value,
+            "rows": rows,
+        }
+        write_json(path, result)
+        pictures.figure2(result, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    cli.run(main)
