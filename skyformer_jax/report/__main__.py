@@ -1,0 +1,117 @@
+"""Renders results/REPORT.md and its pictures from the JSON of experiments/, and from that alone.
+
+python -m skyformer_jax.report
+python -m skyformer_jax.report --results=DIR
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+from skyformer_jax import cli
+from skyformer_jax.errors import UserError
+from skyformer_jax.report import claims, pictures, tables
+from skyformer_jax.report.statistics import Result
+
+_RESULTS = flags.DEFINE_string(
+    "results", "results", "Folder of the JSON, which gets REPORT.md and the pictures."
+)
+
+
+class Section(NamedTuple):
+    """A part of the report: what it is called, and how it is made of a result."""
+
+    title: str
+    table: Callable[[Result], str]
+    draw: Callable[[Result, Path], None]
+
+
+SECTIONS = {
+    "table1": Section("Table 1: accuracy", tables.table1, pictures.table1),
+    "table2": Section("Table 2: time and memory", tables.table2, pictures.table2),
+    "figure1": Section("Figure 1: error", tables.figure1, pictures.figure1),
+    "figure2": Section("Figure 2: accuracy against time", tables.figure2, pictures.figure2),
+    "stability": Section("Appendix table 1: instability", tables.stability, pictures.stability),
+    "singular_values": Section(
+        "Appendix figure 2: singular values", tables.singular_values, pictures.singular_values
+    ),
+}
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    """The results in a folder, by the names of their files without .json.
+
+    Raises:
+      UserError: if there is no such folder, or a file in it is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--results={folder} is no folder; name the one that has the JSON")
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results[path.stem] = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged: {error}; measure it again") from None
+    return results
+
+
+def render(results: dict[str, Result]) -> str:
+    """The report, Markdown."""
+    verdicts = claims.judge(results)
+    counts = ", ".join(
+        f"{sum(v.status == status for v in verdicts)} {status}"
+        for status in (claims.CONFIRMED, claims.NOT_CONFIRMED, claims.NOT_RUN)
+    )
+    parts = [
+        "# The paper and this code",
+        "Made by `python -m skyformer_jax.report` from the JSON beside it, and from that alone: do "
+        'not edit. The paper is Chen, Zeng, Ji, Yang, "Skyformer", NeurIPS 2021. Each section '
+        "says how its runs are reduced against the paper's: a reduced run neither confirms nor "
+        "refutes what the paper says of 50,000 steps, only what it says of itself.",
+        "## Claims of the paper",
+        f"In these runs {counts}.",
+        tables.markdown(
+            ["claim", "here", "runs", "evidence", "confirmed if"],
+            [
+                [
+                    v.claim,
+                    f"**{v.status}**",
+                    "-" if v.status == claims.NOT_RUN else "reduced" if v.reduced else "full",
+                    v.evidence or "-",
+                    v.rule,
+                ]
+                for v in verdicts
+            ],
+        ),
+    ]
+    for name, section in SECTIONS.items():
+        parts.append(f"## {section.title}")
+        if name not in results:
+            parts.append(f"Not yet run: `python experiments/{name}.py`.")
+            continue
+        result = results[name]
+        parts += [tables.origin(result), section.table(result), f"![{section.title}]({name}.png)"]
+    parts += ["## All results", tables.everything(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Writes the report and draws its pictures."""
+    folder = Path(_RESULTS.value)
+    results = read_results(folder)
+    text = render(results)
+    for name, section in SECTIONS.items():
+        if name in results:
+            section.draw(results[name], folder / f"{name}.png")
+    path = folder / "REPORT.md"
+    part = path.with_suffix(".md.part")
+    part.write_text(text)
+    part.replace(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)

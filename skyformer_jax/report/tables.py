@@ -1,0 +1,254 @@
+"""The sections of the report, each from the JSON of one experiment; Markdown."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from skyformer_jax.attention import NAMES
+from skyformer_jax.report import paper, statistics
+from skyformer_jax.report.statistics import Estimate, Result
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def origin(result: Result) -> str:
+    """By what code, on what, a result was measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"Commit {result['commit']}; {result['device']} ({result['cores']} cores); {versions}."
+
+
+def _value(x: Any) -> str:
+    if isinstance(x, int) and not isinstance(x, bool):
+        return f"{x:,}"
+    return "none" if x is None else str(x)
+
+
+def reduction(rows: Sequence[dict[str, Any]], num_seeds: int | None = None) -> str:
+    """How the setting of rows departs from the full one; "" if it does not.
+
+    Args:
+      rows: of one task, each with departures, {field: [full, here]}.
+      num_seeds: that the figures are of, if fewer than the paper's is a reduction.
+    """
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for field, (full, here) in row["departures"].items():
+            found.setdefault(field, set()).add(f"{_value(full)} → {_value(here)}")
+    parts = [f"`{field}` {', '.join(sorted(how))}" for field, how in sorted(found.items())]
+    if num_seeds is not None and num_seeds < paper.SEEDS:
+        parts.append(f"seeds {paper.SEEDS} → {num_seeds}")
+    return "; ".join(parts)
+
+
+def _reduced(text: str) -> str:
+    return f"Reduced: {text}." if text else "The full setting."
+
+
+def _compared(ours: Estimate | None, printed: float | None, digits: int) -> list[str]:
+    """The paper's figure, ours, the difference and its standard error."""
+
+    def number(x: float | None, sign: str = "") -> str:
+        return "-" if x is None else f"{x:{sign}.{digits}f}"
+
+    if ours is None:
+        return [number(printed), "-", "-", "-"]
+    difference = None if printed is None else ours.value - printed
+    return [number(printed), number(ours.value), number(difference, "+"), number(ours.error)]
+
+
+def table1(result: Result) -> str:
+    """Accuracy, a table a task."""
+    accuracies = statistics.accuracies(result)
+    parts = [
+        "Test accuracy in percent of the checkpoint that is best in validation. The standard error "
+        "is ours alone, as the paper prints none: from the spread between seeds, pooled over the "
+        "attentions of a task; where there is one seed, that of a test set of this size.",
+    ]
+    for config in [*paper.CONFIGS, *(c for c in accuracies if c not in paper.CONFIGS)]:
+        cells = [cell for cell in result["cells"] if cell["config"] == config]
+        finished = [cell for cell in cells if cell["status"] == "finished"]
+        if not finished:
+            errors = sorted({cell["error"] for cell in cells if cell["error"]})
+            parts.append(f"### {config}\n\nNot yet run. {' '.join(errors)}".rstrip())
+            continue
+        own = accuracies[config]
+        rows = [
+            [
+                f"`{name}`",
+                *_compared(own.get(name), paper.ACCURACY[name].get(config), 2),
+                str(own[name].count) if name in own else "0",
+            ]
+            for name in NAMES
+        ]
+        table = markdown(["", "paper", "ours", "difference", "standard error", "seeds"], rows)
+        floors = ", ".join(f"{name} {100 * x:.1f} %" for name, x in finished[0]["floors"].items())
+        seeds = min(estimate.count for estimate in own.values())
+        data = finished[0]["data"]
+        about = (
+            f"Trivial classifiers: {floors}. {finished[0]['examples']:,} test examples of "
+            f"{finished[0]['task']} (data {data['checksum']})."
+        )
+        parts.append(f"### {config}\n\n{_reduced(reduction(finished, seeds))} {about}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def table2(result: Result) -> str:
+    """Time and memory of a step, a table a task."""
+    parts = [
+        "A training step of the full model on random tokens at full length; the attentions of a "
+        "task take turns in one process. Ratios to softmax, ours beside the paper's; the standard "
+        "error is that of the turns' ratios. Memory is what the compiled step asks for.",
+    ]
+    times = statistics.cost_ratios(result, "seconds_per_step")
+    memories = statistics.cost_ratios(result, "bytes")
+    for config in [c for c in paper.CONFIGS if c in times]:
+        own = {row["attention"]: row for row in result["rows"] if row["config"] == config}
+        rows = []
+        for name in NAMES:
+            hours, memory = (
+                printed[name][config] / printed["softmax"][config]
+                for printed in (paper.HOURS, paper.MEMORY)
+            )
+            if name not in times[config]:
+                missing = ["-", "-", f"{hours:.2f}", "-", "-", "-", f"{memory:.2f}", "-"]
+                rows.append([f"`{name}`", *missing])
+                continue
+            error = statistics.time_ratio_error(result, config, name)
+            time = Estimate(times[config][name], error, 1)
+            row = own[name]
+            rows.append(
+                [
+                    f"`{name}`",
+                    f"{row['seconds_per_step']:.4g}",
+                    f"{row['bytes'] / 2**20:,.0f}",
+                    *_compared(time, hours, 2),
+                    *_compared(Estimate(memories[config][name], None, 1), memory, 2)[:2],
+                ]
+            )
+        of_time, of_memory = (
+            ("time: paper", "ours", "difference", "error"),
+            ("memory: paper", "ours"),
+        )
+        table = markdown(["", "s a step", "MiB", *of_time, *of_memory], rows)
+        some = next(iter(own.values()))
+        text = (
+            ""
+            if some["batch_size"] == some["full_batch_size"]
+            else f"batch {some['full_batch_size']} → {some['batch_size']}, and this is not the "
+            "paper's V100"
+        )
+        parts.append(f"### {config}\n\n{_reduced(text)} Length {some['length']:,}.\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def figure1(result: Result) -> str:
+    """Error by features, a table a kind of weights and length."""
+    training = result["training"]
+    parts = [
+        "Median, over examples, layers, heads and draws, of the spectral norm of the error of an "
+        "output over that of the exact output. The paper shows a figure without numbers. The "
+        f"trained weights are those of softmax on Text after {training['steps']:,} steps of "
+        f"{training['batch_size']} (test accuracy {100 * training['accuracy']:.1f} %). "
+        + _reduced(reduction([training]).replace("`", ""))
+    ]
+    for (weights, length), of_name in statistics.spectral_errors(result).items():
+        rows = [
+            [
+                f"`{name}`",
+                *(
+                    f"{of_name[name][d]:.3g}" if d in of_name[name] else "-"
+                    for d in result["features"]
+                ),
+            ]
+            for name in NAMES
+            if name in of_name
+        ]
+        header = [f"{weights}, n = {length:,}", *map(str, result["features"])]
+        parts.append(markdown(header, rows))
+    return "\n\n".join(parts)
+
+
+def figure2(result: Result) -> str:
+    """The best validation accuracy and when it was reached, a table a task."""
+    parts = [
+        "Training time is steps times the seconds of a step, measured side by side in one "
+        "process; means over the seeds. The paper shows curves.",
+    ]
+    for config, of_config in statistics.mean_curves(result).items():
+        rows = []
+        for name in (n for n in NAMES if n in of_config):
+            curve = of_config[name]
+            time, accuracy, loss = max(curve, key=lambda point: point[1])
+            texts = (f"{100 * accuracy:.2f}", f"{loss:.4f}", f"{time:,.0f}", f"{curve[-1][0]:,.0f}")
+            rows.append([f"`{name}`", *texts])
+        table = markdown(["", "best accuracy, %", "loss there", "after s", "s in all"], rows)
+        own = [row for row in result["rows"] if row["config"] == config]
+        seeds = len({row["seed"] for row in own})
+        parts.append(f"### {config}\n\n{_reduced(reduction(own, seeds))}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def stability(result: Result) -> str:
+    """Ratios of the instability score, a row an attention and task."""
+    ratios = statistics.instability_ratios(result)
+    rows = []
+    for config in [c for c in paper.CONFIGS if c in ratios]:
+        for name, ratio in ratios[config].items():
+            printed = paper.INSTABILITY.get(name, {}).get(config)
+            rows.append([config, f"`{name}`", *_compared(ratio, printed, 2), str(ratio.count)])
+    table = markdown(["", "", "paper", "ours", "difference", "standard error", "seeds"], rows)
+    measured = [row for row in result["rows"] if "skipped" not in row]
+    notes = [
+        f"Mean instability score over the first {result['steps']} steps, as a ratio to softmax's. "
+        "The standard error is from the spread between seeds; with one seed, from that of the "
+        "ratio from step to step.",
+        _reduced(reduction(measured)),
+    ]
+    if result["examples"]:
+        notes.append(f"f is evaluated on the first {result['examples']} examples of each batch.")
+    notes += _skipped(result)
+    return f"{' '.join(notes)}\n\n{table}"
+
+
+def singular_values(result: Result) -> str:
+    """Where the spectrum falls below a tenth and a hundredth, a row an attention and task."""
+    rows = []
+    measured = [row for row in result["rows"] if "skipped" not in row]
+    for row in measured:
+        counts = [
+            str(sum(value >= level for value in row[when]))
+            for when in ("initial", "trained")
+            for level in (0.1, 0.01)
+        ]
+        rows.append([row["config"], f"`{row['attention']}`", str(row["seed"]), *counts])
+    table = markdown(["", "", "seed", "before: > 0.1", "> 0.01", "after: > 0.1", "> 0.01"], rows)
+    notes = [
+        "How many singular values of the second attention layer's output are above a tenth and a "
+        f"hundredth of the greatest, before training and after {result['steps']} steps; each the "
+        f"mean spectrum of {result['examples']} validation examples. The paper shows a figure.",
+        _reduced(reduction(measured)),
+        *_skipped(result),
+    ]
+    return f"{' '.join(notes)}\n\n{table}"
+
+
+def _skipped(result: Result) -> list[str]:
+    reasons = {row["config"]: row["skipped"] for row in result["rows"] if "skipped" in row}
+    return [f"{config}: not yet run ({reason})." for config, reason in reasons.items()]
+
+
+def everything(results: dict[str, Result]) -> str:
+    """All results that there are, those without a section included."""
+    rows = [
+        [
+            f"[{name}]({name}.json)",
+            result.get("what", ""),
+            result.get("commit", ""),
+            result.get("device", ""),
+        ]
+        for name, result in sorted(results.items())
+    ]
+    return markdown(["", "what", "commit", "device"], rows)
