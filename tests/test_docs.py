@@ -16,7 +16,7 @@ def test_every_public_function_of_attention_is_in_the_reference():
     assert functions <= set(found)
 
 
-def test_the_reference_has_all_nine_modules():
+def test_every_attention_has_a_section():
     page = (ROOT / "docs/api/attention.rst").read_text()
     for entry in attention.REGISTRY.values():
         assert f"automodule:: {entry.function.__module__}\n" in page
