@@ -15,17 +15,20 @@ class MultiHeadAttention(nn.Module):
     """Multi-head self- or cross-attention on any attention of skyformer_jax.attention.
 
     Random streams, each used where apply is given it in rngs:
-      "landmarks": draws Skyformer's landmarks, Informer's samples of keys and Reformer's hashes
-        anew in every call, as training does.
-      "features": redraws what otherwise stays as it was drawn at init: Performer's features and
-        BigBird's random blocks.
+
+    - "landmarks": draws Skyformer's landmarks, Informer's samples of keys and Reformer's hashes
+      anew in every call, as training does.
+    - "features": redraws what otherwise stays as it was drawn at init: Performer's features and
+      BigBird's random blocks.
+
     Without them the layer is deterministic, which is what evaluation uses.
 
-    Collections:
-      "params": what is learned, Linformer's projections and Nystromformer's convolution included.
-      "fixed": Performer's features, Reformer's rotations, the key of BigBird's blocks. Keep it with
-        the parameters. Where apply is not given it, the functions' own fixed draw stands in, with
-        a warning.
+    Collections of variables:
+
+    - "params": what is learned, Linformer's projections and Nystromformer's convolution included.
+    - "fixed": Performer's features, Reformer's rotations, the key of BigBird's blocks. Keep it with
+      the parameters. Where apply is not given it, the functions' own fixed draw stands in, with
+      a warning.
 
     Attributes:
       attention: a name of skyformer_jax.attention.NAMES.

@@ -33,7 +33,7 @@ def attended_blocks(
       num_blocks: blocks of the sequence.
       num_global: g, at most num_blocks.
       num_window: w, odd.
-      num_random: r.
+      num_random: r of each query block.
 
     Returns:
       blocks int32 [num_blocks, g + w + r] and valid bool of that shape: False where there is no
@@ -92,10 +92,10 @@ def bigbird_attention(
       mask: bool [batch, length], True at real tokens; any pattern.
       rng: a jax.random key to draw the random blocks by; None takes `pattern`.
       scale: factor of the scores; None means head_dim**-0.5.
-      block_size: b.
+      block_size: b tokens.
       num_global_blocks: g, the first of the sequence.
       num_window_blocks: w, odd: the query's own block and as many on both sides.
-      num_random_blocks: r.
+      num_random_blocks: r of each query block.
       pattern: uint32 [2], the data of a key that fixes the random blocks where rng is None; None
         takes a fixed key.
 

@@ -45,7 +45,7 @@ def informer_attention(
         those at padding are active only when all real ones are.
       rng: a jax.random key to sample keys by; None spreads the sample evenly over the real ones.
       scale: factor of the scores; None means head_dim**-0.5.
-      num_active_queries: u.
+      num_active_queries: u of each example.
       num_sampled_keys: keys of each example that the measure looks at.
 
     Returns:

@@ -25,7 +25,7 @@ def spread_landmarks(
 
     Args:
       candidates: bool [batch, rows], the rows that may become landmarks.
-      num_landmarks: d.
+      num_landmarks: d of each example.
       ordinals: int32 [batch, rows], of shards.ordinals, where there are more rows than these.
       counts: int32 [batch], likewise, of all candidates.
 
@@ -153,7 +153,7 @@ def kmeans_landmarks(
       rng: a jax.random key.
       rows: float32 [batch, rows, heads, head_dim], finite everywhere.
       candidates: bool [batch, rows], the rows that may become landmarks.
-      num_landmarks: d.
+      num_landmarks: d of each example.
 
     Returns:
       indices int32 [batch, d] and valid bool [batch, d]; entries beyond the number of distinct

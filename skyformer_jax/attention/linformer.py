@@ -138,7 +138,7 @@ def linformer_arrays(
     Args:
       num_heads: number of heads.
       kv_length: the greatest number of keys.
-      num_features: k.
+      num_features: k of the projections.
       sharing: "headwise" has one E and one F for all heads, "key-value" one E for both and for
         all heads, "none" an E and an F for each head.
     """

@@ -106,7 +106,7 @@ def random_words(key: jax.Array, counters: jax.Array) -> jax.Array:
       counters: uint32, of any shape.
 
     Returns:
-      uint32 [2, *shape]: two words of 32 bits for each counter.
+      uint32 [2, ...]: two words of 32 bits for each counter.
     """
     flat = counters.ravel()
     words = jax.extend.random.threefry_2x32(

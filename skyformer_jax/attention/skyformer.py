@@ -154,12 +154,14 @@ def skyformer_attention(
       scale: the kernel's inverse squared width; None means head_dim**-0.5.
       num_landmarks: d, shared by the heads of an example; more than there are rows means all.
       landmarks: how they are chosen among the real rows of [query; key]:
-        "uniform": drawn uniformly; without rng, as "strided".
-        "strided": evenly spread over the positions.
-        "segment_means": means of d equal runs of positions (Xiong et al., 2021).
-        "kmeans++": the seeds of k-means++, far from each other; a sequential loop of d steps.
-        "leverage": by ridge leverage scores (Musco and Musco, 2017), the paper's next
+
+        - "uniform": drawn uniformly; without rng, as "strided".
+        - "strided": evenly spread over the positions.
+        - "segment_means": means of d equal runs of positions (Xiong et al., 2021).
+        - "kmeans++": the seeds of k-means++, far from each other; a sequential loop of d steps.
+        - "leverage": by ridge leverage scores (Musco and Musco, 2017), the paper's next
           step; the cost of two more kernel matrices of rows x d and of some d x d eigenvalues.
+
         The last two take a fixed key where rng is None.
       landmark_indices: int [batch, d], rows of [query; key] (0..q_length-1 are queries) to use
         instead of num_landmarks chosen here; those at masked rows count for nothing.

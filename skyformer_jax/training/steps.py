@@ -227,7 +227,7 @@ def read_batch(
       axis_name: mesh axis over which sequences are split; the tokens are then this device's.
 
     Returns:
-      tokens uint8 [..., batch, *token_shape], those after an example's end being any; length and
+      tokens uint8 [..., batch] + token_shape, those after an example's end being any; length and
       label accordingly.
     """
     documents = math.prod(token_shape[:-1])
