@@ -33,9 +33,11 @@ def skyformer_of_softmax(
 
     The matrix exp(scale Q K^T) is completed to that of [Q; K] with itself, which is positive
     semi-definite, and approximated by landmarks; the rows are then divided by their sums. Since
-    exp(scale q.k) = exp(scale/2 |q|^2) G(q, k) exp(scale/2 |k|^2), and the first factor cancels in
-    the division, that is skyformer_attention of values weighted by the last factor; gamma is thus
-    a regularisation of the Gaussian kernel.
+
+        exp(scale q.k) = exp(scale/2 |q|^2) G(q, k) exp(scale/2 |k|^2)
+
+    and the first factor cancels in the division, that is skyformer_attention of values weighted by
+    the last factor; gamma is thus a regularisation of the Gaussian kernel.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.

@@ -59,10 +59,29 @@ def _compared(ours: Estimate | None, printed: float | None, digits: int) -> list
     return [number(printed), number(ours.value), number(difference, "+"), number(ours.error)]
 
 
+def summary(result: Result) -> str:
+    """Accuracy of all attentions and tasks: ours, its standard error, and the paper's in brackets.
+
+    It is what the README shows.
+    """
+    accuracies = statistics.accuracies(result)
+    configs = [c for c in paper.CONFIGS if c in accuracies]
+
+    def text(name: str, config: str) -> str:
+        found = accuracies[config].get(name)
+        ours = "-" if found is None else f"{found.value:.1f} ± {found.error:.1f}"
+        return f"{ours} ({paper.ACCURACY[name][config]:.1f})"
+
+    rows = [[f"`{name}`", *(text(name, config) for config in configs)] for name in NAMES]
+    return markdown(["", *configs], rows)
+
+
 def table1(result: Result) -> str:
-    """Accuracy, a table a task."""
+    """Accuracy, all in one, then a table a task."""
     accuracies = statistics.accuracies(result)
     parts = [
+        "Ours ± its standard error, in brackets the paper's; how ours is reduced is said below.",
+        summary(result),
         "Test accuracy in percent of the checkpoint that is best in validation. The standard error "
         "is ours alone, as the paper prints none: from the spread between seeds, pooled over the "
         "attentions of a task; where there is one seed, that of a test set of this size.",
