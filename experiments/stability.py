@@ -5,10 +5,11 @@
 
     tau_i = ||f(x_i, W_i) - f(x_i, W_(i-1))||_F^2 / ||W_i - W_(i-1)||_F^2
 
-with f the output of the last block, x_i the batch of step i, W the parameters that f depends on
-(skyformer_jax/analysis.py). The paper gives its mean over the first 20 steps as a ratio to
-softmax's. Training is as configs/ say, dropout included; f is evaluated without it, and with the
-same landmarks before and after the step. --examples=N evaluates f on the first N of each batch.
+with f the embedding of the real tokens after the last block and the final norm, x_i the batch of
+step i, W all parameters but the head's (skyformer_jax/analysis.py). The paper gives its mean over
+the first 20 steps as a ratio to softmax's. Training is as configs/ say, dropout included; f is
+evaluated without it, and with the same landmarks before and after the step. --examples=N evaluates
+f on the first N of each batch.
 
 A task whose data are not there is skipped, with a line; so is what an earlier run of this code
 finished. --small takes the variant small of the configs, which needs a minute.
@@ -17,6 +18,7 @@ Writes --out after each cell, beside provenance and what was asked for:
 
     rows  config, attention, seed, batch_size, length, learning_rate (the peak), warmup_steps,
           examples (of each batch, on which f was evaluated), instability (a score a step),
+          instability_before_norm (the same with f before the final norm),
           departures (see sweep.py), data (a checksum of the training split), provenance
 
 and the picture beside it.
@@ -63,7 +65,8 @@ def measure(cell: Cell) -> dict[str, object]:
         "learning_rate": config.train.learning_rate,
         "warmup_steps": config.train.warmup_steps,
         "examples": len(some.label),
-        "instability": scores,
+        "instability": [score.normed for score in scores],
+        "instability_before_norm": [score.raw for score in scores],
         "data": split.checksum(),
         "provenance": where,
     }

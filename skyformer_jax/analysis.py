@@ -5,7 +5,7 @@ appendix F (table 1).
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -15,8 +15,8 @@ import numpy as np
 
 from skyformer_jax.attention import skyformer_attention
 
-# Of the classifier, parameters that come after the last block.
-_AFTER_BLOCKS = ("final_norm", "head_hidden", "head_out")
+# Parameters on which the embedding does not depend.
+_HEAD = ("head_hidden", "head_out")
 # Tokens that instability computes at a time; see training/steps.py.
 _TOKENS = 4096
 
@@ -127,11 +127,24 @@ def outputs_of(
     return [found[path][0] for path in sorted(found)]
 
 
+class Change(NamedTuple):
+    """Of a model's embedding of a sequence; where it is taken matters.
+
+    Attributes:
+      normed: after the final norm, which is what the head pools; its size is that of one token.
+      raw: before it, as the last block returns it. There kernelized attention, whose output is a
+        sum over all keys that nothing divides by their number, is larger the longer the sequence.
+    """
+
+    normed: jax.Array | float
+    raw: jax.Array | float
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def embedding_change(
     model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """||f(x, W') - f(x, W)||_F^2 of each example, f being the last block's output at real tokens.
+) -> Change:
+    """||f(x, W') - f(x, W)||_F^2 of each example, f being the embedding of its real tokens.
 
     Args:
       model: a classifier without remat, applied without dropout or random draws.
@@ -141,14 +154,18 @@ def embedding_change(
       mask: bool, likewise.
 
     Returns:
-      float32 [batch].
+      float32 [batch], for f after the final norm and before it.
     """
-    name = f"block_{model.num_layers - 1}"
+    places = Change("final_norm", f"block_{model.num_layers - 1}")
 
-    def one(example: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def one(example: tuple[jax.Array, jax.Array]) -> Change:
         tokens, mask = (x[None] for x in example)
-        (new,), (old,) = (outputs_of(name, model, w, tokens, mask) for w in (after, before))
-        return jnp.where(mask.reshape(*new.shape[:2], 1), (new - old) ** 2, 0).sum()
+        new, old = (
+            Change(*(outputs_of(place, model, w, tokens, mask)[0] for place in places))
+            for w in (after, before)
+        )
+        real = mask.reshape(*new.raw.shape[:2], 1)
+        return jax.tree.map(lambda a, b: jnp.where(real, (a - b) ** 2, 0).sum(), new, old)
 
     at_a_time = max(1, _TOKENS // tokens[0].size)
     return jax.lax.map(one, (tokens, mask), batch_size=at_a_time)
@@ -156,11 +173,11 @@ def embedding_change(
 
 def instability(
     model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array
-) -> float:
+) -> Change:
     """The instability score of a training step, appendix F of the paper.
 
-    ||f(x, W') - f(x, W)||_F^2 / ||W' - W||_F^2, with f as in embedding_change and W the parameters
-    that f depends on: all but those of the final norm and the head.
+    ||f(x, W') - f(x, W)||_F^2 / ||W' - W||_F^2, with f as in embedding_change and W all parameters
+    but the head's, on which f does not depend.
 
     Args:
       model: see embedding_change; the others as well.
@@ -170,7 +187,7 @@ def instability(
       mask: likewise.
 
     Returns:
-      The score, divided by the number of examples.
+      The scores, divided by the number of examples.
 
     Raises:
       ValueError: if the parameters did not change.
@@ -178,12 +195,12 @@ def instability(
     distance = sum(
         float(((np.asarray(new, np.float64) - np.asarray(old, np.float64)) ** 2).sum())
         for name, tree in after["params"].items()
-        if name not in _AFTER_BLOCKS
+        if name not in _HEAD
         for new, old in zip(
             jax.tree.leaves(tree), jax.tree.leaves(before["params"][name]), strict=True
         )
     )
     if not distance:
         raise ValueError("the parameters are the same before and after")
-    change = np.asarray(embedding_change(model, before, after, tokens, mask), np.float64)
-    return float(change.mean() / distance)
+    change = embedding_change(model, before, after, tokens, mask)
+    return Change(*(float(np.asarray(x, np.float64).mean() / distance) for x in change))

@@ -68,17 +68,18 @@ def test_instability_of_a_small_step_is_that_of_the_derivative():
     )
     after = {"params": jax.tree.map(lambda x, d: x + 2e-4 * d, before["params"], direction)}
 
-    def embed(params):
-        last = f"block_{config.model.num_layers - 1}"
-        (out,) = analysis.outputs_of(last, model, {"params": params}, tokens, mask)
-        return out.reshape(*shape, -1)[..., : length - 2, :]
-
-    _, change = jax.jvp(embed, (before["params"],), (direction,))
-    seen = {k: v for k, v in direction.items() if not k.startswith(("head", "final"))}
-    distance = sum((x**2).sum() for x in jax.tree.leaves(seen))
-    expected = float((change**2).sum() / 3 / distance)
     found = analysis.instability(model, before, after, tokens, mask)
-    np.testing.assert_allclose(found, expected, rtol=0.02)
+    last = f"block_{config.model.num_layers - 1}"
+    for name, score in (("final_norm", found.normed), (last, found.raw)):
+
+        def embed(params, name=name):
+            (out,) = analysis.outputs_of(name, model, {"params": params}, tokens, mask)
+            return out.reshape(*shape, -1)[..., : length - 2, :]
+
+        _, change = jax.jvp(embed, (before["params"],), (direction,))
+        seen = {k: v for k, v in direction.items() if not k.startswith("head")}
+        distance = sum((x**2).sum() for x in jax.tree.leaves(seen))
+        np.testing.assert_allclose(score, float((change**2).sum() / 3 / distance), rtol=0.02)
     with pytest.raises(ValueError, match="same before and after"):
         analysis.instability(model, before, before, tokens, mask)
     with pytest.raises(ValueError, match="no module"):
