@@ -20,8 +20,8 @@ the attention of the same arrays, with as many features as asked for:
 Reformer is left out: it attends with one array as queries and keys, so that exact attention is not
 its limit. What is random is drawn --draws times.
 
---small trains a shorter model: texts of 512 bytes, 800 steps of 16; --lengths beyond a trained
-model's are measured with initialised weights alone, as the table of positions ends there.
+--small trains a smaller model: texts of 256 bytes, one layer, 800 steps of 32; --lengths beyond a
+trained model's are measured with initialised weights alone, as the table of positions ends there.
 
 Writes --out after each length, with provenance, and the picture beside it:
 
@@ -60,7 +60,7 @@ from skyformer_jax.report import pictures
 from skyformer_jax.training import checkpoints, evaluation, steps
 
 _SMALL = flags.DEFINE_bool("small", False, "A shorter model, for a CPU; see above.")
-_LENGTHS = flags.DEFINE_list("lengths", "256,512,1024,2048,4096", "Tokens of a sequence.")
+_LENGTHS = flags.DEFINE_list("lengths", "128,256,512,1024,2048,4096", "Tokens of a sequence.")
 _FEATURES = flags.DEFINE_list("features", "16,32,64,128,256", "Numbers of features.")
 _EXAMPLES = flags.DEFINE_integer("examples", 4, "Reviews of each length.", lower_bound=1)
 _DRAWS = flags.DEFINE_integer("draws", 4, "Draws of what is random.", lower_bound=1)
@@ -70,8 +70,9 @@ _DIR = flags.DEFINE_string("dir", "runs/figure1", "Folder of the trained model."
 _OUT = flags.DEFINE_string("out", "results/figure1.json", "JSON to write; the plot has .png.")
 
 _SHORTER = (
-    *("data.length=512", "model.max_length=512", "train.num_steps=800"),
-    *("train.learning_rate=1e-3", "train.warmup_steps=80", "train.eval_every=400"),
+    *("data.length=256", "model.max_length=256", "model.num_layers=1", "train.batch_size=32"),
+    *("train.num_steps=800", "train.learning_rate=1e-3", "train.warmup_steps=80"),
+    "train.eval_every=160",
 )
 
 _DETERMINISTIC = ("nystromformer",)
