@@ -162,7 +162,8 @@ def skyformer_attention(
         - "leverage": by ridge leverage scores (Musco and Musco, 2017), the paper's next
           step; the cost of two more kernel matrices of rows x d and of some d x d eigenvalues.
 
-        The last two take a fixed key where rng is None.
+        The last two take a fixed key where rng is None. Draws by "uniform" and "leverage" are
+        others for another padded length.
       landmark_indices: int [batch, d], rows of [query; key] (0..q_length-1 are queries) to use
         instead of num_landmarks chosen here; those at masked rows count for nothing.
       query_mask: bool [batch, q_length], the queries that may become landmarks; None means
