@@ -1,10 +1,17 @@
 """The site's reference and the citation name what the package has."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from skyformer_jax import attention
+from skyformer_jax.report import tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,3 +33,42 @@ def test_the_citation_is_of_this_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_shows_the_measured_accuracies():
+    result = json.loads((ROOT / "results/table1.json").read_text())
+    assert tables.summary(result) in (ROOT / "README.md").read_text()
+
+
+def code_blocks():
+    """Those of all pages but the one whose code goes into the package."""
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    return [
+        pytest.param(block, id=f"{path.name}-{number}")
+        for path in pages
+        if path.name != "adding_an_attention.md"
+        for number, block in enumerate(
+            re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+        )
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", code_blocks())
+def test_code_runs_as_written(block, tmp_path):
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        check=True,
+    )
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?![a-z]+:)([^)#\s]+)", page.read_text()):
+            there = page.parent / target
+            # The site puts these together from elsewhere.
+            made = target.startswith("project/")
+            assert made or there.exists(), f"{page.name}: {target}"

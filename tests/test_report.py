@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_experiments import HEADER
 
 from skyformer_jax.attention import NAMES
 from skyformer_jax.report import __main__ as report
-from skyformer_jax.report import claims, paper, statistics, tables
+from skyformer_jax.report import claims, paper, pictures, statistics, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 ORIGIN = {**HEADER, "versions": {"jax": "0.10.2"}}
@@ -173,6 +174,20 @@ def test_nothing_measured_is_nothing_claimed():
     for name in report.SECTIONS:
         assert (ROOT / "experiments" / f"{name}.py").exists()
     assert "confirmed**" not in text
+
+
+def test_the_report_is_that_of_the_results():
+    """results/REPORT.md is not older than the JSON beside it."""
+    assert (ROOT / "results/REPORT.md").read_text() == report.render(
+        report.read_results(ROOT / "results")
+    )
+
+
+@pytest.mark.parametrize("name", report.SECTIONS)
+def test_pictures(name, tmp_path):
+    path = ROOT / "results" / f"{name}.json"
+    getattr(pictures, name)(json.loads(path.read_text()), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_the_command_and_its_errors(tmp_path):

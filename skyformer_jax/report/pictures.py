@@ -153,10 +153,9 @@ def singular_values(result: Result, path: Path) -> None:
 
 
 def figure1(result: Result, path: Path) -> None:
-    """Relative error against features, a column a length, initialised weights above trained."""
-    weights = list(dict.fromkeys(row["weights"] for row in result["rows"]))
-    lengths = sorted({row["length"] for row in result["rows"]})
-    panels = {f"{kind}, n = {length:,}": (kind, length) for kind in weights for length in lengths}
+    """Relative error against features, a panel for each kind of weights and length."""
+    found = dict.fromkeys((row["weights"], row["length"]) for row in result["rows"])
+    panels = {f"{kind}, n = {length:,}": (kind, length) for kind, length in found}
 
     def draw(axis: Axes, title: str) -> None:
         own = [row for row in result["rows"] if (row["weights"], row["length"]) == panels[title]]
@@ -167,16 +166,14 @@ def figure1(result: Result, path: Path) -> None:
                 if row["attention"] == name
             ]
             axis.plot(*zip(*points, strict=True), label=name, **_style(name))
-        if not own:
-            where = {"ha": "center", "va": "center", "transform": axis.transAxes}
-            axis.text(0.5, 0.5, "longer than\ntrained for", **where)
         # What is exact is below the axis.
         axis.set(title=title, xlabel="features", xscale="log", yscale="log", ylim=(3e-4, 3))
         axis.set_xticks(result["features"], result["features"], minor=False)
         axis.minorticks_off()
 
-    figure = _panels(list(panels), draw, rows=len(weights), height=2.7)
-    for axis in figure.axes[:: len(lengths)]:
+    rows = -(-len(panels) // 4)
+    figure = _panels(list(panels), draw, rows=rows, height=2.7)
+    for axis in figure.axes[:: -(-len(panels) // rows)]:
         axis.set_ylabel("relative spectral error")
     _save(figure, path)
 
@@ -224,7 +221,7 @@ def table2(result: Result, path: Path) -> None:
                 axis.plot([ratio], [place], **{**style, "mfc": "none"})
         _list_names(axis)
         axis.axvline(1, ls="--", lw=1, color="gray")
-        axis.set(title=title, xlabel="over softmax's (hollow: the paper's)")
+        axis.set(title=title, xlabel="over softmax's; hollow: paper")
         _logarithmic(axis)
 
     _save(_panels(list(panels), draw, rows=2), path)
