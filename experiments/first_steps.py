@@ -21,7 +21,9 @@ from skyformer_jax.training import mesh as meshes
 _NOT_KEPT = (*skyformer_jax.config.MEANS, "data.source")
 
 
-def training_examples(config: ml_collections.ConfigDict, split: Examples, num_steps: int) -> Any:
+def first_batches(
+    config: ml_collections.ConfigDict, split: Examples, num_steps: int
+) -> list[Batch]:
     """The batches of the first steps, as training reads them."""
     batches = training_batches(
         split, config.train.batch_size, config.model.max_length, seed=config.seed
@@ -83,7 +85,7 @@ def train(
         config.train.accumulation,
     )
     found = [steps.take(jax.device_get(state.variables), 0)]
-    batches = training_examples(config, split, num_steps)
+    batches = first_batches(config, split, num_steps)
     for batch in track(batches, num_steps, f"{folder.name}, training", "steps"):
         state, _ = step(state, stacked([iter([batch])], 1))
         found.append(steps.take(jax.device_get(state.variables), 0))

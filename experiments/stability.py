@@ -57,7 +57,7 @@ def measure(cell: Cell) -> dict[str, object]:
     weights, where = first_steps.train(config, split, _STEPS.value, cell.workdir)
     model = build_model(config)
     scores = []
-    for i, batch in enumerate(first_steps.training_examples(config, split, _STEPS.value)):
+    for i, batch in enumerate(first_steps.first_batches(config, split, _STEPS.value)):
         some = jax.tree.map(lambda x: x[: _EXAMPLES.value or len(x)], batch)
         tokens, mask = first_steps.read(config, some)
         scores.append(analysis.instability(model, weights[i], weights[i + 1], tokens, mask))
