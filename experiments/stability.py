@@ -8,8 +8,9 @@
 with f the embedding of the real tokens after the last block and the final norm, x_i the batch of
 step i, W all parameters but the head's (skyformer_jax/analysis.py). The paper gives its mean over
 the first 20 steps as a ratio to softmax's. Training is as configs/ say, dropout included; f is
-evaluated without it, and with the same landmarks before and after the step. --examples=N evaluates
-f on the first N of each batch.
+evaluated without it, and with the same landmarks before and after the step. As the paper does not
+say whether its f was, there is a second score with dropout and landmarks drawn anew each time.
+--examples=N evaluates f on the first N of each batch.
 
 A task whose data are not there is skipped, with a line; so is what an earlier run of this code
 finished. --small takes the variant small of the configs, which needs a minute.
@@ -19,6 +20,7 @@ Writes --out after each cell, beside provenance and what was asked for:
     rows  config, attention, seed, batch_size, length, learning_rate (the peak), warmup_steps,
           examples (of each batch, on which f was evaluated), instability (a score a step),
           instability_before_norm (the same with f before the final norm),
+          instability_with_noise (with dropout and landmarks of training, drawn for each f),
           departures (see sweep.py), data (a checksum of the training split), provenance
 
 and the picture beside it.
@@ -60,13 +62,15 @@ def measure(cell: Cell) -> dict[str, object]:
     for i, batch in enumerate(first_steps.first_batches(config, split, _STEPS.value)):
         some = jax.tree.map(lambda x: x[: _EXAMPLES.value or len(x)], batch)
         tokens, mask = first_steps.read(config, some)
-        scores.append(analysis.instability(model, weights[i], weights[i + 1], tokens, mask))
+        rng = jax.random.fold_in(jax.random.key(config.seed), i)
+        scores.append(analysis.instability(model, weights[i], weights[i + 1], tokens, mask, rng))
     return {
         "learning_rate": config.train.learning_rate,
         "warmup_steps": config.train.warmup_steps,
         "examples": len(some.label),
         "instability": [score.normed for score in scores],
         "instability_before_norm": [score.raw for score in scores],
+        "instability_with_noise": [score.with_noise for score in scores],
         "data": split.checksum(),
         "provenance": where,
     }
@@ -75,7 +79,8 @@ def measure(cell: Cell) -> dict[str, object]:
 def main() -> None:
     """Measures cell after cell; writes JSON and picture after each."""
     keep_rows(
-        "instability score (appendix F) of each of the first steps of training",
+        "instability score (appendix F) of each of the first steps of training: evaluated, before "
+        "the final norm, with the noise of training",
         {"steps": _STEPS.value, "examples": _EXAMPLES.value},
         measure,
         pictures.stability,

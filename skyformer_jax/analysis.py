@@ -99,9 +99,14 @@ def singular_values(outputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def outputs_of(
-    name: str, model: nn.Module, variables: Any, tokens: jax.Array, mask: jax.Array
+    name: str,
+    model: nn.Module,
+    variables: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    rng: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """What the modules of that name return in an evaluation of the model, in their order.
+    """What the modules of that name return when the model is applied, in their order.
 
     Args:
       name: query, key or value (each [batch, length, heads, head_dim]), attention_layer or block_0
@@ -110,14 +115,20 @@ def outputs_of(
       variables: of the model.
       tokens: as the model takes them.
       mask: likewise.
+      rng: a jax.random key for the dropout and the landmarks of training; None: as in evaluation,
+        without either.
 
     Raises:
       ValueError: if there is no such module.
     """
+    streams = ("landmarks", "dropout")  # those that a training step draws
+    rngs = {} if rng is None else dict(zip(streams, jax.random.split(rng), strict=True))
     _, captured = model.apply(
         variables,
         tokens,
         mask,
+        deterministic=rng is None,
+        rngs=rngs,
         capture_intermediates=lambda module, method: (module.name, method) == (name, "__call__"),
         mutable=["intermediates"],
     )
@@ -128,51 +139,68 @@ def outputs_of(
 
 
 class Change(NamedTuple):
-    """Of a model's embedding of a sequence; where it is taken matters.
+    """Of a model's embedding of a sequence; how it is taken matters.
 
     Attributes:
       normed: after the final norm, which is what the head pools; its size is that of one token.
       raw: before it, as the last block returns it. There kernelized attention, whose output is a
         sum over all keys that nothing divides by their number, is larger the longer the sequence.
+      with_noise: as normed, with dropout and landmarks as in training, which are drawn anew for
+        the embedding before and for that after. Mostly the size of that noise.
     """
 
     normed: jax.Array | float
     raw: jax.Array | float
+    with_noise: jax.Array | float
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def embedding_change(
-    model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array
+    model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array, rng: jax.Array
 ) -> Change:
     """||f(x, W') - f(x, W)||_F^2 of each example, f being the embedding of its real tokens.
 
     Args:
-      model: a classifier without remat, applied without dropout or random draws.
+      model: a classifier without remat.
       before: the variables W.
       after: the variables W'.
       tokens: int [batch, length], or [batch, 2, length].
       mask: bool, likewise.
+      rng: a jax.random key, for with_noise alone.
 
     Returns:
-      float32 [batch], for f after the final norm and before it.
+      float32 [batch] each.
     """
-    places = Change("final_norm", f"block_{model.num_layers - 1}")
+    normed, raw = "final_norm", f"block_{model.num_layers - 1}"
 
-    def one(example: tuple[jax.Array, jax.Array]) -> Change:
-        tokens, mask = (x[None] for x in example)
-        new, old = (
-            Change(*(outputs_of(place, model, w, tokens, mask)[0] for place in places))
-            for w in (after, before)
-        )
+    def one(example: tuple[jax.Array, jax.Array, jax.Array]) -> Change:
+        tokens, mask = (x[None] for x in example[:2])
+
+        def embed(variables: Any, rng: jax.Array) -> Change:
+            of = functools.partial(outputs_of, model=model, variables=variables)
+            return Change(
+                normed=of(normed, tokens=tokens, mask=mask)[0],
+                raw=of(raw, tokens=tokens, mask=mask)[0],
+                with_noise=of(normed, tokens=tokens, mask=mask, rng=rng)[0],
+            )
+
+        keys = jax.random.split(example[2])
+        old, new = embed(before, keys[0]), embed(after, keys[1])
         real = mask.reshape(*new.raw.shape[:2], 1)
         return jax.tree.map(lambda a, b: jnp.where(real, (a - b) ** 2, 0).sum(), new, old)
 
     at_a_time = max(1, _TOKENS // tokens[0].size)
-    return jax.lax.map(one, (tokens, mask), batch_size=at_a_time)
+    keys = jax.random.split(rng, len(tokens))
+    return jax.lax.map(one, (tokens, mask, keys), batch_size=at_a_time)
 
 
 def instability(
-    model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array
+    model: nn.Module,
+    before: Any,
+    after: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    rng: jax.Array,
 ) -> Change:
     """The instability score of a training step, appendix F of the paper.
 
@@ -185,6 +213,7 @@ def instability(
       after: those after it.
       tokens: of the step's batch, or of some of its examples.
       mask: likewise.
+      rng: see embedding_change.
 
     Returns:
       The scores, divided by the number of examples.
@@ -202,5 +231,5 @@ def instability(
     )
     if not distance:
         raise ValueError("the parameters are the same before and after")
-    change = embedding_change(model, before, after, tokens, mask)
+    change = embedding_change(model, before, after, tokens, mask, rng)
     return Change(*(float(np.asarray(x, np.float64).mean() / distance) for x in change))

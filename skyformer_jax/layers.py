@@ -1,7 +1,7 @@
 """Flax linen modules around the attention functions."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +9,26 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_arrays, shards, split_options
+
+
+def dense_inits(fan_in: int) -> dict[str, jax.nn.initializers.Initializer]:
+    """How nn.Dense and its like start here: uniform within 1/sqrt(fan_in) of 0, biases as well.
+
+    That is how PyTorch's Linear starts, and with it the published code of the paper. It matters
+    to the Gaussian kernel: queries and keys then have a third of the variance that Flax's own
+    start gives them, so the kernel is wider, its matrix of lower rank, and fewer landmarks do.
+
+    Args:
+      fan_in: features of the input.
+
+    Returns:
+      Keyword arguments of nn.Dense, nn.DenseGeneral, nnx.LinearGeneral.
+    """
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return {"kernel_init": init, "bias_init": init}
 
 
 class MultiHeadAttention(nn.Module):
@@ -90,9 +110,12 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"{self.attention} shares queries and keys: leave out inputs_kv")
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
-            return nn.DenseGeneral((self.num_heads, self.head_dim), dtype=self.dtype, name=name)(
-                inputs
-            )
+            return nn.DenseGeneral(
+                (self.num_heads, self.head_dim),
+                dtype=self.dtype,
+                name=name,
+                **dense_inits(inputs.shape[-1]),
+            )(inputs)
 
         kv_length = inputs_kv.shape[1] * shards.num_shards(self.axis_name)
         rng = None
@@ -107,7 +130,13 @@ class MultiHeadAttention(nn.Module):
             **self._arrays(kv_length, redraw=rng is not None),
             **function_options,
         )
-        return nn.DenseGeneral(inputs_q.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out")(out)
+        return nn.DenseGeneral(
+            inputs_q.shape[-1],
+            axis=(-2, -1),
+            dtype=self.dtype,
+            name="out",
+            **dense_inits(self.num_heads * self.head_dim),
+        )(out)
 
     def _arrays(self, kv_length: int, *, redraw: bool) -> dict[str, jax.Array]:
         """What this layer keeps for its attention; what is fixed only unless it is redrawn."""

@@ -12,7 +12,7 @@ import ml_collections
 
 from skyformer_jax.attention import shards
 from skyformer_jax.errors import UserError
-from skyformer_jax.layers import MultiHeadAttention
+from skyformer_jax.layers import MultiHeadAttention, dense_inits
 
 POSITIONS = ("learned", "sinusoidal")
 POOLINGS = ("mean", "cls", "padded_mean")
@@ -89,8 +89,12 @@ class EncoderBlock(nn.Module):
         )(y, mask=mask)
         x = x + drop(y)
         y = nn.LayerNorm(epsilon=_EPSILON, dtype=dtype, name="mlp_norm")(x)
-        y = nn.gelu(nn.Dense(self.mlp_dim, dtype=dtype, name="mlp_in")(y), approximate=False)
-        return x + drop(nn.Dense(x.shape[-1], dtype=dtype, name="mlp_out")(drop(y)))
+
+        def dense(features: int, name: str, y: jax.Array) -> jax.Array:
+            return nn.Dense(features, dtype=dtype, name=name, **dense_inits(y.shape[-1]))(y)
+
+        y = drop(nn.gelu(dense(self.mlp_dim, "mlp_in", y), approximate=False))
+        return x + drop(dense(x.shape[-1], "mlp_out", y))
 
 
 def pool(x: jax.Array, mask: jax.Array, pooling: str, axis_name: str | None = None) -> jax.Array:
@@ -254,8 +258,8 @@ class _Encoder(nn.Module):
 
     def _head(self, x: jax.Array) -> jax.Array:
         """Features [batch, any] -> logits [batch, num_classes]."""
-        x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden")(x))
-        return nn.Dense(self.num_classes, name="head_out")(x)
+        x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden", **dense_inits(x.shape[-1]))(x))
+        return nn.Dense(self.num_classes, name="head_out", **dense_inits(x.shape[-1]))(x)
 
 
 class Classifier(_Encoder):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from skyformer_jax.attention import REGISTRY, layer_arrays, split_options
+from skyformer_jax.layers import dense_inits
 
 
 class Fixed(nnx.Variable):
@@ -48,11 +49,14 @@ class MultiHeadAttention(nnx.Module):
         self.attention = attention
         self._options, _ = split_options(attention, options or {})
         heads = (num_heads, head_dim)
-        self.query = nnx.LinearGeneral(in_features, heads, rngs=rngs)
+        inits = dense_inits(in_features)
+        self.query = nnx.LinearGeneral(in_features, heads, rngs=rngs, **inits)
         if not REGISTRY[attention].shared_query_key:
-            self.key = nnx.LinearGeneral(in_features, heads, rngs=rngs)
-        self.value = nnx.LinearGeneral(in_features, heads, rngs=rngs)
-        self.out = nnx.LinearGeneral(heads, in_features, axis=(-2, -1), rngs=rngs)
+            self.key = nnx.LinearGeneral(in_features, heads, rngs=rngs, **inits)
+        self.value = nnx.LinearGeneral(in_features, heads, rngs=rngs, **inits)
+        self.out = nnx.LinearGeneral(
+            heads, in_features, axis=(-2, -1), rngs=rngs, **dense_inits(num_heads * head_dim)
+        )
         described = layer_arrays(
             attention,
             options or {},

@@ -68,7 +68,8 @@ def test_instability_of_a_small_step_is_that_of_the_derivative():
     )
     after = {"params": jax.tree.map(lambda x, d: x + 2e-4 * d, before["params"], direction)}
 
-    found = analysis.instability(model, before, after, tokens, mask)
+    rng = jax.random.key(3)
+    found = analysis.instability(model, before, after, tokens, mask, rng)
     last = f"block_{config.model.num_layers - 1}"
     for name, score in (("final_norm", found.normed), (last, found.raw)):
 
@@ -81,6 +82,21 @@ def test_instability_of_a_small_step_is_that_of_the_derivative():
         distance = sum((x**2).sum() for x in jax.tree.leaves(seen))
         np.testing.assert_allclose(score, float((change**2).sum() / 3 / distance), rtol=0.02)
     with pytest.raises(ValueError, match="same before and after"):
-        analysis.instability(model, before, before, tokens, mask)
+        analysis.instability(model, before, before, tokens, mask, rng)
     with pytest.raises(ValueError, match="no module"):
         analysis.outputs_of("block_9", model, before, tokens, mask)
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("softmax", 0.1), ("skyformer", 0.0)])
+def test_the_noise_of_training_is_in_one_of_the_changes_alone(name, dropout):
+    config = tiny_config(name)
+    config.model.dropout = dropout
+    model = build_model(config)
+    tokens = jnp.ones((2, config.model.max_length), jnp.int32)
+    mask = jnp.ones(tokens.shape, bool)
+    same = model.init(jax.random.key(1), tokens, mask)
+    change = analysis.embedding_change(model, same, same, tokens, mask, jax.random.key(2))
+    assert (change.normed == 0).all()
+    assert (change.raw == 0).all()
+    assert (change.with_noise > 0).all()
+    assert change.with_noise[0] != change.with_noise[1]  # a draw for each example

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import common
-from skyformer_jax import attention, models
+from skyformer_jax import attention, models, nnx_layers
 from skyformer_jax.layers import MultiHeadAttention
 
 
@@ -70,6 +71,30 @@ def test_parameters_are_the_papers():
     count = sum(x.size for x in jax.tree.leaves(shapes))
     block = 4 * (64 * 64 + 64) + 2 * 2 * 64 + (64 * 128 + 128) + (128 * 64 + 64)
     assert count == (16 + 2048) * 64 + 2 * block + 2 * 64 + (64 * 128 + 128) + (128 * 10 + 10)
+
+
+def test_dense_layers_start_as_in_the_published_code():
+    """Uniform within 1/sqrt(fan_in), whose standard deviation is that over sqrt(3)."""
+    config = common.paper_config("listops", "softmax", max_length=8)
+    tokens = jnp.zeros((1, 8), int)
+    params = models.build_model(config).init(jax.random.key(0), tokens, tokens == 0)["params"]
+    block = params["block_0"]
+    of_attention = block["attention_layer"].values()
+    of_fan_in = {
+        64: [*of_attention, block["mlp_in"], params["head_hidden"]],
+        128: [block["mlp_out"], params["head_out"]],
+    }
+    module = nnx_layers.MultiHeadAttention("softmax", 2, 64, 32, rngs=nnx.Rngs(0))
+    of_fan_in[64] += [
+        {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+        for layer in (module.query, module.key, module.value, module.out)
+    ]
+    for fan_in, layers in of_fan_in.items():
+        for layer in layers:
+            for name, error in (("kernel", 0.05), ("bias", 0.5)):
+                values = np.asarray(layer[name])
+                assert np.abs(values).max() <= fan_in**-0.5
+                np.testing.assert_allclose(values.std() * (3 * fan_in) ** 0.5, 1, atol=error)
 
 
 def test_pooling():

@@ -67,8 +67,10 @@ def _of_task(cells: dict[str, list[dict[str, Any]]]) -> dict[str, Estimate]:
     return estimates
 
 
-def instability_ratios(result: Result) -> dict[str, dict[str, Estimate]]:
-    """Mean instability score of stability.json over softmax's, {config: {attention: ratio}}.
+def instability_ratios(
+    result: Result, field: str = "instability"
+) -> dict[str, dict[str, Estimate]]:
+    """A mean score of stability.json over softmax's, {config: {attention: ratio}}.
 
     With several seeds it is the mean of their ratios, and the error is from their spread. With one
     the error is from the spread of the ratio from step to step, as if steps were independent.
@@ -77,7 +79,7 @@ def instability_ratios(result: Result) -> dict[str, dict[str, Estimate]]:
     for row in result["rows"]:
         if "skipped" not in row:
             of_config = scores.setdefault(row["config"], {})
-            of_config.setdefault(row["attention"], {})[row["seed"]] = row["instability"]
+            of_config.setdefault(row["attention"], {})[row["seed"]] = row[field]
     found: dict[str, dict[str, Estimate]] = {}
     for config, of_config in scores.items():
         for name in (n for n in NAMES if n in of_config and n != "softmax"):
