@@ -14,7 +14,7 @@ from experiments.provenance import provenance
 from skyformer_jax.data.batches import Batch, Examples, stacked, training_batches
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import say, track
-from skyformer_jax.training import compilation, evaluation, steps
+from skyformer_jax.training import compilation, steps
 from skyformer_jax.training import mesh as meshes
 
 # With the fields of the config that change none of what is kept.
@@ -34,7 +34,7 @@ def first_batches(
 def read(config: ml_collections.ConfigDict, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The tokens and the mask that the model sees."""
     places = np.arange(batch.tokens.shape[-1])
-    return evaluation.reading(config)(batch.tokens, batch.length, places)
+    return steps.reading_of(config)(batch.tokens, batch.length, places)
 
 
 def train(
@@ -76,14 +76,7 @@ def train(
         [config.seed], model, optimizer, steps.token_shape(config)
     )
     state = jax.device_put(state, meshes.replicated(mesh))
-    step = steps.make_train_step(
-        model,
-        optimizer,
-        mesh,
-        config.train.log_every,
-        evaluation.reading(config),
-        config.train.accumulation,
-    )
+    step = steps.train_step_of(config, model, optimizer, mesh)
     found = [steps.take(jax.device_get(state.variables), 0)]
     batches = first_batches(config, split, num_steps)
     for batch in track(batches, num_steps, f"{folder.name}, training", "steps"):

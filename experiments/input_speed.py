@@ -65,9 +65,7 @@ def step_times(examples: Examples, config: ml_collections.ConfigDict) -> tuple[f
     model, optimizer, mesh = build_model(config), steps.make_optimizer(config), meshes.make_mesh()
     state = steps.init_states([0], model, optimizer, steps.token_shape(config))
     state = jax.device_put(state, NamedSharding(mesh, P()))  # where the step leaves it
-    step = steps.make_train_step(
-        model, optimizer, mesh, config.train.log_every, evaluation.reading(config)
-    )
+    step = steps.train_step_of(config, model, optimizer, mesh)
     batches = training_batches(examples, config.train.batch_size, config.model.max_length, seed=0)
     total = spent = 0.0
     for i in range(_STEPS.value + 1):

@@ -40,8 +40,8 @@ from skyformer_jax import attention, cli
 from skyformer_jax.data.batches import Batch
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import track
-from skyformer_jax.training import evaluation, steps
 from skyformer_jax.training import mesh as meshes
+from skyformer_jax.training import steps
 
 _FAKE_DEVICES = flags.DEFINE_integer("fake_devices", 8, "Of a CPU; 0: the real ones.")
 _LENGTHS = flags.DEFINE_list("lengths", "1024,4096,16384", "Of the bytes that cross devices.")
@@ -63,7 +63,7 @@ def make_step(
         out_shardings=meshes.replicated(mesh),
     )
     step = steps.make_train_step(
-        model, optimizer, mesh, 10, evaluation.reading(config), 1, backend=backend
+        model, optimizer, mesh, 10, steps.reading_of(config), 1, backend=backend
     )
     rng, size = np.random.default_rng(0), (1, 1, config.train.batch_size)
     batch = Batch(

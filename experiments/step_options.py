@@ -30,8 +30,8 @@ from experiments.provenance import provenance, write_json
 from experiments.timing import compile_all, measure_steps, take_turns
 from skyformer_jax import cli, models
 from skyformer_jax.data.batches import Examples, stacked, training_batches, training_rows
-from skyformer_jax.training import evaluation, steps
 from skyformer_jax.training import mesh as meshes
+from skyformer_jax.training import steps
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each takes.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "results/step_options.json", "File to write.")
@@ -127,14 +127,7 @@ def _run_small(config: ml_collections.ConfigDict, on_device: bool) -> Callable[[
         for seed in seeds
     ]
     states = steps.init_states(seeds, model, optimizer, steps.token_shape(config))
-    step = steps.make_train_step(
-        model,
-        optimizer,
-        mesh,
-        config.train.log_every,
-        evaluation.reading(config),
-        token_shape=steps.token_shape(config),
-    )
+    step = steps.train_step_of(config, model, optimizer, mesh)
 
     def call() -> jax.Array:
         nonlocal states

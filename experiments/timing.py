@@ -14,8 +14,8 @@ import numpy as np
 from skyformer_jax.data.batches import Batch
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import track
-from skyformer_jax.training import evaluation, steps
 from skyformer_jax.training import mesh as meshes
+from skyformer_jax.training import steps
 
 K = TypeVar("K", bound=Hashable)
 Program = jax.stages.Compiled
@@ -215,14 +215,7 @@ def measure_steps(
             lambda x, where=replicated: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             jax.eval_shape(init),
         )
-        step = steps.make_train_step(
-            model,
-            optimizer,
-            mesh,
-            config.train.log_every,
-            evaluation.reading(config),
-            config.train.accumulation,
-        )
+        step = steps.train_step_of(config, model, optimizer, mesh)
         lowerings[name, "init"] = init.lower
         lowerings[name, "step"] = lambda step=step, states=states, name=name: step.lower(
             states, batches[name]

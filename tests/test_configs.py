@@ -14,7 +14,7 @@ from configs import common
 from skyformer_jax import attention, config, tasks, training
 from skyformer_jax.data import parallel
 from skyformer_jax.errors import UserError
-from skyformer_jax.training import evaluation, steps
+from skyformer_jax.training import steps
 
 NAMES = [task.name for task in tasks.BENCHMARK]
 VARIANTS = ("", *common.VARIANTS)
@@ -106,17 +106,17 @@ def test_tokens_and_masks_are_as_defined():
     """Bytes are shifted by one and padded by 0; black pixels are real but in the variant paper."""
     values = np.array([[0, 255, 7, 9], [5, 0, 0, 0]], np.uint8)
     length = np.array([3, 4], np.int32)
-    ids, mask = evaluation.reading(get("text"))(values, length, np.arange(4))
+    ids, mask = steps.reading_of(get("text"))(values, length, np.arange(4))
     np.testing.assert_array_equal(ids, [[1, 256, 8, 0], [6, 1, 1, 1]])
     np.testing.assert_array_equal(mask, [[1, 1, 1, 0], [1, 1, 1, 1]])
     full = np.array([4, 4], np.int32)
-    ids, mask = evaluation.reading(get("image"))(values, full, np.arange(4))
+    ids, mask = steps.reading_of(get("image"))(values, full, np.arange(4))
     np.testing.assert_array_equal(ids, values)
     assert mask.all()
-    _, mask = evaluation.reading(get("pathfinder", "softmax,paper"))(values, full, np.arange(4))
+    _, mask = steps.reading_of(get("pathfinder", "softmax,paper"))(values, full, np.arange(4))
     np.testing.assert_array_equal(mask, values != 0)
     pairs = np.stack([values, values], axis=1)
-    ids, mask = evaluation.reading(get("retrieval"))(
+    ids, mask = steps.reading_of(get("retrieval"))(
         pairs, np.stack([length, full], axis=1), np.arange(4)
     )
     assert ids.shape == mask.shape == (2, 2, 4)

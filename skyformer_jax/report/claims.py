@@ -97,8 +97,13 @@ def _stability(
         }
         if not ratios:
             return None
+        noisy = statistics.instability_ratios(stability, "instability_with_noise")
         evidence = ", ".join(f"{config} {ratio.value:.2f}" for config, ratio in ratios.items())
-        return all(holds(ratio.value) for ratio in ratios.values()), f"{evidence} of softmax's"
+        with_noise = ", ".join(f"{config} {noisy[config][name].value:.2f}" for config in ratios)
+        return (
+            all(holds(ratio.value) for ratio in ratios.values()),
+            f"{evidence} of softmax's; with the noise of training in f {with_noise}",
+        )
 
     return decide
 

@@ -93,6 +93,19 @@ def instability_ratios(
     return found
 
 
+def noise_of_softmax(result: Result) -> dict[str, float]:
+    """By how much the noise of training raises softmax's mean score of stability.json, by config.
+
+    Of several seeds the last one's.
+    """
+    return {
+        row["config"]: statistics.fmean(row["instability_with_noise"])
+        / statistics.fmean(row["instability"])
+        for row in result["rows"]
+        if "skipped" not in row and row["attention"] == "softmax"
+    }
+
+
 def _ratio(pairs: list[tuple[list[float], list[float]]]) -> Estimate:
     of_seeds = [statistics.fmean(a) / statistics.fmean(b) for a, b in pairs]
     spread = of_seeds

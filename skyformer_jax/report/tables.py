@@ -213,12 +213,24 @@ def figure2(result: Result) -> str:
 def stability(result: Result) -> str:
     """Ratios of the instability score, a row an attention and task."""
     ratios = statistics.instability_ratios(result)
+    noisy = statistics.instability_ratios(result, "instability_with_noise")
     rows = []
     for config in [c for c in paper.CONFIGS if c in ratios]:
         for name, ratio in ratios[config].items():
             printed = paper.INSTABILITY.get(name, {}).get(config)
-            rows.append([config, f"`{name}`", *_compared(ratio, printed, 2), str(ratio.count)])
-    table = markdown(["", "", "paper", "ours", "difference", "standard error", "seeds"], rows)
+            with_noise = _compared(noisy[config][name], printed, 2)[1:]
+            rows.append(
+                [
+                    config,
+                    f"`{name}`",
+                    *_compared(ratio, printed, 2),
+                    *with_noise,
+                    str(ratio.count),
+                ]
+            )
+    of_error = ("difference", "standard error")
+    columns = ["", "", "paper", "ours", *of_error, "with noise", *of_error, "seeds"]
+    table = markdown(columns, rows)
     measured = [row for row in result["rows"] if "skipped" not in row]
     notes = [
         f"Mean instability score over the first {result['steps']} steps, as a ratio to softmax's. "
@@ -226,6 +238,13 @@ def stability(result: Result) -> str:
         "ratio from step to step.",
         _reduced(reduction(measured)),
     ]
+    factors = sorted(statistics.noise_of_softmax(result).values())
+    if factors:
+        notes.append(
+            "With noise: f with dropout and landmarks as in training, drawn anew before and after "
+            f"the step. Softmax's score is then {factors[0]:,.0f} to {factors[-1]:,.0f} times as "
+            "great, so most of it is that noise; the paper does not say whether its f had dropout."
+        )
     if result["examples"]:
         notes.append(f"f is evaluated on the first {result['examples']} examples of each batch.")
     notes += _skipped(result)

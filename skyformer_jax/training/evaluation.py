@@ -41,11 +41,6 @@ def load_split(config: ml_collections.ConfigDict, split: str) -> Examples:
     return examples
 
 
-def reading(config: ml_collections.ConfigDict) -> steps.Reading:
-    """How the model's tokens and mask are had from the task's bytes."""
-    return steps.Reading(tasks.get(config.task).shift, config.data.get("mask_zeros", False))
-
-
 def predict(
     predict_step: Callable[..., jax.Array],
     variables: Any,
@@ -174,7 +169,7 @@ def evaluate(
     part = meshes.part_of_process(mesh)
     batch_size = -(-(batch_size or config.train.batch_size) // part.count) * part.count
     max_length = config.model.max_length
-    predict_step = steps.make_predict_step(model, mesh, reading(config))
+    predict_step = steps.make_predict_step(model, mesh, steps.reading_of(config))
     start = time.perf_counter()
     batches = evaluation_batches(
         examples, batch_size, max_length, buckets=config.data.get("buckets", ()), part=part

@@ -124,20 +124,10 @@ def _run(
     if step == settings.num_steps:
         return step
 
-    reading = evaluation.reading(config)
-    train_step = steps.make_train_step(
-        model,
-        optimizer,
-        mesh,
-        settings.log_every,
-        reading,
-        settings.accumulation,
-        steps.token_shape(config),
-        config.parallel.backend,
-    )
+    train_step = steps.train_step_of(config, model, optimizer, mesh)
     # Calls of several steps read the data on the device, where there is room for them.
     table = steps.make_table(train_split, mesh) if settings.steps_per_call > 1 else None
-    predict_step = steps.make_predict_step(model, mesh, reading)
+    predict_step = steps.make_predict_step(model, mesh, steps.reading_of(config))
     schedule = steps.learning_rate_schedule(config)
     run_logs = []
     progress = logs.Progress(step, settings.num_steps)

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
+from skyformer_jax import tasks
 from skyformer_jax.attention import shards
 from skyformer_jax.data.batches import Batch, Examples
 from skyformer_jax.training.mesh import DATA, memory_limit, replicated, specs, spread
@@ -168,6 +169,11 @@ class Reading(NamedTuple):
         if self.mask_zeros:
             mask &= values != 0
         return jnp.where(mask, values.astype(jnp.int32) + self.shift, 0), mask
+
+
+def reading_of(config: ml_collections.ConfigDict) -> Reading:
+    """How the model's tokens and mask are had from the task's bytes."""
+    return Reading(tasks.get(config.task).shift, config.data.get("mask_zeros", False))
 
 
 def abstract_state(
@@ -410,6 +416,25 @@ def predict_step(
         lambda part: _logits(model, variables, *part, reading=reading, train=False)[0], parts
     )
     return logits.reshape(-1, logits.shape[-1])
+
+
+def train_step_of(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """make_train_step as the config says."""
+    return make_train_step(
+        model,
+        optimizer,
+        mesh,
+        config.train.log_every,
+        reading_of(config),
+        config.train.accumulation,
+        token_shape(config),
+        config.parallel.backend,
+    )
 
 
 def make_train_step(
