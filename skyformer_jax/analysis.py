@@ -177,11 +177,10 @@ def embedding_change(
         tokens, mask = (x[None] for x in example[:2])
 
         def embed(variables: Any, rng: jax.Array) -> Change:
-            of = functools.partial(outputs_of, model=model, variables=variables)
             return Change(
-                normed=of(normed, tokens=tokens, mask=mask)[0],
-                raw=of(raw, tokens=tokens, mask=mask)[0],
-                with_noise=of(normed, tokens=tokens, mask=mask, rng=rng)[0],
+                normed=outputs_of(normed, model, variables, tokens, mask)[0],
+                raw=outputs_of(raw, model, variables, tokens, mask)[0],
+                with_noise=outputs_of(normed, model, variables, tokens, mask, rng)[0],
             )
 
         keys = jax.random.split(example[2])

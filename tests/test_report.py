@@ -116,10 +116,12 @@ def test_verdicts_follow_the_figures():
             row("image", "skyformer", seed=0, instability=scores),
         ]
         for i, measured in enumerate(rows):
-            measured["instability_with_noise"] = [100.0 + 10 * i] * 2
+            measured |= {"instability_with_noise": [100.0 + 10 * i] * 2, "batch_size": 4}
+            measured["examples"] = 4 - i // 3
         found = verdict("Skyformer is more stable", stability={"rows": rows})
         assert found.status == status
         assert found.evidence.endswith("in f text 1.10, image 1.08")
+        assert found.reduced  # the last row is of three of its four examples
     assert statistics.noise_of_softmax({"rows": rows}) == {"text": 50, "image": 60}
 
     def errors(*values):

@@ -275,7 +275,14 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
 
 
 def is_reduced(result: Result) -> bool:
-    """Whether a result's setting is not that of the paper; fewer seeds are not counted."""
+    """Whether a result's setting is not that of the paper; fewer seeds are not counted.
+
+    Scores of a training step, of some of its batch's examples alone, are reduced as well.
+    """
     rows = result.get("cells", result.get("rows", []))
-    departures = any(row.get("departures") for row in rows) or result.get("small", False)
-    return departures or bool(result.get("training", {}).get("departures"))
+    return (
+        result.get("small", False)
+        or any(row.get("departures") for row in rows)
+        or bool(result.get("training", {}).get("departures"))
+        or any(row["examples"] < row["batch_size"] for row in rows if "instability" in row)
+    )
