@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import tqdm
 from absl import flags
 
 from experiments.provenance import provenance, write_json
@@ -30,6 +29,7 @@ from skyformer_jax import cli
 from skyformer_jax.attention.gaussian import gaussian_scores, kernelized_attention
 from skyformer_jax.attention.skyformer import LANDMARKS, skyformer_attention
 from skyformer_jax.errors import UserError
+from skyformer_jax.progress import track
 
 _LENGTH = flags.DEFINE_integer("length", 2048, "Queries, and keys.", lower_bound=2)
 _HEADS = flags.DEFINE_integer("heads", 2, "Heads.", lower_bound=1)
@@ -92,7 +92,10 @@ def make_inputs(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def spectral_norm(matrices: np.ndarray) -> np.ndarray:
-    """Largest singular values of [..., rows, columns], by block power iteration."""
+    """Largest singular values of [..., rows, columns], by block power iteration.
+
+    For matrices of length x length, which analysis.spectral_norm would decompose in full.
+    """
     num_columns = matrices.shape[-1]
     block = np.random.default_rng(0).normal(
         size=(*matrices.shape[:-2], num_columns, min(_POWER_BLOCK, num_columns))
@@ -148,7 +151,7 @@ def measure_errors(
     values = np.moveaxis(np.asarray(value[0]), 1, 0)  # [heads, length, head_dim]
     norms = spectral_norm(exact), spectral_norm(exact @ values)
     result = {}
-    for kind, num in progress(settings, what):
+    for kind, num in track(settings, len(settings), what, "settings"):
         kernel, output = [], []
         for draw in range(1 if kind in _DETERMINISTIC else _DRAWS.value):
             matrix = approximate_matrix(query, key, jax.random.key(draw), kind, num)
@@ -165,7 +168,7 @@ def compile_calls(
     """The calls to time, by kind and d, and what compiling each took; ("exact", 0) is exact."""
     calls, seconds = {}, {}
     settings = [("exact", 0)] + [(kind, num) for num in nums_landmarks for kind in LANDMARKS]
-    for kind, num in progress(settings, "compiling"):
+    for kind, num in track(settings, len(settings), "compiling", "programs"):
 
         def call(
             query: jax.Array,
@@ -192,7 +195,7 @@ def measure_seconds(
 ) -> dict[tuple[str, int], list[float]]:
     """Seconds of each call in each round; the calls take turns, and round -1 warms them."""
     seconds = {setting: [] for setting in calls}
-    for turn in progress(range(-1, _ROUNDS.value), what):
+    for turn in track(range(-1, _ROUNDS.value), _ROUNDS.value + 1, what, "rounds"):
         rng = jax.random.key(turn + 1)
         for setting, call in calls.items():
             start = time.perf_counter()
@@ -200,14 +203,6 @@ def measure_seconds(
             if turn >= 0:
                 seconds[setting].append(time.perf_counter() - start)
     return seconds
-
-
-def progress(items: Any, what: str) -> Any:
-    """Iterates over items, with a bar on a terminal and one line at the end in a log."""
-    start = time.perf_counter()
-    yield from tqdm.tqdm(items, desc=what, disable=not sys.stderr.isatty())
-    if not sys.stderr.isatty():
-        print(f"{what}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 def plot(rows: list[dict[str, Any]], exact_seconds: dict[str, float], path: Path) -> None:
