@@ -58,17 +58,6 @@ def train(
         ).items()
         if not field.startswith(_NOT_KEPT)
     }
-    path = folder / "first_steps.npz"
-    if path.exists():
-        with np.load(path) as kept:
-            header = json.loads(str(kept["header"]))
-            if header["config"] == json.loads(json.dumps(wanted)) and header["steps"] >= num_steps:
-                say(f"{folder.name}: the steps are there")
-                flat = {tuple(k.split("/")): kept[k] for k in kept.files if k != "header"}
-                stacks = flax.traverse_util.unflatten_dict(flat)
-                found = [_variables(steps.take(stacks, i)) for i in range(num_steps + 1)]
-                return found, header["provenance"]
-
     compilation.use_cache(config.compilation_cache)
     model, optimizer = build_model(config), steps.make_optimizer(config)
     mesh = meshes.make_mesh(1, 1, jax.devices()[:1])
@@ -76,8 +65,23 @@ def train(
         [config.seed], model, optimizer, steps.token_shape(config)
     )
     state = jax.device_put(state, meshes.replicated(mesh))
+    start = steps.take(jax.device_get(state.variables), 0)
+
+    path = folder / "first_steps.npz"
+    if path.exists():
+        with np.load(path) as kept:
+            header = json.loads(str(kept["header"]))
+            if header["config"] == json.loads(json.dumps(wanted)) and header["steps"] >= num_steps:
+                flat = {tuple(k.split("/")): kept[k] for k in kept.files if k != "header"}
+                stacks = flax.traverse_util.unflatten_dict(flat)
+                found = [_variables(steps.take(stacks, i)) for i in range(num_steps + 1)]
+                if _alike(found[0], start):
+                    say(f"{folder.name}: the steps are there")
+                    return found, header["provenance"]
+                say(f"{folder.name}: kept by code that starts otherwise: begun anew")
+
     step = steps.train_step_of(config, model, optimizer, mesh)
-    found = [steps.take(jax.device_get(state.variables), 0)]
+    found = [start]
     batches = first_batches(config, split, num_steps)
     for batch in track(batches, num_steps, f"{folder.name}, training", "steps"):
         state, _ = step(state, stacked([iter([batch])], 1))
@@ -91,6 +95,11 @@ def train(
         np.savez(file, header=json.dumps(header), **flat)
     part.replace(path)
     return found, where
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether variables of one config are equal, but for what devices round otherwise."""
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.allclose(x, y, atol=1e-6), a, b)))
 
 
 def _variables(stored: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from test_experiments import HEADER
 
 from skyformer_jax.attention import NAMES
+from skyformer_jax.errors import UserError
 from skyformer_jax.report import __main__ as report
 from skyformer_jax.report import claims, paper, pictures, statistics, tables
 
@@ -209,3 +210,8 @@ def test_the_command_and_its_errors(tmp_path):
     status, output = call(tmp_path)
     assert status == 2 and output.startswith(f"error: {tmp_path}/table1.json is damaged")
     assert call(tmp_path / "none")[0] == 2
+    earlier = json.loads((ROOT / "results/stability.json").read_text())
+    for measured in earlier["rows"]:
+        del measured["instability_with_noise"]
+    with pytest.raises(UserError, match=r"^stability\.json has no 'instability_with_noise'"):
+        report.render({"stability": earlier})

@@ -136,6 +136,12 @@ def test_first_steps_are_those_of_a_run(tmp_path, data_dir):
     again, kept = first_steps.train(config, None, 2, tmp_path)  # read, without any example
     assert kept == where and len(again) == 3
     jax.tree.map(np.testing.assert_array_equal, again, found[:3])
+    # What another start led to is not taken over.
+    kept = dict(np.load(tmp_path / "first_steps.npz"))
+    kept["params/head_out/bias"][0] += 1e-3
+    np.savez(tmp_path / "first_steps.npz", **kept)
+    anew, _ = first_steps.train(config, split, 3, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, anew, found)
 
 
 def run(script, *arguments):

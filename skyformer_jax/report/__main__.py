@@ -59,7 +59,26 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 
 def render(results: dict[str, Result]) -> str:
-    """The report, Markdown."""
+    """The report, Markdown.
+
+    Raises:
+      UserError: if a result lacks what its script writes today.
+    """
+    sections = []
+    for name, section in SECTIONS.items():
+        sections.append(f"## {section.title}")
+        if name not in results:
+            sections.append(f"Not yet run: `python experiments/{name}.py`.")
+            continue
+        result = results[name]
+        try:
+            sections += [tables.origin(result), section.table(result)]
+        except KeyError as error:
+            raise UserError(
+                f"{name}.json has no {error}: an earlier experiments/{name}.py wrote it; "
+                "measure it again"
+            ) from None
+        sections.append(f"![{section.title}]({name}.png)")
     verdicts = claims.judge(results)
     counts = ", ".join(
         f"{sum(v.status == status for v in verdicts)} {status}"
@@ -86,15 +105,10 @@ def render(results: dict[str, Result]) -> str:
                 for v in verdicts
             ],
         ),
+        *sections,
+        "## All results",
+        tables.everything(results),
     ]
-    for name, section in SECTIONS.items():
-        parts.append(f"## {section.title}")
-        if name not in results:
-            parts.append(f"Not yet run: `python experiments/{name}.py`.")
-            continue
-        result = results[name]
-        parts += [tables.origin(result), section.table(result), f"![{section.title}]({name}.png)"]
-    parts += ["## All results", tables.everything(results)]
     return "\n\n".join(parts) + "\n"
 
 
