@@ -49,14 +49,18 @@ def start_two(command, flags="--config.parallel."):
 
 
 def finish(*running):
-    """Waits; returns (status, stdout, stderr) of each, without the collectives' own lines."""
+    """Waits; returns (status, stdout, stderr) of each."""
     try:
         ends = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()
-    clean = [[re.sub(r"\[Gloo\].*\n", "", text) for text in end] for end in ends]
-    return [(process.returncode, *end) for process, end in zip(running, clean, strict=True)]
+    return [(process.returncode, *end) for process, end in zip(running, ends, strict=True)]
+
+
+def speaks(text):
+    """Whether there is a word of ours; Gloo's threads print, in pieces of each other's lines."""
+    return re.search("step|accuracy|floor", text) is not None
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +114,7 @@ def test_two_processes_then_one_on_another_mesh(alone, tmp_path, data_dir):
     (stopped,) = re.findall(r"stopped after step (\d+); saved", stderr)
     assert 4 < int(stopped) < 60
     assert checkpoints.steps(workdir / "checkpoints")[-1] == int(stopped)
-    # Only the first one speaks.
-    assert not out and not other_out and "step" not in other_stderr
+    assert speaks(stderr) and not any(map(speaks, (out, other_out, other_stderr)))
 
     mesh = {"parallel.data": 2, "parallel.seq": 2, "train.accumulation": 2}
     ((status, _, stderr),) = finish(
@@ -135,7 +138,7 @@ def test_sequences_over_two_processes(alone, tmp_path, data_dir):
     command = [sys.executable, str(ROOT / "eval.py"), f"--workdir={workdir}"]
     (status, out, stderr), (other_status, other_out, _) = finish(*start_two(command, "--"))
     assert status == other_status == 0, stderr
-    assert "accuracy" in out and not other_out
+    assert speaks(out) and not speaks(other_out)
     after = json.loads((workdir / "eval_test.json").read_text())
     assert {**after, "seconds": 0} == {**before, "seconds": 0}
 
