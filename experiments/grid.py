@@ -219,6 +219,38 @@ def read_cell(cell: Cell) -> dict[str, Any]:
     }
 
 
+def read_others(path: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The finished entries of an earlier JSON that are of other seeds than the cells.
+
+    Args:
+      path: of the JSON; where there is none, nothing is read.
+      cells: of the setting that the entries must have.
+
+    Raises:
+      UserError: if the file is none of a grid's, or has finished entries of another setting, task
+        or attention.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = [row for row in json.loads(path.read_text())["cells"] if row["status"] == "finished"]
+        keys = [(row["config"], row["attention"], row["seed"]) for row in rows]
+        found = [row["departures"] for row in rows]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no JSON of this script; name another --out") from None
+    own = {(cell.config, cell.attention, cell.seed) for cell in cells}
+    settings = {
+        (cell.config, cell.attention): json.loads(json.dumps(cell.departures)) for cell in cells
+    }
+    for (config, name, seed), departures in zip(keys, found, strict=True):
+        if departures != settings.get((config, name)):
+            raise UserError(
+                f"{path} has {config} {name}, seed {seed}, of another setting than this command's, "
+                "or not in its grid; name another --out"
+            )
+    return [row for key, row in zip(keys, rows, strict=True) if key not in own]
+
+
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and spread of the accuracy over the seeds that are finished.
 

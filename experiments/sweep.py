@@ -8,6 +8,7 @@ Without flags it is the paper's table 1: five tasks, nine attentions, three seed
     --small            a grid for a CPU: the variant small, still shorter; some minutes a cell
     --devices=0,1,2,3  a GPU for each of four workers; --devices=0 --workers=3 shares one
     --table            makes the table of what there is so far, and starts nothing
+    --add              keeps the other seeds that --out has, trained elsewhere in this setting
     --slurm=sweep.sh   writes a script for sbatch, which trains each cell in a job of a cluster
 
 A cell is a run of train.py in DIR/<config>-<attention>[-<variant>]-seed<k>, with its standard error
@@ -64,6 +65,7 @@ from experiments.grid import (
     TRAINABLE,
     Cell,
     read_cell,
+    read_others,
     summarise,
     table,
 )
@@ -82,6 +84,7 @@ _DEVICES = flags.DEFINE_list(
     "devices", [], "GPUs, as CUDA_VISIBLE_DEVICES has them, dealt to the workers."
 )
 _TABLE = flags.DEFINE_bool("table", False, "Train nothing: write the table of what is finished.")
+_ADD = flags.DEFINE_bool("add", False, "Keep the cells of other seeds that --out has.")
 _CELL = flags.DEFINE_integer("cell", None, "Train this cell of the grid alone.", lower_bound=0)
 _SLURM = flags.DEFINE_string(
     "slurm", None, "Train nothing: write a Slurm script with a job for each cell to this file."
@@ -391,7 +394,8 @@ def _command() -> list[str]:
         "out": grid_flags.OUT.value,
     }
     pairs = [*given.items(), *(("set", text) for text in grid_flags.overrides())]
-    return [sys.executable, str(Path(__file__).resolve())] + [f"--{k}={v}" for k, v in pairs]
+    flags_given = [f"--{name}={value}" for name, value in pairs] + ["--add"] * _ADD.value
+    return [sys.executable, str(Path(__file__).resolve()), *flags_given]
 
 
 def _make_folder(path: Path) -> None:
@@ -409,8 +413,7 @@ def _write_slurm(cells: Sequence[Cell], directory: Path) -> None:
     say(f"sbatch {path} trains {len(cells)} cells; its first lines say how to make the table")
 
 
-def _write(cells: Sequence[Cell], rows: dict[Path, dict[str, Any]], header: dict[str, Any]) -> None:
-    ordered = [rows[cell.workdir] for cell in cells]
+def _write(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> None:
     overrides = [
         text
         for text in grid_flags.overrides()
@@ -419,13 +422,13 @@ def _write(cells: Sequence[Cell], rows: dict[Path, dict[str, Any]], header: dict
     result = {
         "what": "test accuracy of the best checkpoint by validation, for each attention and seed",
         **header,
-        "configs": list(dict.fromkeys(cell.config for cell in cells)),
-        "attentions": list(dict.fromkeys(cell.attention for cell in cells)),
-        "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
+        "configs": list(dict.fromkeys(row["config"] for row in rows)),
+        "attentions": list(dict.fromkeys(row["attention"] for row in rows)),
+        "seeds": list(dict.fromkeys(row["seed"] for row in rows)),
         "variant": grid_flags.variant(),
         "overrides": overrides,
-        "cells": ordered,
-        "summary": summarise(ordered),
+        "cells": rows,
+        "summary": summarise(rows),
     }
     write_json(Path(grid_flags.OUT.value), result)
 
@@ -441,21 +444,26 @@ def main() -> None:
         if _CELL.value >= len(cells):
             raise UserError(f"--cell={_CELL.value}: the grid has cells 0..{len(cells) - 1}")
         cells = [cells[_CELL.value]]
+    others = read_others(Path(grid_flags.OUT.value), cells) if _ADD.value and not alone else []
     rows = {cell.workdir: read_cell(cell) for cell in cells}
     for workdir, row in rows.items():
         if row["status"] == "refused":
             say(f"{workdir.name}: refused: {row['error']}")
     finished = sum(row["status"] == "finished" for row in rows.values())
-    say(f"{finished} of {len(cells)} cells are finished")
+    kept = f"; {len(others)} of other seeds are kept" if others else ""
+    say(f"{finished} of {len(cells)} cells are finished{kept}")
+
+    def in_order() -> list[dict[str, Any]]:
+        return sorted([*others, *(rows[cell.workdir] for cell in cells)], key=lambda r: r["seed"])
 
     environments = make_environments(_WORKERS.value, _DEVICES.value)
     header = _find_provenance(environments[0])
     with _stop_signals() as signals:
         for _ in [None] if _TABLE.value else _train(cells, rows, environments, header, signals):
             if not alone:  # jobs of an array would overwrite each other's
-                _write(cells, rows, header)
+                _write(in_order(), header)
     if not alone:
-        print(table([rows[cell.workdir] for cell in cells]))
+        print(table(in_order()))
     if signals:
         say("stopped; start the same command to go on")
         sys.exit(128 + signals[0])

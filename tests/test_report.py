@@ -63,6 +63,18 @@ def test_what_the_paper_printed():
         assert set(table) == set(NAMES)
 
 
+def test_the_origin_is_that_of_every_run():
+    result = table1(softmax=[0.6, 0.62, 0.64, 0.66])
+    assert tables.origin(result) == "Commit abc; 8 x cpu (2 cores); jax 0.10.2."
+    here, there = ORIGIN | {"commit": "bcd"}, ORIGIN | {"commit": "def", "device": "1 x gpu"}
+    for cell, origin in zip(result["cells"], (here, ORIGIN, there, there), strict=True):
+        cell["provenance"] = origin
+    result["cells"][3].update(status="failed", provenance=None)
+    assert tables.origin(result) == (
+        "Commit abc, bcd; 8 x cpu (2 cores); jax 0.10.2. Commit def; 1 x gpu (2 cores); jax 0.10.2."
+    )
+
+
 def test_standard_errors_of_accuracies():
     found = statistics.accuracies(table1(softmax=[0.6, 0.62], skyformer=[0.7, 0.74, 0.72]))
     # Sums of squares 2 and 8 with 1 and 2 degrees of freedom.

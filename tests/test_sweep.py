@@ -171,6 +171,36 @@ def test_table_and_summary(tmp_path):
     assert said.startswith("text: 1,000 steps of 32; departs from the full setting in data.length")
 
 
+def test_seeds_of_elsewhere_are_kept_if_of_the_same_setting(tmp_path):
+    here, path = make(tmp_path / "here", seeds="1"), tmp_path / "out.json"
+    assert grid.read_others(path, here) == []
+
+    def refused(message, cells=here):
+        with pytest.raises(UserError, match=message):
+            grid.read_others(path, cells)
+
+    def earlier(**options):
+        cells = make(tmp_path / "elsewhere", overrides=["text:train.num_steps=90"], **options)
+        for cell in cells[1:]:
+            finish(cell, 0.25)
+        path.write_text(json.dumps({"cells": [grid.read_cell(cell) for cell in cells]}))
+
+    earlier(seeds="012")
+    refused("text softmax, seed 0, of another setting")
+    same = make(tmp_path / "here", seeds="1", overrides=["text:train.num_steps=90"])
+    rows = grid.read_others(path, same)
+    assert [(row["config"], row["seed"]) for row in rows] == [
+        ("text", 0),
+        ("listops", 2),
+        ("text", 2),
+    ]
+    assert all(row["accuracy"] == 0.25 for row in rows)
+    refused("text softmax, seed 0, .*not in its grid", same[:1])
+    for text in ("{", "[]", '{"cells": [{}]}'):
+        path.write_text(text)
+        refused("no JSON of this script")
+
+
 # What train.py does, as far as a sweep sees it, without the time that it takes.
 STUB = """
 import json, pathlib, shutil, signal, sys, time
@@ -370,6 +400,17 @@ def test_command_collects_and_writes_the_array(tmp_path):
     assert "train.num_steps=200" in result["overrides"]
     assert str(tmp_path) not in json.dumps(result)  # where things lie is nobody else's business
     assert {"commit", "versions", "device", "cores"} <= set(result)
+
+    for cell in result["cells"]:
+        if cell["seed"] == 0:
+            cell.update(status="finished", accuracy=0.5)
+    (tmp_path / "out.json").write_text(json.dumps(result))
+    status, stdout, stderr = ended(start(tmp_path, "--table", "--add", seeds="1"))
+    assert (status, stderr) == (0, "0 of 2 cells are finished; 2 of other seeds are kept\n")
+    assert "| `skyformer` | 50.00 (1 of 2) |" in stdout
+    added = json.loads((tmp_path / "out.json").read_text())
+    assert (added["seeds"], added["cells"]) == ([0, 1], result["cells"])
+
     status, _, stderr = ended(start(tmp_path, f"--slurm={tmp_path}/s.sh"))
     assert status == 0 and "trains 2 cells" in stderr
     script = (tmp_path / "s.sh").read_text()

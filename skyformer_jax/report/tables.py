@@ -15,9 +15,14 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def origin(result: Result) -> str:
-    """By what code, on what, a result was measured."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"Commit {result['commit']}; {result['device']} ({result['cores']} cores); {versions}."
+    """By what code, on what, a result was measured: a sentence for each machine of its runs."""
+    finished = [cell for cell in result.get("cells", []) if cell["status"] == "finished"]
+    commits: dict[str, set[str]] = {}
+    for run in [cell["provenance"] for cell in finished if cell.get("provenance")] or [result]:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        machine = f"{run['device']} ({run['cores']} cores); {versions}"
+        commits.setdefault(machine, set()).add(run["commit"])
+    return " ".join(f"Commit {', '.join(sorted(of))}; {on}." for on, of in commits.items())
 
 
 def _value(x: Any) -> str:
@@ -105,10 +110,10 @@ def table1(result: Result) -> str:
         table = markdown(["", "paper", "ours", "difference", "standard error", "seeds"], rows)
         floors = ", ".join(f"{name} {100 * x:.1f} %" for name, x in finished[0]["floors"].items())
         seeds = min(estimate.count for estimate in own.values())
-        data = finished[0]["data"]
+        data = ", ".join(sorted({cell["data"]["checksum"] for cell in finished}))
         about = (
             f"Trivial classifiers: {floors}. {finished[0]['examples']:,} test examples of "
-            f"{finished[0]['task']} (data {data['checksum']})."
+            f"{finished[0]['task']} (data {data})."
         )
         parts.append(f"### {config}\n\n{_reduced(reduction(finished, seeds))} {about}\n\n{table}")
     return "\n\n".join(parts)
