@@ -145,6 +145,7 @@ def test_accelerator_command(tmp_path):
         "skyformer",
         "softmax",
         "kernelized",
+        "kernelized-dense",
     }
     assert len(result["steps"]) == 15
     assert all(row["steps_per_second"] > 0 for row in result["steps"])
