@@ -14,11 +14,16 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def _runs(result: Result) -> list[dict[str, Any]]:
+    """The provenance of each finished run, or of the whole where runs have none of their own."""
+    finished = [cell for cell in result.get("cells", []) if cell.get("status") == "finished"]
+    return [cell["provenance"] for cell in finished if cell.get("provenance")] or [result]
+
+
 def origin(result: Result) -> str:
     """By what code, on what, a result was measured: a sentence for each machine of its runs."""
-    finished = [cell for cell in result.get("cells", []) if cell["status"] == "finished"]
     commits: dict[str, set[str]] = {}
-    for run in [cell["provenance"] for cell in finished if cell.get("provenance")] or [result]:
+    for run in _runs(result):
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         machine = f"{run['device']} ({run['cores']} cores); {versions}"
         commits.setdefault(machine, set()).add(run["commit"])
@@ -289,8 +294,8 @@ def everything(results: dict[str, Result]) -> str:
         [
             f"[{name}]({name}.json)",
             result.get("what", ""),
-            result.get("commit", ""),
-            result.get("device", ""),
+            ", ".join(sorted({run.get("commit", "") for run in _runs(result)})),
+            ", ".join(sorted({run.get("device", "") for run in _runs(result)})),
         ]
         for name, result in sorted(results.items())
     ]
