@@ -827,7 +827,8 @@ def _make_lab_of_two(scratch: Path) -> Lab:
     over = _run_two(place)
     if any(ran.status != 0 for ran in over):
         said = [line for ran in over for line in strays(ran.log)]
-        raise UserError(f"two undisturbed processes failed: {' '.join(said[-1:])}")
+        statuses = " and ".join(str(ran.status) for ran in over)
+        raise UserError(f"two undisturbed processes ended with {statuses}: {' '.join(said[-1:])}")
     return lab._replace(end=ending(_workdir(place)), seconds=time.monotonic() - start)
 
 

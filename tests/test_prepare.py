@@ -110,7 +110,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path):
         workers = workers_of(process)
         assert len(workers) >= 2
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
         assert process.returncode == status
         if number == signal.SIGINT:
             assert stderr.splitlines()[-1].startswith("error: interrupted; start the same command")
