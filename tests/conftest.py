@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # compiles in 0.6 of the time
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # they compile slowly
 # With fewer threads than devices, collectives of fake devices can wait for each other for ever.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -159,9 +159,11 @@ def test_dropout_depends_on_its_key_alone():
 
 
 @pytest.mark.parametrize(  # learned parts, and fixed ones
-    "name", ["skyformer", pytest.param("performer", marks=pytest.mark.slow)]
+    ("name", "tolerance"),
+    # Performer's gradients of queries and keys are small differences of large sums.
+    [("skyformer", 1e-5), pytest.param("performer", 1e-3, marks=pytest.mark.slow)],
 )
-def test_recomputed_blocks_are_the_same(name):
+def test_recomputed_blocks_are_the_same(name, tolerance):
     """Logits and gradients, with the same parameters, and less memory for gradients."""
     tokens, mask = batch()
     plain, remat = (
@@ -182,7 +184,7 @@ def test_recomputed_blocks_are_the_same(name):
 
     (results, memory), (other_results, less_memory) = gradients(plain), gradients(remat)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=tolerance * np.abs(b).max()),
         other_results,
         results,
     )
