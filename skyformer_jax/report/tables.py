@@ -290,13 +290,13 @@ def _skipped(result: Result) -> list[str]:
 
 def everything(results: dict[str, Result]) -> str:
     """All results that there are, those without a section included."""
+    fields = ("commit", "device")
     rows = [
         [
             f"[{name}]({name}.json)",
             result.get("what", ""),
-            ", ".join(sorted({run.get("commit", "") for run in _runs(result)})),
-            ", ".join(sorted({run.get("device", "") for run in _runs(result)})),
+            *(", ".join(sorted({run.get(x, "") for run in _runs(result)})) for x in fields),
         ]
         for name, result in sorted(results.items())
     ]
-    return markdown(["", "what", "commit", "device"], rows)
+    return markdown(["", "what", *fields], rows)
