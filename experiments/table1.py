@@ -26,15 +26,21 @@ grid_flags.set_defaults(dir="runs/table1", out="results/table1.json")
 flags.adopt_module_key_flags(sweep)
 
 
+def _draw() -> None:
+    path = Path(grid_flags.OUT.value)
+    result = json.loads(path.read_text()) if path.exists() else {"cells": []}
+    if any(cell["status"] == "finished" for cell in result["cells"]):
+        pictures.table1(result, path.with_suffix(".png"))
+
+
 def main() -> None:
-    """Sweeps, and draws what there is, after a signal or a failure too."""
+    """Sweeps, and draws what there is, after a signal or with failed cells too."""
     try:
         sweep.main()
-    finally:
-        path = Path(grid_flags.OUT.value)
-        result = json.loads(path.read_text()) if path.exists() else {"cells": []}
-        if any(cell["status"] == "finished" for cell in result["cells"]):
-            pictures.table1(result, path.with_suffix(".png"))
+    except SystemExit:
+        _draw()
+        raise
+    _draw()
 
 
 if __name__ == "__main__":

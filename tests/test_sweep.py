@@ -364,13 +364,13 @@ sys.exit(143)
     assert (tmp_path / "called").read_text() == called + "\n"
 
 
-def start(folder, *arguments, seeds="0"):
+def start(folder, *arguments, seeds="0", script="sweep"):
     fields = {**TINY, "data.dir": folder / "data"}
     del fields["attention.num_landmarks"]
     return subprocess.Popen(
         [
             sys.executable,
-            str(ROOT / "experiments" / "sweep.py"),
+            str(ROOT / "experiments" / f"{script}.py"),
             "--configs=quickstart",
             "--attentions=softmax,skyformer",
             f"--seeds={seeds}",
@@ -416,6 +416,20 @@ def test_command_collects_and_writes_the_array(tmp_path):
     script = (tmp_path / "s.sh").read_text()
     assert "--configs=quickstart --attentions=softmax,skyformer --seeds=0" in script
     assert f"--set=data.dir={tmp_path}/data" in script and "--slurm" not in script
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("", "is a folder; name a file"), ("other.json", "is no JSON of this script")],
+)
+def test_another_out_is_one_line_and_stays_as_it_is(tmp_path, out, message):
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    arguments = ("--table", "--add", f"--out={tmp_path / out}")
+    status, stdout, stderr = ended(start(tmp_path, *arguments, script="table1"))
+    assert (status, stdout) == (2, "")
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert (tmp_path / "other.json").read_text() == '{"rows": []}'
 
 
 @pytest.mark.slow
