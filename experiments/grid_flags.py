@@ -60,8 +60,6 @@ def make_cells() -> list[grid.Cell]:
     Raises:
       UserError: for the first thing that cannot work.
     """
-    if Path(OUT.value).is_dir():
-        raise UserError(f"--out={OUT.value} is a folder; name a file")
     return grid.make_grid(
         CONFIGS.value,
         ATTENTIONS.value,

@@ -436,6 +436,8 @@ def _write(rows: Sequence[dict[str, Any]], header: dict[str, Any]) -> None:
 def main() -> None:
     """Trains what is not finished, writes the JSON after each cell, and prints the table."""
     directory, cells = Path(grid_flags.DIR.value), grid_flags.make_cells()
+    if Path(grid_flags.OUT.value).is_dir():
+        raise UserError(f"--out={grid_flags.OUT.value} is a folder; name a file")
     _make_folder(directory)
     if _SLURM.value:
         return _write_slurm(cells, directory)
