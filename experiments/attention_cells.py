@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.provenance import write_json
 from experiments.timing import compile_all, take_turns
-from skyformer_jax.attention import NAMES, REGISTRY, kernelized_attention, layer_arrays
+from skyformer_jax.attention import NAMES, REGISTRY, kernelized_attention, layer_variables
 from skyformer_jax.progress import say
 
 PASSES = ("forward", "gradients")
@@ -112,7 +112,7 @@ def arrays_of(name: str, settings: Settings, length: int) -> tuple[Arrays, Array
     """What a layer keeps for an attention, as training gives it: the trained, and the fixed."""
     if name in EXTRAS:
         return {}, {}
-    described = layer_arrays(
+    described = layer_variables(
         name, {}, num_heads=settings.heads, head_dim=settings.head_dim, kv_length=length
     )
     drawn_anew = REGISTRY[name].stream == "landmarks"

@@ -1,5 +1,49 @@
-"""Skyformer and its benchmark in JAX and Flax."""
+"""Skyformer and its benchmark in JAX and Flax.
 
-from skyformer_jax.attention import attention_fn
+The nine attention functions and attention_fn are imported when they are first used, so that a
+program that needs only a part of the package, or only its version, does not wait for JAX.
+"""
 
-__all__ = ["attention_fn"]
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "__version__",
+    "attention_fn",
+    "bigbird_attention",
+    "informer_attention",
+    "kernelized_attention",
+    "linformer_attention",
+    "nystromformer_attention",
+    "performer_attention",
+    "reformer_attention",
+    "skyformer_attention",
+    "softmax_attention",
+]
+
+if TYPE_CHECKING:
+    from skyformer_jax.attention import (
+        attention_fn,
+        bigbird_attention,
+        informer_attention,
+        kernelized_attention,
+        linformer_attention,
+        nystromformer_attention,
+        performer_attention,
+        reformer_attention,
+        skyformer_attention,
+        softmax_attention,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from skyformer_jax import attention
+
+    return getattr(attention, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_arrays, shards, split_options
+from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_variables, shards, split_options
 
 
 def dense_inits(fan_in: int) -> dict[str, jax.nn.initializers.Initializer]:
@@ -34,32 +34,32 @@ def dense_inits(fan_in: int) -> dict[str, jax.nn.initializers.Initializer]:
 class MultiHeadAttention(nn.Module):
     """Multi-head self- or cross-attention on any attention of skyformer_jax.attention.
 
-    Random streams, each used where apply is given it in rngs:
+    Random streams, used if apply gets them in rngs:
 
     - "landmarks": draws Skyformer's landmarks, Informer's samples of keys and Reformer's hashes
       anew in every call, as training does.
-    - "features": redraws what otherwise stays as it was drawn at init: Performer's features and
-      BigBird's random blocks.
+    - "features": redraws Performer's features and BigBird's random blocks, which otherwise stay as
+      init drew them.
 
-    Without them the layer is deterministic, which is what evaluation uses.
+    Without these streams the layer is deterministic, as evaluation wants it.
 
     Collections of variables:
 
     - "params": what is learned, Linformer's projections and Nystromformer's convolution included.
     - "fixed": Performer's features, Reformer's rotations, the key of BigBird's blocks. Keep it with
-      the parameters. Where apply is not given it, the functions' own fixed draw stands in, with
-      a warning.
+      the parameters. If apply does not get it, the layer warns and uses the function's own fixed
+      draw.
 
     Attributes:
       attention: a name of skyformer_jax.attention.NAMES.
       num_heads: number of heads.
       head_dim: features of each head.
-      options: keyword arguments of the attention function (num_landmarks for example) and of what
-        describes its arrays (Nystromformer's conv_size, Linformer's sharing).
-      dtype: of the projections and their results; parameters stay float32, and so does what an
-        attention computes within.
+      options: options of the attention function (num_landmarks for example) and of its variables
+        (Nystromformer's conv_size, Linformer's sharing).
+      dtype: dtype of the projections and their results; parameters and the attention's own
+        computation stay float32.
       axis_name: name of a mesh axis, within jax.shard_map, over which the sequence is split: inputs
-        and mask are then this device's part of it. For the attentions of SPLITTABLE; not for init.
+        and mask are then this device's shard of it. For the attentions of SPLITTABLE; not for init.
     """
 
     attention: str
@@ -81,17 +81,17 @@ class MultiHeadAttention(nn.Module):
 
         Args:
           inputs_q: [batch, q_length, width].
-          inputs_kv: [batch, kv_length, width]; None means inputs_q (self-attention). Linformer is
-            initialised for the greatest kv_length that it will see.
-          mask: bool [batch, kv_length], True at real tokens. What stands elsewhere, NaN included,
-            changes no real position and no gradient.
+          inputs_kv: [batch, kv_length, width]; None means inputs_q (self-attention). Initialise
+            Linformer with the greatest kv_length that it will see.
+          mask: bool [batch, kv_length], True at real tokens. Masked inputs, even NaN, never affect
+            the output at real positions, nor any gradient.
 
         Returns:
           [batch, q_length, width].
 
         Raises:
-          ValueError: for an unknown attention or option, or inputs_kv where the attention is only
-            for self-attention, or axis_name where it is not for a split sequence.
+          ValueError: for an unknown attention or option, for inputs_kv where the attention shares
+            queries and keys, or for axis_name where the attention needs the whole sequence.
         """
         function_options, _ = split_options(self.attention, self.options)
         if self.axis_name is not None:
@@ -103,7 +103,7 @@ class MultiHeadAttention(nn.Module):
             function_options["axis_name"] = self.axis_name
         entry = REGISTRY[self.attention]
         if inputs_kv is None:
-            # The padding's own queries are inputs too; their gradients must not carry its junk.
+            # Padding is among the queries too; NaN there must not get into the gradients.
             inputs_q = inputs_q if mask is None else jnp.where(mask[:, :, None], inputs_q, 0)
             inputs_kv = inputs_q
         elif entry.shared_query_key:
@@ -127,7 +127,7 @@ class MultiHeadAttention(nn.Module):
             project("value", inputs_kv),
             mask=mask,
             rng=rng,
-            **self._arrays(kv_length, redraw=rng is not None),
+            **self._kept_variables(kv_length, redraw=rng is not None),
             **function_options,
         )
         return nn.DenseGeneral(
@@ -138,26 +138,26 @@ class MultiHeadAttention(nn.Module):
             **dense_inits(self.num_heads * self.head_dim),
         )(out)
 
-    def _arrays(self, kv_length: int, *, redraw: bool) -> dict[str, jax.Array]:
-        """What this layer keeps for its attention; what is fixed only unless it is redrawn."""
+    def _kept_variables(self, kv_length: int, *, redraw: bool) -> dict[str, jax.Array]:
+        """The arrays that this layer keeps for its attention, without those that are redrawn."""
         kept = {}
-        described = layer_arrays(
+        specs = layer_variables(
             self.attention,
             self.options,
             num_heads=self.num_heads,
             head_dim=self.head_dim,
             kv_length=kv_length,
         )
-        for name, array in described.items():
-            collection = "params" if array.trained else "fixed"
+        for name, spec in specs.items():
+            collection = "params" if spec.trained else "fixed"
             if self.has_variable(collection, name):
-                # As it is stored: Linformer's may be for longer sequences than this one.
+                # With its stored shape: Linformer's may be for longer sequences than this one.
                 value = self.get_variable(collection, name)
-            elif array.trained:
-                value = self.param(name, array.init, array.shape)
+            elif spec.trained:
+                value = self.param(name, spec.init, spec.shape)
             elif self.is_initializing():
                 key = self.make_rng("params")
-                value = self.variable("fixed", name, array.init, key, array.shape).value
+                value = self.variable("fixed", name, spec.init, key, spec.shape).value
             else:
                 if not redraw:
                     warnings.warn(
@@ -166,6 +166,6 @@ class MultiHeadAttention(nn.Module):
                         stacklevel=2,
                     )
                 continue
-            if array.trained or not redraw:
+            if spec.trained or not redraw:
                 kept[name] = value
         return kept

@@ -8,9 +8,9 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from skyformer_jax.attention import shards
+from skyformer_jax.attention.random_bits import dropout
 from skyformer_jax.errors import UserError
 from skyformer_jax.layers import MultiHeadAttention, dense_inits
 
@@ -20,38 +20,6 @@ DTYPES = ("float32", "bfloat16")
 _STREAMS = ("dropout", "landmarks", "features")  # of random keys, that a block may use
 _EMBEDDING_SCALE = 0.02
 _EPSILON = 1e-5  # of the layer norms, as in the published code
-
-
-def dropout(
-    key: jax.Array, x: jax.Array, rate: float, *, axis_name: str | None = None
-) -> jax.Array:
-    """Sets each element to 0 with probability rate and divides the others by 1 - rate.
-
-    Flax draws 32 bits an element and takes half of what the generator gives for them; with all of
-    it, and 16 bits an element, there is a quarter of the work, which otherwise is a tenth of a
-    training step. The rate is therefore rounded to a multiple of 2**-16, the division's likewise.
-    What is dropped depends on the key and on an element's place in the whole sequence.
-
-    Args:
-      key: a jax.random key.
-      x: [batch, length, width].
-      rate: in [0, 1).
-      axis_name: mesh axis over which the length is split.
-
-    Returns:
-      As x.
-    """
-    dropped = round(rate * 2**16)
-    batch, length, width = x.shape
-    num_words = -(-width // 4)  # each with four times 16 bits
-    rows = jnp.arange(batch)[:, None] * length * shards.num_shards(axis_name)
-    rows = (rows + shards.places(length, axis_name)).astype(jnp.uint32)
-    words = shards.random_words(
-        key, rows[..., None] * num_words + jnp.arange(num_words, dtype=jnp.uint32)
-    )
-    bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(2, batch, length, -1)
-    bits = jnp.concatenate([bits[0], bits[1]], axis=-1)[..., :width]
-    return jnp.where(bits >= dropped, x * (2**16 / (2**16 - dropped)), 0)
 
 
 class EncoderBlock(nn.Module):
@@ -112,19 +80,19 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str, axis_name: str | None = No
     """
     if pooling == "cls":
         first = jnp.where(shards.shard_index(axis_name) == 0, x[:, 0], 0)
-        return shards.total(first, axis_name)
-    total = shards.total(jnp.where(mask[:, :, None], x, 0).sum(axis=1), axis_name)
+        return shards.psum(first, axis_name)
+    total = shards.psum(jnp.where(mask[:, :, None], x, 0).sum(axis=1), axis_name)
     if pooling == "padded_mean":
         return total / (x.shape[1] * shards.num_shards(axis_name))
-    count = shards.total(mask.sum(axis=1, keepdims=True, dtype=jnp.int32), axis_name)
+    count = shards.psum(mask.sum(axis=1, keepdims=True, dtype=jnp.int32), axis_name)
     return total / jnp.maximum(count, 1)
 
 
-def sinusoids(places: jax.Array, width: int) -> jax.Array:
+def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     """Positions as sines and cosines (Vaswani et al., 2017, section 3.5).
 
     Args:
-      places: int [length].
+      positions: int [length].
       width: features, even.
 
     Returns:
@@ -132,7 +100,7 @@ def sinusoids(places: jax.Array, width: int) -> jax.Array:
       their cosines.
     """
     frequencies = 10_000.0 ** (-2 * jnp.arange(width // 2) / width)
-    angles = places[:, None] * frequencies
+    angles = positions[:, None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -181,14 +149,14 @@ class _Encoder(nn.Module):
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")(
             tokens.astype(jnp.int32)
         )
-        places = shards.places(tokens.shape[1], self.axis_name)
+        positions = shards.positions(tokens.shape[1], self.axis_name)
         if self.positions == "learned":
             table = self.param("position_embedding", init, (self.max_length, self.width))
-            # A slice, which is cheaper than to look up places.
-            x = x + jax.lax.dynamic_slice_in_dim(table, places[0], len(places))
+            # A slice, which is cheaper than a lookup of the positions.
+            x = x + jax.lax.dynamic_slice_in_dim(table, positions[0], len(positions))
         else:
             # Their root mean square is then that of the tokens' embeddings.
-            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(places, self.width)
+            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)
         x = x.astype(self.dtype)
         if self.dropout and not deterministic:
             x = dropout(self.make_rng("dropout"), x, self.dropout, axis_name=self.axis_name)
@@ -319,18 +287,26 @@ class DualClassifier(_Encoder):
 
 
 def build_model(
-    config: ml_collections.ConfigDict, *, axis_name: str | None = None
+    config: Mapping[str, Any], *, axis_name: str | None = None
 ) -> Classifier | DualClassifier:
-    """The model that config.model and config.attention describe.
+    """Builds the model that a config describes.
 
     model.apply({"params": params}, tokens, mask, deterministic=True, rngs=...) gives logits
-    [batch, num_classes]. Where config.model has num_documents == 2 it is the DualClassifier, of
-    tokens and mask [batch, 2, length]. axis_name: see the classes' attribute.
+    [batch, num_classes].
+
+    Args:
+      config: its "attention" holds the attention's name and options, its "model" the attributes of
+        the classes below. A plain dict or an ml_collections.ConfigDict.
+      axis_name: see Classifier.
+
+    Returns:
+      A Classifier; a DualClassifier, of tokens and mask [batch, 2, length], where num_documents of
+      "model" is 2.
 
     Raises:
       UserError: if num_documents is neither 1, its default, nor 2.
     """
-    options, fields = config.attention.to_dict(), config.model.to_dict()
+    options, fields = dict(config["attention"]), dict(config["model"])
     num_documents = fields.pop("num_documents", 1)
     if num_documents not in (1, 2):
         raise UserError(f"model.num_documents must be 1 or 2, not {num_documents!r}")

@@ -7,29 +7,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from skyformer_jax.attention import REGISTRY, layer_arrays, split_options
+from skyformer_jax.attention import REGISTRY, layer_variables, split_options
 from skyformer_jax.layers import dense_inits
 
 
 class Fixed(nnx.Variable):
-    """Something random that is drawn when a module is made, and kept: not a parameter."""
+    """Random numbers that are drawn when a module is made and kept; not a parameter."""
 
 
 class MultiHeadAttention(nnx.Module):
     """Multi-head self- or cross-attention on any attention of skyformer_jax.attention.
 
     The NNX form of skyformer_jax.layers.MultiHeadAttention, with the same mathematics and, for the
-    same parameters, the same numbers. What is random is fed by the streams "landmarks" and
-    "features" of the rngs given to the call, as there.
+    same parameters, the same numbers. As there, the streams "landmarks" and "features" of the rngs
+    given to a call feed what is random.
 
     Args:
       attention: a name of skyformer_jax.attention.NAMES.
       num_heads: number of heads.
       in_features: width of the inputs and of the output.
       head_dim: features of each head.
-      options: keyword arguments of the attention function and of what describes its arrays.
-      max_length: the greatest kv_length, which only Linformer needs to know.
-      rngs: draws the parameters and what stays fixed, by its "params" stream.
+      options: options of the attention function and of its variables (see
+        skyformer_jax.attention.registry).
+      max_length: the greatest kv_length; only Linformer needs it.
+      rngs: draws the parameters and the fixed random numbers, by its "params" stream.
 
     Raises:
       ValueError: for an unknown attention or option, or a missing max_length.
@@ -57,17 +58,17 @@ class MultiHeadAttention(nnx.Module):
         self.out = nnx.LinearGeneral(
             heads, in_features, axis=(-2, -1), rngs=rngs, **dense_inits(num_heads * head_dim)
         )
-        described = layer_arrays(
+        specs = layer_variables(
             attention,
             options or {},
             num_heads=num_heads,
             head_dim=head_dim,
             kv_length=max_length,
         )
-        self._trained = {name: array.trained for name, array in described.items()}
-        for name, array in described.items():
-            kind = nnx.Param if array.trained else Fixed
-            setattr(self, name, kind(array.init(rngs.params(), array.shape)))
+        self._trained = {name: spec.trained for name, spec in specs.items()}
+        for name, spec in specs.items():
+            kind = nnx.Param if spec.trained else Fixed
+            setattr(self, name, kind(spec.init(rngs.params(), spec.shape)))
 
     def __call__(
         self,
@@ -82,15 +83,15 @@ class MultiHeadAttention(nnx.Module):
         Args:
           inputs_q: [batch, q_length, in_features].
           inputs_kv: [batch, kv_length, in_features]; None means inputs_q (self-attention).
-          mask: bool [batch, kv_length], True at real tokens. What stands elsewhere, NaN included,
-            changes no real position and no gradient.
+          mask: bool [batch, kv_length], True at real tokens. Masked inputs, even NaN, never affect
+            the output at real positions, nor any gradient.
           rngs: with a stream "landmarks" or "features" to draw by; None is deterministic.
 
         Returns:
           [batch, q_length, in_features].
 
         Raises:
-          ValueError: for inputs_kv where the attention is only for self-attention.
+          ValueError: for inputs_kv where the attention shares queries and keys.
         """
         entry = REGISTRY[self.attention]
         if inputs_kv is None:

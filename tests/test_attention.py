@@ -1,6 +1,7 @@
 """The contract of every attention, one suite for all of them."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from references import REFERENCES, assert_directional_derivatives
 
 from skyformer_jax import attention
+from skyformer_jax.attention.registry import COMMON_OPTIONS
 
 all_attentions = pytest.mark.parametrize("name", attention.NAMES)
 exact_attentions = pytest.mark.parametrize("name", sorted(REFERENCES))
@@ -24,8 +26,8 @@ SMALL = {
     "reformer": {"chunk_length": 4},
     "bigbird": {"block_size": 2, "num_global_blocks": 1, "num_random_blocks": 1},
 }
-SELF_ONLY = ("informer", "reformer", "bigbird")
-RANDOM = ("skyformer", "linformer", "informer", "performer", "reformer", "bigbird")
+SELF_ONLY = tuple(n for n, entry in attention.REGISTRY.items() if entry.self_attention_only)
+RANDOM = tuple(n for n, entry in attention.REGISTRY.items() if entry.stream)
 
 
 def call(name, query, key, value, **options):
@@ -266,3 +268,24 @@ def test_unknown_options_are_refused(name):
     with pytest.raises(ValueError, match=f"{name!r} has no option 'landmark'; it has: "):
         attention.check_options(name, {"landmark": 1})
     attention.check_options(name, attention.default_options(name))
+
+
+@all_attentions
+def test_the_registry_says_what_the_function_takes(name):
+    """Options with their defaults, masks and axis_name, against the signatures."""
+    entry = attention.REGISTRY[name]
+    arguments = inspect.signature(entry.function).parameters
+    said = {**COMMON_OPTIONS, **entry.options}
+    for option, default in said.items():
+        assert arguments[option].default == default
+    called = {"query", "key", "value", *entry.masks, *(("axis_name",) if entry.splittable else ())}
+    assert set(arguments) == called | set(said)
+    arguments = inspect.signature(entry.variables).parameters
+    assert {k: v.default for k, v in arguments.items() if k in entry.variable_options} == (
+        entry.variable_options
+    )
+    assert set(arguments) == {"num_heads", "head_dim", "kv_length", *entry.variable_options}
+    q, k, v = inputs(6, 5)
+    if entry.self_attention_only and not entry.shared_query_key:
+        with pytest.raises(ValueError, match="itself"):
+            call(name, q, k, v)

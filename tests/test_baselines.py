@@ -185,9 +185,9 @@ def test_informer_equals_float64_reference(with_rng):
     mask = masks(3, 40).at[-1].set(True)
     rng = jax.random.key(1) if with_rng else None
     if with_rng:
-        samples, valid = landmarks.drawn_landmarks(rng, mask, 10)
+        samples, valid = landmarks.uniform_landmarks(rng, mask, 10)
     else:
-        samples, valid = landmarks.spread_landmarks(mask, 10)
+        samples, valid = landmarks.strided_landmarks(mask, 10)
     assert valid.all()
     out = jitted("informer", num_active_queries=7, num_sampled_keys=10)(q, k, v, mask=mask, rng=rng)
     expected = references.informer(q, k, v, np.asarray(samples), 7, mask)

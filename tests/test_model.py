@@ -135,29 +135,6 @@ def test_too_long_a_sequence_is_refused():
         model.apply(params, *batch(49))
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
-    x = jnp.ones((1, 400, 333))  # an odd size
-    (out,) = np.asarray(models.dropout(jax.random.key(0), x, rate))
-    dropped = (out == 0).mean()
-    assert abs(dropped - rate) < 5 * np.sqrt(rate * (1 - rate) / x.size)
-    np.testing.assert_allclose(out[out != 0], 1 / (1 - rate), rtol=1e-4)
-    # Neighbours, in a row and across rows, are dropped independently of each other.
-    for a, b in ((out[:, 1:], out[:, :-1]), (out[1:], out[:-1]), (out[:, 2:], out[:, :-2])):
-        both = ((a == 0) & (b == 0)).mean()
-        assert abs(both - rate**2) < 5 * np.sqrt(rate**2 / a.size)
-
-
-def test_dropout_depends_on_its_key_alone():
-    x = jax.random.normal(jax.random.key(1), (3, 2, 7, 5))
-    keys = jax.random.split(jax.random.key(2), 3)
-    mapped = jax.vmap(lambda key, x: models.dropout(key, x, 0.5))(keys, x)
-    for i in range(3):
-        np.testing.assert_array_equal(mapped[i], models.dropout(keys[i], x[i], 0.5))
-    assert not np.array_equal(mapped[0] == 0, mapped[1] == 0)
-    np.testing.assert_array_equal(models.dropout(keys[0], x[0], 0.0), x[0])
-
-
 @pytest.mark.parametrize(  # learned parts, and fixed ones
     ("name", "tolerance"),
     # Performer's gradients of queries and keys are small differences of large sums.

@@ -113,29 +113,17 @@ def test_a_scale_is_learned_across_parts():
     np.testing.assert_allclose(parts.sum(), expected, rtol=1e-4)
 
 
-def test_ordinals_count_across_parts_and_sequences():
+def test_running_counts_go_across_shards_and_sequences():
     masks = [RNG.random((3, LENGTH)) < 0.5, RNG.random((3, 2 * LENGTH)) < 0.2]
 
     def here(*masks):
-        ordinals, counts = shards.ordinals(masks, "seq")
-        return jnp.split(ordinals, [LENGTH // 4], axis=1), counts[:, None]
+        counted, counts = shards.running_counts(masks, "seq")
+        return jnp.split(counted, [LENGTH // 4], axis=1), counts[:, None]
 
     (first, second), counts = split(here, 4)(*masks)
     expected = np.cumsum(np.concatenate(masks, axis=1), axis=1)
     np.testing.assert_array_equal(np.concatenate([first, second], axis=1), expected)
     np.testing.assert_array_equal(counts, np.repeat(expected[:, -1:], 4, axis=1))
-
-
-def test_random_words_are_those_of_a_counter():
-    counters = jnp.arange(1000, dtype=jnp.uint32).reshape(10, 100)
-    words = shards.random_words(jax.random.key(0), counters)
-    np.testing.assert_array_equal(
-        words[:, 3:5], shards.random_words(jax.random.key(0), counters[3:5])
-    )
-    assert len(np.unique(words)) > 1995
-    bits = np.unpackbits(np.asarray(words).view(np.uint8))
-    assert abs(bits.mean() - 0.5) < 5 * 0.5 / np.sqrt(bits.size)
-    assert np.any(words != shards.random_words(jax.random.key(1), counters))
 
 
 def test_what_cannot_be_split_is_said():

@@ -12,7 +12,7 @@ from test_attention import inputs, masks
 from skyformer_jax.attention import kernelized_attention
 from skyformer_jax.attention import skyformer_attention as eager_skyformer_attention
 from skyformer_jax.attention.inverses import schulz_inverse
-from skyformer_jax.attention.landmarks import drawn_landmarks, spread_landmarks
+from skyformer_jax.attention.landmarks import strided_landmarks, uniform_landmarks
 
 skyformer_attention = jax.jit(
     eager_skyformer_attention,
@@ -155,7 +155,7 @@ def test_spread_landmarks_are_distinct_real_and_even(num_landmarks):
     candidates = rng.random((5, 61)) < 0.7
     candidates[0] = True
     candidates[4] = False
-    indices, valid = map(np.asarray, spread_landmarks(jnp.asarray(candidates), num_landmarks))
+    indices, valid = map(np.asarray, strided_landmarks(jnp.asarray(candidates), num_landmarks))
     for row in range(5):
         count = candidates[row].sum()
         chosen = indices[row][valid[row]]
@@ -170,7 +170,7 @@ def test_spread_landmarks_are_distinct_real_and_even(num_landmarks):
 
 def test_drawn_landmarks_are_distinct_real_and_uniform():
     candidates = jnp.asarray(np.arange(20) % 5 != 0)[None]
-    draw = jax.vmap(functools.partial(drawn_landmarks, candidates=candidates, num_landmarks=4))
+    draw = jax.vmap(functools.partial(uniform_landmarks, candidates=candidates, num_landmarks=4))
     indices, valid = draw(jax.random.split(jax.random.key(0), 4000))
     assert valid.all()
     counts = np.bincount(np.asarray(indices).ravel(), minlength=20)

@@ -21,7 +21,7 @@ from skyformer_jax.attention.registry import (
     SPLITTABLE,
     check_options,
     default_options,
-    layer_arrays,
+    layer_variables,
     split_options,
 )
 from skyformer_jax.attention.skyformer import skyformer_attention
@@ -38,7 +38,7 @@ __all__ = [
     "default_options",
     "informer_attention",
     "kernelized_attention",
-    "layer_arrays",
+    "layer_variables",
     "linformer_attention",
     "nystromformer_attention",
     "performer_attention",

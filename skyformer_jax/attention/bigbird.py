@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from skyformer_jax.attention.arrays import Array
 from skyformer_jax.attention.inputs import (
     check_and_hide_masked,
     check_at_least,
@@ -20,6 +19,7 @@ from skyformer_jax.attention.inputs import (
     fixed_key,
 )
 from skyformer_jax.attention.softmax import softmax_attention
+from skyformer_jax.attention.variables import VariableSpec
 
 
 def attended_blocks(
@@ -154,10 +154,13 @@ def bigbird_attention(
     return jnp.concatenate(outputs, axis=1)
 
 
-def bigbird_arrays() -> dict[str, Array]:
+def bigbird_variables(
+    *, num_heads: int, head_dim: int, kv_length: int | None
+) -> dict[str, VariableSpec]:
     """The key of the random blocks, drawn once and kept, so that each layer has its own."""
+    del num_heads, head_dim, kv_length
 
     def init(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return jax.random.bits(rng, shape, jnp.uint32)
 
-    return {"pattern": Array((2,), init, trained=False)}
+    return {"pattern": VariableSpec((2,), init, trained=False)}

@@ -273,7 +273,7 @@ def _ring_value(
     def turn(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, key, value = carry
         out += gaussian_attention(query, key, value, scale=scale, implementation=implementation)
-        return out, *shards.passed_on((key, value), axis_name)
+        return out, *shards.ring_shift((key, value), axis_name)
 
     zeros = jnp.zeros(query.shape, jnp.float32)
     return jax.lax.fori_loop(0, shards.num_shards(axis_name), turn, (zeros, key, value))[0]
@@ -296,7 +296,7 @@ def _ring_backward(
 
         g_query, g_key, g_value, g_scale = jax.vjp(of_part, query, key, value, scale)[1](d_out)
         passing = (key, value, d_key + g_key, d_value + g_value)
-        return (d_query + g_query, d_scale + g_scale), shards.passed_on(passing, axis_name)
+        return (d_query + g_query, d_scale + g_scale), shards.ring_shift(passing, axis_name)
 
     d_query, d_key, d_value, d_scale = (
         jnp.zeros(x.shape, jnp.float32) for x in (query, key, value, scale)

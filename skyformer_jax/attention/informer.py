@@ -17,7 +17,7 @@ from skyformer_jax.attention.inputs import (
     check_self_attention,
     hide,
 )
-from skyformer_jax.attention.landmarks import drawn_landmarks, spread_landmarks
+from skyformer_jax.attention.landmarks import strided_landmarks, uniform_landmarks
 from skyformer_jax.attention.softmax import softmax_attention
 
 
@@ -64,9 +64,9 @@ def informer_attention(
 
     num_sampled_keys = min(num_sampled_keys, length)
     if rng is None:
-        indices, valid = spread_landmarks(real, num_sampled_keys)
+        indices, valid = strided_landmarks(real, num_sampled_keys)
     else:
-        indices, valid = drawn_landmarks(rng, real, num_sampled_keys)
+        indices, valid = uniform_landmarks(rng, real, num_sampled_keys)
     sample = jnp.take_along_axis(key, indices[:, :, None, None], axis=1)
     scores = jnp.einsum(
         "bqhp,bkhp->bhqk",

@@ -1,8 +1,8 @@
-"""Which rows stand for all: ways to choose d landmarks among the real rows of each example.
+"""Ways to choose d landmarks among the real rows of each example.
 
-Every function here gives the same landmarks to an example whatever its batch mates, and shares
-them among the heads. The first three also choose among rows that are split over devices (see
-attention/shards.py), the same ones as if they were not.
+An example's landmarks do not depend on the other examples of the batch, and all its heads share
+them. strided_landmarks, uniform_landmarks and segment_means also work on rows that are split over
+devices (attention/shards.py), with the same result as on whole ones.
 """
 
 import functools
@@ -13,28 +13,30 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
 from skyformer_jax.attention.gaussian import gaussian_scores
+from skyformer_jax.attention.random_bits import random_bits
 
 
-def spread_landmarks(
+def strided_landmarks(
     candidates: jax.Array,
     num_landmarks: int,
-    ordinals: jax.Array | None = None,
+    running_counts: jax.Array | None = None,
     counts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Landmarks evenly spread over the candidate rows of each example: no randomness.
+    """Landmarks at even strides over the candidate rows of each example, without randomness.
 
     Args:
       candidates: bool [batch, rows], the rows that may become landmarks.
       num_landmarks: d of each example.
-      ordinals: int32 [batch, rows], of shards.ordinals, where there are more rows than these.
-      counts: int32 [batch], likewise, of all candidates.
+      running_counts: int32 [batch, rows], of shards.running_counts, where the rows are split.
+      counts: int32 [batch], the number of all candidates, likewise.
 
     Returns:
-      indices int32 [batch, d] and valid bool [batch, d]. An example with c < d candidates has
-      them all once, and d - c entries that are not valid. Nor are those whose row is not here.
+      indices int32 [batch, d] and valid bool [batch, d]. An example with c < d candidates gets
+      each of them once, and d - c entries that are not valid. An entry whose row is on another
+      device is not valid either.
     """
-    if ordinals is None:
-        ordinals, counts = shards.ordinals([candidates], None)
+    if running_counts is None:
+        running_counts, counts = shards.running_counts([candidates], None)
     counts = counts[:, None]
     slots = jnp.arange(num_landmarks, dtype=jnp.int32)[None, :]
     # The middles of d equal parts of the candidates' ranks, as floor((2i + 1) c / 2d) without its
@@ -42,44 +44,44 @@ def spread_landmarks(
     whole, rest = counts // num_landmarks, counts % num_landmarks
     middles = (2 * slots + 1) * whole + (2 * slots + 1) * rest // num_landmarks
     ranks = jnp.where(counts < num_landmarks, slots, middles // 2)
-    indices = jax.vmap(jnp.searchsorted)(ordinals, ranks + 1)
+    indices = jax.vmap(jnp.searchsorted)(running_counts, ranks + 1)
     indices = jnp.minimum(indices, candidates.shape[1] - 1).astype(jnp.int32)
 
     def at(array: jax.Array) -> jax.Array:
         return jnp.take_along_axis(array, indices, axis=1)
 
-    here = at(candidates) & (at(ordinals) == ranks + 1)
+    here = at(candidates) & (at(running_counts) == ranks + 1)
     return indices, here & (slots < counts)
 
 
-def drawn_landmarks(
+def uniform_landmarks(
     rng: jax.Array,
     candidates: jax.Array,
     num_landmarks: int,
-    places: jax.Array | None = None,
+    positions: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Landmarks drawn uniformly without replacement from the candidate rows of each example.
 
-    One order of preference over the rows serves all examples of the batch, each keeping its own
-    candidates: so an example's landmarks depend neither on its place in the batch nor on its
-    batch mates. Give each example its own rng (jax.vmap) for independent draws.
+    All examples of the batch share one random order of the rows, and each takes the first of its
+    own candidates. So an example's landmarks depend neither on its position in the batch nor on the
+    other examples. Give each example its own rng (jax.vmap) for independent draws.
 
     Args:
       rng: a jax.random key.
       candidates: bool [batch, rows], the rows that may become landmarks.
       num_landmarks: d, at most the number of rows.
-      places: int32 [rows], ascending: numbers of the rows among all, where these are not all.
-      axis_name: mesh axis over which they are split.
+      positions: int32 [rows], ascending: positions of these rows among all, where they are split.
+      axis_name: the mesh axis over which the rows are split.
 
     Returns:
-      indices int32 [batch, d] and valid bool [batch, d], as spread_landmarks.
+      indices int32 [batch, d] and valid bool [batch, d], as strided_landmarks.
     """
     rows = candidates.shape[1]
-    places = jnp.arange(rows) if places is None else places
-    bits = shards.random_words(rng, places.astype(jnp.uint32))[0]
+    positions = jnp.arange(rows) if positions is None else positions
+    bits = random_bits(rng, positions.astype(jnp.uint32))[0]
     preference = (bits >> 8).astype(jnp.float32)  # exact
-    # Of equals the first row is taken, here and below.
+    # Ties go to the first row, here and below.
     preference, indices = jax.lax.top_k(
         jnp.where(candidates, preference, -1.0), min(num_landmarks, rows)
     )
@@ -91,7 +93,7 @@ def drawn_landmarks(
         jnp.arange(all_preferences.shape[1], dtype=jnp.int32), all_preferences.shape
     )
     ordered, _, slots = jax.lax.sort(
-        (-all_preferences, gather(places[indices]), slots), dimension=1, num_keys=2
+        (-all_preferences, gather(positions[indices]), slots), dimension=1, num_keys=2
     )
     owner, slot = jnp.divmod(slots[:, :num_landmarks], indices.shape[1])
     here = (owner == shards.shard_index(axis_name)) & (ordered[:, :num_landmarks] <= 0)
@@ -103,7 +105,7 @@ def segment_means(
     candidates: jax.Array,
     num_landmarks: int,
     num_segments: jax.Array,
-    ordinals: jax.Array | None = None,
+    running_counts: jax.Array | None = None,
     counts: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
@@ -115,18 +117,18 @@ def segment_means(
       num_landmarks: d, the most segments of any example.
       num_segments: int [batch], the segments of each example, at most d and its candidates; their
         lengths differ by one at most.
-      ordinals: int32 [batch, rows], of shards.ordinals, where there are more rows than these.
-      counts: int32 [batch], likewise, of all candidates.
-      axis_name: mesh axis over which the rows are split.
+      running_counts: int32 [batch, rows], of shards.running_counts, where the rows are split.
+      counts: int32 [batch], the number of all candidates, likewise.
+      axis_name: the mesh axis over which the rows are split.
 
     Returns:
       [batch, d, heads, head_dim]; zeros beyond num_segments.
     """
-    if ordinals is None:
-        ordinals, counts = shards.ordinals([candidates], None)
+    if running_counts is None:
+        running_counts, counts = shards.running_counts([candidates], None)
     counts = jnp.maximum(counts, 1)[:, None]
     # Unsigned, so that 2**32 may be the product: 128 segments of 16 million queries and keys.
-    ranks = jnp.maximum(ordinals - 1, 0).astype(jnp.uint32)
+    ranks = jnp.maximum(running_counts - 1, 0).astype(jnp.uint32)
     segments = ranks * num_segments[:, None].astype(jnp.uint32) // counts.astype(jnp.uint32)
     segments = segments.astype(jnp.int32)
 
@@ -134,7 +136,7 @@ def segment_means(
         add = functools.partial(
             jax.ops.segment_sum, num_segments=num_landmarks, indices_are_sorted=True
         )
-        return shards.total(jax.vmap(add)(x, segments), axis_name)
+        return shards.psum(jax.vmap(add)(x, segments), axis_name)
 
     total = sums(jnp.where(candidates[:, :, None, None], rows, 0))
     size = sums(candidates.astype(rows.dtype))[:, :, None, None]
@@ -216,7 +218,7 @@ def leverage_landmarks(
       ridge: the least ridge, what is added to the kernel matrix's diagonal; positive.
 
     Returns:
-      indices int32 [batch, d] and valid bool [batch, d], as spread_landmarks.
+      indices int32 [batch, d] and valid bool [batch, d], as strided_landmarks.
     """
     num_rows = rows.shape[1]
     top = min(math.ceil(num_landmarks / (4 * math.log(max(num_landmarks, 2)))), num_landmarks)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
-from skyformer_jax.attention.arrays import Array
 from skyformer_jax.attention.inputs import check_and_hide_masked, check_at_least, fixed_key
 from skyformer_jax.attention.softmax import softmax_attention
+from skyformer_jax.attention.variables import VariableSpec
 
 SHARINGS = ("headwise", "key-value", "none")
 
@@ -44,7 +44,7 @@ def linformer_attention(
       scale: factor of the scores; None means head_dim**-0.5.
       num_features: k of projections that are not given.
       key_projection: E, float [length, k] or [heads, length, k], length at least kv_length (the
-        first kv_length rows count); None draws it as linformer_arrays does, as in the paper's
+        first kv_length rows count); None draws it as linformer_variables does, as in the paper's
         theorem 2, which is about random projections.
       value_projection: F, likewise; None means E where E is given, and is drawn otherwise.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
@@ -95,14 +95,14 @@ def linformer_attention(
         projected = jnp.einsum(
             f"bnhp,{per_head}nk->bkhp", rows.astype(jnp.float32), projection.astype(jnp.float32)
         )
-        return shards.total(projected, axis_name).astype(rows.dtype)
+        return shards.psum(projected, axis_name).astype(rows.dtype)
 
     features = None
     if mask is not None:
         touched = ((key_projection != 0) | (value_projection != 0)).astype(jnp.float32)
         touched = touched if touched.ndim == 3 else touched[None]
         count = jnp.einsum("bn,hnk->bhk", mask.astype(jnp.float32), touched)
-        count = shards.total(count, axis_name)
+        count = shards.psum(count, axis_name)
         features = (count > 0)[:, :, None, :]
     return softmax_attention(
         query,
@@ -130,25 +130,36 @@ def _init(kv_length: int) -> jax.nn.initializers.Initializer:
     return jax.nn.initializers.normal(kv_length**-0.5)
 
 
-def linformer_arrays(
-    *, num_heads: int, kv_length: int, num_features: int = 128, sharing: str = "headwise"
-) -> dict[str, Array]:
+def linformer_variables(
+    *,
+    num_heads: int,
+    head_dim: int,
+    kv_length: int | None,
+    num_features: int = 128,
+    sharing: str = "headwise",
+) -> dict[str, VariableSpec]:
     """The learned projections, by the paper's three ways of sharing (section 4).
 
     Args:
       num_heads: number of heads.
+      head_dim: unused; part of the common signature.
       kv_length: the greatest number of keys.
       num_features: k of the projections.
       sharing: "headwise" has one E and one F for all heads, "key-value" one E for both and for
         all heads, "none" an E and an F for each head.
+
+    Raises:
+      ValueError: if kv_length is None or an option is out of range.
     """
+    del head_dim
+    if kv_length is None:
+        raise ValueError("attention 'linformer' needs max_length, the greatest number of keys")
     if sharing not in SHARINGS:
         raise ValueError(f"sharing must be one of {', '.join(SHARINGS)}; got {sharing!r}")
     check_at_least(1, num_features=num_features)
-    shape = (kv_length, num_features)
-    if sharing == "none":
-        shape = (num_heads, *shape)
-    projection = Array(shape, _init(kv_length), trained=True)
+    one_head = (kv_length, num_features)
+    shape = (num_heads, *one_head) if sharing == "none" else one_head
+    projection = VariableSpec(shape, _init(kv_length), trained=True)
     if sharing == "key-value":
         return {"key_projection": projection}
     return {"key_projection": projection, "value_projection": projection}

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
-from skyformer_jax.attention.arrays import Array
 from skyformer_jax.attention.inputs import (
     check_and_hide_masked,
     check_at_least,
@@ -24,6 +23,7 @@ from skyformer_jax.attention.inputs import (
 from skyformer_jax.attention.inverses import matmul, razavi_iterations
 from skyformer_jax.attention.landmarks import segment_means
 from skyformer_jax.attention.softmax import attend_to_split_keys, softmax_attention
+from skyformer_jax.attention.variables import VariableSpec
 
 
 def nystromformer_attention(
@@ -79,7 +79,7 @@ def nystromformer_attention(
 
     whole = shards.num_shards(axis_name)
     num_landmarks = min(num_landmarks, query.shape[1] * whole, key.shape[1] * whole)
-    of_queries, of_keys = (shards.ordinals([x], axis_name) for x in (query_mask, key_mask))
+    of_queries, of_keys = (shards.running_counts([x], axis_name) for x in (query_mask, key_mask))
     num_segments = jnp.minimum(jnp.minimum(of_queries[1], of_keys[1]), num_landmarks)
     query_means, key_means = (
         segment_means(x, real, num_landmarks, num_segments, *counted, axis_name)
@@ -121,7 +121,7 @@ def _convolve(value: jax.Array, kernel: jax.Array, axis_name: str | None) -> jax
         )
     features = value.reshape(*value.shape[:2], -1)
     out = jax.lax.conv_general_dilated(
-        shards.with_neighbours(features, size // 2, axis_name),
+        shards.with_halo(features, size // 2, axis_name),
         jnp.repeat(kernel, value.shape[3], axis=1)[:, None, :],
         window_strides=(1,),
         padding="VALID",
@@ -131,14 +131,17 @@ def _convolve(value: jax.Array, kernel: jax.Array, axis_name: str | None) -> jax
     return out.reshape(value.shape)
 
 
-def nystromformer_arrays(*, num_heads: int, conv_size: int = 0) -> dict[str, Array]:
+def nystromformer_variables(
+    *, num_heads: int, head_dim: int, kv_length: int | None, conv_size: int = 0
+) -> dict[str, VariableSpec]:
     """The convolution's kernel, [conv_size, heads]; none where conv_size is 0.
 
-    It starts as Lecun-normal noise, the paper's code's choice up to a constant.
+    It starts as Lecun-normal noise, which is the choice of the paper's code up to a constant.
     """
+    del head_dim, kv_length
     if conv_size == 0:
         return {}
     if conv_size < 0 or conv_size % 2 == 0:
         raise ValueError(f"conv_size must be odd, or 0 for no convolution; got {conv_size}")
     init = jax.nn.initializers.normal(conv_size**-0.5)
-    return {"conv_kernel": Array((conv_size, num_heads), init, trained=True)}
+    return {"conv_kernel": VariableSpec((conv_size, num_heads), init, trained=True)}

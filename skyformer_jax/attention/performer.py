@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
-from skyformer_jax.attention.arrays import Array
 from skyformer_jax.attention.inputs import check_and_hide_masked, check_at_least, fixed_key
+from skyformer_jax.attention.variables import VariableSpec
 
 
 def orthogonal_features(rng: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -102,15 +102,15 @@ def performer_attention(
     of_keys = exponents(key)
     if mask is not None:
         of_keys = jnp.where(mask[:, :, None, None], of_keys, -jnp.inf)
-    top = shards.largest(of_keys.max(axis=1, keepdims=True), axis_name)
+    top = shards.pmax(of_keys.max(axis=1, keepdims=True), axis_name)
     top = jnp.maximum(top, jnp.finfo(jnp.float32).min)  # finite where there is no real key
     key_features = jnp.exp(of_keys - top)
     of_queries = exponents(query) + top
     query_features = jnp.exp(
         of_queries - jax.lax.stop_gradient(of_queries.max(axis=-1, keepdims=True))
     )
-    context = shards.total(jnp.einsum("bkhm,bkhp->bhmp", key_features, value), axis_name)
-    mass = shards.total(
+    context = shards.psum(jnp.einsum("bkhm,bkhp->bhmp", key_features, value), axis_name)
+    mass = shards.psum(
         key_features.sum(axis=1), axis_name
     )  # at least 1 for each feature, or 0 without any real key
     numerator = jnp.einsum("bqhm,bhmp->bqhp", query_features, context)
@@ -118,8 +118,11 @@ def performer_attention(
     return (numerator / jnp.where(denominator > 0, denominator, 1)).astype(dtype)
 
 
-def performer_arrays(*, head_dim: int, num_features: int = 128) -> dict[str, Array]:
-    """The directions, drawn once and kept; give the function an rng to redraw them."""
+def performer_variables(
+    *, num_heads: int, head_dim: int, kv_length: int | None, num_features: int = 128
+) -> dict[str, VariableSpec]:
+    """The directions, drawn once and kept; a call with an rng redraws them."""
+    del num_heads, kv_length
     check_at_least(1, num_features=num_features)
     shape = (num_features, head_dim)
-    return {"projection": Array(shape, orthogonal_features, trained=False)}
+    return {"projection": VariableSpec(shape, orthogonal_features, trained=False)}

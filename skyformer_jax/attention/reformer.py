@@ -19,12 +19,12 @@ no other.
 import jax
 import jax.numpy as jnp
 
-from skyformer_jax.attention.arrays import Array
 from skyformer_jax.attention.inputs import (
     check_and_hide_masked,
     check_at_least,
     fixed_key,
 )
+from skyformer_jax.attention.variables import VariableSpec
 
 _SELF_PENALTY = 1e5
 _EPSILON = 1e-12  # of squared norms, for a token that is all zeros
@@ -194,8 +194,11 @@ def reformer_attention(
     return jnp.moveaxis(out, 1, 2)[:, :length].astype(dtype)
 
 
-def reformer_arrays(*, head_dim: int, num_hashes: int = 2) -> dict[str, Array]:
-    """The rotations, drawn once and kept; give the function an rng to redraw them."""
+def reformer_variables(
+    *, num_heads: int, head_dim: int, kv_length: int | None, num_hashes: int = 2
+) -> dict[str, VariableSpec]:
+    """The rotations, drawn once and kept; a call with an rng redraws them."""
+    del num_heads, kv_length
     check_at_least(1, num_hashes=num_hashes)
     shape = (num_hashes, head_dim, _KEPT_COLUMNS)
-    return {"rotations": Array(shape, jax.random.normal, trained=False)}
+    return {"rotations": VariableSpec(shape, jax.random.normal, trained=False)}

@@ -1,102 +1,173 @@
-"""The table of attentions, and what their signatures say about their options."""
+"""The registry: what each attention is, said in one entry."""
 
-import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from skyformer_jax.attention.arrays import Array
-from skyformer_jax.attention.bigbird import bigbird_arrays, bigbird_attention
+from skyformer_jax.attention.bigbird import bigbird_attention, bigbird_variables
 from skyformer_jax.attention.gaussian import kernelized_attention
 from skyformer_jax.attention.informer import informer_attention
-from skyformer_jax.attention.linformer import linformer_arrays, linformer_attention
-from skyformer_jax.attention.nystromformer import nystromformer_arrays, nystromformer_attention
-from skyformer_jax.attention.performer import performer_arrays, performer_attention
-from skyformer_jax.attention.reformer import reformer_arrays, reformer_attention
+from skyformer_jax.attention.linformer import linformer_attention, linformer_variables
+from skyformer_jax.attention.nystromformer import nystromformer_attention, nystromformer_variables
+from skyformer_jax.attention.performer import performer_attention, performer_variables
+from skyformer_jax.attention.reformer import reformer_attention, reformer_variables
 from skyformer_jax.attention.skyformer import skyformer_attention
 from skyformer_jax.attention.softmax import softmax_attention
+from skyformer_jax.attention.variables import VariableSpec
 
 
-def _no_arrays() -> dict[str, Array]:
+def _no_variables(
+    *, num_heads: int, head_dim: int, kv_length: int | None
+) -> dict[str, VariableSpec]:
+    del num_heads, head_dim, kv_length
     return {}
 
 
 class Attention(NamedTuple):
-    """An entry of the table.
+    """An entry of the registry.
 
     Attributes:
-      function: of the common signature.
-      arrays: describes what a layer has to keep for the function: keyword-only arguments, among
-        them any of num_heads, head_dim and kv_length, the others being options.
-      stream: the random stream of a module that feeds its rng: "landmarks" for what training draws
-        anew in every step, "features" for what stays as drawn unless that stream is given, None
-        where nothing is random.
-      shared_query_key: the function takes queries and keys as one, with key=None.
+      function: the attention, of the common signature.
+      options: its own keyword arguments with their defaults, None included. Every attention also
+        has those of COMMON_OPTIONS.
+      masks: the arguments by which a call restricts which keys a query attends to: of "mask",
+        "query_mask", "full_mask", "bias" and "is_causal".
+      self_attention_only: queries and keys must be of one sequence.
+      splittable: the function takes axis_name, so the sequence may be split over devices.
+      stream: the random stream of a module that feeds the function's rng: "landmarks" for numbers
+        that training draws anew in every step, "features" for numbers that stay as drawn unless
+        that stream is given, None where nothing is random.
+      shared_query_key: the queries are the keys too; the function takes key=None.
+      variables: describes the arrays that a layer keeps for the function, {argument: VariableSpec},
+        from num_heads, head_dim, kv_length (None where the layer does not know it) and
+        variable_options.
+      variable_options: the options of `variables` with their defaults.
     """
 
     function: Callable[..., jax.Array]
-    arrays: Callable[..., dict[str, Array]] = _no_arrays
+    options: Mapping[str, Any] = MappingProxyType({})
+    masks: tuple[str, ...] = ("mask",)
+    self_attention_only: bool = False
+    splittable: bool = False
     stream: str | None = None
     shared_query_key: bool = False
+    variables: Callable[..., dict[str, VariableSpec]] = _no_variables
+    variable_options: Mapping[str, Any] = MappingProxyType({})
 
 
-REGISTRY = {
-    "softmax": Attention(softmax_attention),
-    "kernelized": Attention(kernelized_attention),
-    "skyformer": Attention(skyformer_attention, stream="landmarks"),
-    "nystromformer": Attention(nystromformer_attention, nystromformer_arrays),
-    "linformer": Attention(linformer_attention, linformer_arrays, stream="features"),
-    "informer": Attention(informer_attention, stream="landmarks"),
-    "performer": Attention(performer_attention, performer_arrays, stream="features"),
-    "reformer": Attention(
-        reformer_attention, reformer_arrays, stream="landmarks", shared_query_key=True
+COMMON_OPTIONS: Mapping[str, Any] = MappingProxyType({"rng": None, "scale": None})
+
+REGISTRY: Mapping[str, Attention] = {
+    "softmax": Attention(softmax_attention, masks=("mask", "full_mask", "bias", "is_causal")),
+    "kernelized": Attention(
+        kernelized_attention,
+        options={"implementation": "auto"},
+        splittable=True,
     ),
-    "bigbird": Attention(bigbird_attention, bigbird_arrays, stream="features"),
+    "skyformer": Attention(
+        skyformer_attention,
+        options={
+            "num_landmarks": 128,
+            "landmarks": "uniform",
+            "landmark_indices": None,
+            "gamma": 0.1,
+            "inverse": "schulz",
+            "num_iterations": 6,
+        },
+        masks=("mask", "query_mask"),
+        splittable=True,
+        stream="landmarks",
+    ),
+    "nystromformer": Attention(
+        nystromformer_attention,
+        options={"num_landmarks": 128, "num_iterations": 6, "conv_kernel": None},
+        masks=("mask", "query_mask"),
+        splittable=True,
+        variables=nystromformer_variables,
+        variable_options={"conv_size": 0},
+    ),
+    "linformer": Attention(
+        linformer_attention,
+        options={"num_features": 128, "key_projection": None, "value_projection": None},
+        splittable=True,
+        stream="features",
+        variables=linformer_variables,
+        variable_options={"num_features": 128, "sharing": "headwise"},
+    ),
+    "informer": Attention(
+        informer_attention,
+        options={"num_active_queries": 128, "num_sampled_keys": 128},
+        self_attention_only=True,
+        stream="landmarks",
+    ),
+    "performer": Attention(
+        performer_attention,
+        options={"num_features": 128, "projection": None},
+        splittable=True,
+        stream="features",
+        variables=performer_variables,
+        variable_options={"num_features": 128},
+    ),
+    "reformer": Attention(
+        reformer_attention,
+        options={"num_hashes": 2, "chunk_length": 64, "num_buckets": None, "rotations": None},
+        self_attention_only=True,
+        stream="landmarks",
+        shared_query_key=True,
+        variables=reformer_variables,
+        variable_options={"num_hashes": 2},
+    ),
+    "bigbird": Attention(
+        bigbird_attention,
+        options={
+            "block_size": 64,
+            "num_global_blocks": 2,
+            "num_window_blocks": 3,
+            "num_random_blocks": 3,
+            "pattern": None,
+        },
+        self_attention_only=True,
+        stream="features",
+        variables=bigbird_variables,
+    ),
 }
-# Those that run on a sequence that is split over devices.
-SPLITTABLE = tuple(
-    name
-    for name, entry in REGISTRY.items()
-    if "axis_name" in inspect.signature(entry.function).parameters
-)
-ATTENTIONS = {name: entry.function for name, entry in REGISTRY.items()}
 NAMES = tuple(REGISTRY)
-
-# Arguments that are no options of a model: a call brings them, or a layer knows them.
-_OF_CALLS = (
-    *("query", "key", "value", "mask", "query_mask", "full_mask", "bias", "is_causal"),
-    "axis_name",
-)
-_OF_LAYERS = ("num_heads", "head_dim", "kv_length")
+ATTENTIONS = {name: entry.function for name, entry in REGISTRY.items()}
+SPLITTABLE = tuple(name for name, entry in REGISTRY.items() if entry.splittable)
 
 
-def _signatures(name: str) -> tuple[Mapping[str, inspect.Parameter], ...]:
-    entry = REGISTRY[name]
-    return tuple(inspect.signature(f).parameters for f in (entry.function, entry.arrays))
+def get_entry(name: str) -> Attention:
+    """The entry of an attention.
+
+    Raises:
+      ValueError: if there is no such attention.
+    """
+    if name not in REGISTRY:
+        raise ValueError(f"unknown attention {name!r}; choose one of: {', '.join(NAMES)}")
+    return REGISTRY[name]
 
 
 def default_options(name: str) -> dict[str, Any]:
-    """The options of an attention that are numbers, strings or flags, at their defaults."""
-    of_function, of_arrays = _signatures(name)
-    return {
-        option: parameter.default
-        for option, parameter in {**of_arrays, **of_function}.items()
-        if isinstance(parameter.default, bool | int | float | str) and option not in _OF_CALLS
-    }
+    """The options of an attention that have a default other than None: those of its configs."""
+    entry = get_entry(name)
+    options = {**entry.variable_options, **entry.options}
+    return {option: default for option, default in options.items() if default is not None}
 
 
 def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options for the function of an attention, and those for its arrays.
+    """Divides options into those of an attention's function and those of its variables.
+
+    An option of both, such as Performer's num_features, is in both.
 
     Raises:
       ValueError: if there is no such attention, or it has no such option.
     """
-    if name not in REGISTRY:
-        raise ValueError(f"unknown attention {name!r}; choose one of: {', '.join(NAMES)}")
-    of_function, of_arrays = _signatures(name)
-    allowed = [x for x in {**of_function, **of_arrays} if x not in (*_OF_CALLS, *_OF_LAYERS)]
+    entry = get_entry(name)
+    of_function = {**COMMON_OPTIONS, **entry.options}
+    allowed = {**of_function, **entry.variable_options}
     for option in options:
         if option not in allowed:
             raise ValueError(
@@ -104,35 +175,44 @@ def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any]
             )
     return (
         {k: v for k, v in options.items() if k in of_function},
-        {k: v for k, v in options.items() if k in of_arrays},
+        {k: v for k, v in options.items() if k in entry.variable_options},
     )
 
 
-def layer_arrays(
+def layer_variables(
     name: str, options: Mapping[str, Any], *, num_heads: int, head_dim: int, kv_length: int | None
-) -> dict[str, Array]:
-    """What a layer has to keep for an attention: name of the argument -> its description.
+) -> dict[str, VariableSpec]:
+    """Describes the arrays that a layer keeps for an attention.
+
+    Args:
+      name: the attention.
+      options: of its function and of its variables.
+      num_heads: number of heads.
+      head_dim: features of each head.
+      kv_length: the greatest number of keys; None if the layer does not know it.
+
+    Returns:
+      {argument of the function: its description}.
 
     Raises:
-      ValueError: for an unknown name or option, or if kv_length, the greatest number of keys, is
-        None where an array depends on it.
+      ValueError: for an unknown name or option, or if kv_length is None where an array depends on
+        it.
     """
-    _, of_arrays = _signatures(name)
-    known = {"num_heads": num_heads, "head_dim": head_dim, "kv_length": kv_length}
-    needed = {k: v for k, v in known.items() if k in of_arrays}
-    if None in needed.values():
-        raise ValueError(f"attention {name!r} needs max_length, the greatest number of keys")
-    return REGISTRY[name].arrays(**needed, **split_options(name, options)[1])
+    _, variable_options = split_options(name, options)
+    return REGISTRY[name].variables(
+        num_heads=num_heads, head_dim=head_dim, kv_length=kv_length, **variable_options
+    )
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises a ValueError for an attention or an option that cannot work, computing nothing."""
     function_options, _ = split_options(name, options)
-    layer_arrays(name, options, num_heads=1, head_dim=8, kv_length=4)
+    layer_variables(name, options, num_heads=1, head_dim=8, kv_length=4)
+    entry = REGISTRY[name]
     rows = jax.ShapeDtypeStruct((1, 4, 1, 8), jnp.float32)
 
     def call(query: jax.Array, value: jax.Array) -> jax.Array:
-        key = None if REGISTRY[name].shared_query_key else query
-        return ATTENTIONS[name](query, key, value, **function_options)
+        key = None if entry.shared_query_key else query
+        return entry.function(query, key, value, **function_options)
 
     jax.eval_shape(call, rows, rows)

@@ -24,11 +24,11 @@ from skyformer_jax.attention.inputs import (
 )
 from skyformer_jax.attention.inverses import matmul, schulz_inverse
 from skyformer_jax.attention.landmarks import (
-    drawn_landmarks,
     kmeans_landmarks,
     leverage_landmarks,
     segment_means,
-    spread_landmarks,
+    strided_landmarks,
+    uniform_landmarks,
 )
 
 INVERSES = ("schulz", "cholesky")
@@ -62,10 +62,10 @@ def choose_landmarks(
       [batch, d, heads, head_dim] and bool [batch, d], which of them count; the same on all devices.
 
     Raises:
-      ValueError: for a kind that needs all rows in one place, where they are split.
+      ValueError: if the rows are split and the kind needs all of them on one device.
     """
     candidates = jnp.concatenate(masks, axis=1)
-    ordinals, counts = shards.ordinals(masks, axis_name)
+    running_counts, counts = shards.running_counts(masks, axis_name)
     if kind == "segment_means":
         num_segments = jnp.minimum(counts, num_landmarks)
         means = segment_means(
@@ -73,16 +73,16 @@ def choose_landmarks(
             candidates,
             num_landmarks,
             num_segments,
-            ordinals,
+            running_counts,
             counts,
             axis_name,
         )
         return means, jnp.arange(num_landmarks) < num_segments[:, None]
     if kind == "strided" or (kind == "uniform" and rng is None):
-        indices, here = spread_landmarks(candidates, num_landmarks, ordinals, counts)
+        indices, here = strided_landmarks(candidates, num_landmarks, running_counts, counts)
     elif kind == "uniform":
-        places = _places(masks, axis_name)
-        indices, here = drawn_landmarks(rng, candidates, num_landmarks, places, axis_name)
+        positions = _positions(masks, axis_name)
+        indices, here = uniform_landmarks(rng, candidates, num_landmarks, positions, axis_name)
     else:
         if axis_name is not None:
             raise ValueError(
@@ -100,11 +100,11 @@ def choose_landmarks(
     return _gathered(rows, indices, here, axis_name)
 
 
-def _places(masks: Sequence[jax.Array], axis_name: str | None) -> jax.Array:
-    """int32 [rows]: numbers, among all queries and then all keys, of those that are here."""
+def _positions(masks: Sequence[jax.Array], axis_name: str | None) -> jax.Array:
+    """int32 [rows]: positions of this shard's queries and keys in the whole [queries; keys]."""
     first, found = 0, []
     for mask in masks:
-        found.append(first + shards.places(mask.shape[1], axis_name))
+        found.append(first + shards.positions(mask.shape[1], axis_name))
         first += mask.shape[1] * shards.num_shards(axis_name)
     return jnp.concatenate(found)
 
@@ -112,10 +112,10 @@ def _places(masks: Sequence[jax.Array], axis_name: str | None) -> jax.Array:
 def _gathered(
     rows: jax.Array, indices: jax.Array, here: jax.Array, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Landmarks from the device that has each, and whether one has it."""
+    """The landmarks, each from the device that holds it, and whether a device does."""
     points = hide(take_rows(rows, indices).astype(jnp.float32), here)
-    valid = shards.total(here.astype(jnp.int32), axis_name) > 0
-    return shards.total(points, axis_name), valid
+    valid = shards.psum(here.astype(jnp.int32), axis_name) > 0
+    return shards.psum(points, axis_name), valid
 
 
 def take_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
@@ -216,9 +216,9 @@ def skyformer_attention(
             axis_name=axis_name,
         )
     else:
-        places = _places(masks, axis_name)
-        indices = jnp.minimum(jnp.searchsorted(places, landmark_indices), len(places) - 1)
-        here = places[indices] == landmark_indices
+        positions = _positions(masks, axis_name)
+        indices = jnp.minimum(jnp.searchsorted(positions, landmark_indices), len(positions) - 1)
+        here = positions[indices] == landmark_indices
         here &= jnp.take_along_axis(candidates, indices, axis=1)
         points, valid = _gathered(rows, indices, here, axis_name)
 
@@ -227,7 +227,7 @@ def skyformer_attention(
     both_valid = (valid[:, :, None] & valid[:, None, :])[:, None]
     diagonal = jnp.where(valid, gamma, 1.0)[:, None, :, None] * jnp.eye(valid.shape[1])
     m = jnp.where(both_valid, gaussian_scores(points, points, scale), 0) + diagonal
-    context = shards.total(gaussian_attention(points, key, value, scale=scale), axis_name)
+    context = shards.psum(gaussian_attention(points, key, value, scale=scale), axis_name)
     context = jnp.moveaxis(
         hide(context, valid), 2, 1
     )  # [batch, heads, d, head_dim], as M's [..., d, d]

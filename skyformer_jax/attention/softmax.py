@@ -94,9 +94,9 @@ def attend_to_split_keys(
         return softmax_attention(query, key, value, mask=mask, scale=scale)
     scores = scale * jnp.einsum("bqhp,bkhp->bhqk", query, key)
     scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
-    top = shards.largest(scores.max(axis=-1, keepdims=True), axis_name)
+    top = shards.pmax(scores.max(axis=-1, keepdims=True), axis_name)
     weights = jnp.exp(scores - jnp.maximum(top, jnp.finfo(scores.dtype).min))
-    out = shards.total(jnp.einsum("bhqk,bkhp->bqhp", weights, value), axis_name)
-    mass = shards.total(weights.sum(axis=-1), axis_name)
+    out = shards.psum(jnp.einsum("bhqk,bkhp->bqhp", weights, value), axis_name)
+    mass = shards.psum(weights.sum(axis=-1), axis_name)
     mass = jnp.moveaxis(mass, 1, 2)[..., None]
     return out / jnp.where(mass > 0, mass, 1)
