@@ -56,7 +56,7 @@ def main() -> None:
         batch_size=_BATCH_SIZE.value,
     )
     if processes.is_first():
-        print(training.table(result))
+        print(training.result_table(result))
 
 
 if __name__ == "__main__":

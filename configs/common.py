@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import ml_collections
 
 from skyformer_jax import attention, tasks
-from skyformer_jax.config import one_of
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import UserError, one_of
 
 VARIANTS = ("paper", "small")  # beside "", the right one
 
@@ -60,7 +59,6 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
                 "num_steps": 50_000,
                 "batch_size": 32,
                 "accumulation": 0,  # equal parts of a batch, one after another; 0: what suits
-                "steps_per_call": 1,  # steps that a device takes without waiting for the host
                 "learning_rate": 1e-4,  # the peak
                 "warmup_steps": 1000,
                 "weight_decay": 0.0,

@@ -1,7 +1,8 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exception that is meant for the person at the keyboard, and what raises it everywhere."""
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -12,15 +13,29 @@ class UserError(ValueError):
     """
 
 
-@contextlib.contextmanager
-def full_disk(directory: str | Path) -> Iterator[None]:
-    """Turns a write that failed on a full disk, which libraries raise in many shapes, into a line.
-
-    Args:
-      directory: that its block writes to.
+def one_of(what: str, got: str, allowed: Iterable[str]) -> str:
+    """Returns got if it is allowed.
 
     Raises:
-      UserError: for an error of any kind that speaks of no space or quota left.
+      UserError: otherwise, with what is allowed and the closest of it.
+    """
+    allowed = tuple(allowed)
+    if got not in allowed:
+        close = difflib.get_close_matches(str(got), allowed, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(f"unknown {what} {got!r}{hint}; choose one of: {', '.join(allowed)}")
+    return got
+
+
+@contextlib.contextmanager
+def full_disk(directory: str | Path) -> Iterator[None]:
+    """Turns a failed write on a full disk, which libraries raise in many shapes, into one line.
+
+    Args:
+      directory: the folder that its block writes to.
+
+    Raises:
+      UserError: for an error of any kind whose text speaks of no space or quota left.
     """
     try:
         yield

@@ -1,6 +1,7 @@
 """Training and evaluation: a config and a workdir in, parameters and numbers out."""
 
-from skyformer_jax.training.evaluation import evaluate, table
+from skyformer_jax.training.evaluation import evaluate
 from skyformer_jax.training.loop import train
+from skyformer_jax.training.results import result_table
 
-__all__ = ["evaluate", "table", "train"]
+__all__ = ["evaluate", "result_table", "train"]

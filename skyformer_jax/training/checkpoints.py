@@ -2,11 +2,11 @@
 
 Each holds two items: "state" (the TrainState) and "meta" (JSON: step, examples read, config,
 validation metrics, digest). Orbax commits a checkpoint atomically, but restores flipped bytes
-without a word; so the digest covers all arrays and the rest of "meta", and is compared on restore.
+without a word. So the digest covers all arrays and the rest of "meta", and is compared on restore.
 
-A state is written from and read into host memory, so a checkpoint knows nothing of devices. Where a
-run has several processes, all call these functions, with one folder that all of them see: one
-writes, every one reads and verifies for itself, and they agree on what they found.
+A state is written from and read into host memory, so a checkpoint does not depend on the devices. If
+a run has several processes, all call these functions, with one folder that all of them see: one
+process writes, each reads and verifies for itself, and they agree on what they found.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ class DamagedCheckpointError(UserError):
 
 
 class _Best:
-    """Preserves the checkpoint of the greatest accuracy, the first of equals; a policy of Orbax's.
+    """An Orbax preservation policy: keeps the checkpoint of the greatest accuracy, first of equals.
 
-    Orbax would keep accuracies in files of its own, which no checksum covers: damaged, they have it
-    raise at every start, or delete the best.
+    Orbax would keep accuracies in files of its own, which no checksum covers. If these are damaged,
+    it raises at every start, or deletes the best checkpoint.
     """
 
     def __init__(self, accuracies: dict[int, float]) -> None:
         self._accuracies = accuracies
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """For each of the checkpoints that there are."""
+        """Whether to keep each of the checkpoints."""
         del context
         ranked = [c.step for c in checkpoints if c.step in self._accuracies]
         best = max(ranked, key=lambda step: (self._accuracies[step], -step), default=None)
@@ -66,9 +66,9 @@ def _accuracies(directory: Path) -> dict[int, float]:
 
 
 def _remove_deleted(directory: Path) -> None:
-    """Removes what Orbax has moved away.
+    """Removes the checkpoints that Orbax has moved away for deletion.
 
-    If it deleted checkpoints where they lie, a kill might leave a half of one that looks finished.
+    If it deleted them in place, a kill might leave half of one that looks finished.
     """
     if processes.is_first():
         for path in (directory / _DELETED).glob("*"):
@@ -77,17 +77,17 @@ def _remove_deleted(directory: Path) -> None:
 
 @contextlib.contextmanager
 def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None]]:
-    """A function save(state, meta) that returns before the files are complete; the end waits.
+    """A function save(state, meta) that returns before its files are complete; the end waits.
 
-    The two latest checkpoints are kept, should the latest turn out to be damaged, and the best.
-    state is the TrainState, of NumPy arrays, which must not change. meta are JSON values;
-    meta["step"] numbers the checkpoint, meta["validation"]["accuracy"] ranks it (None: it is not
-    ranked).
+    The two latest checkpoints are kept, in case the latest turns out to be damaged, and the best.
+    state is a TrainState of NumPy arrays, which must not change. meta holds JSON values;
+    meta["step"] numbers the checkpoint, meta["validation"]["accuracy"] ranks it (if "validation" is
+    None, the checkpoint is not ranked).
 
     Raises:
       RuntimeError: in save, if Orbax declines to.
       OSError, ValueError: in save or at the end, if an earlier save failed in the background.
-      LostProcessError: for what fails in its block, see processes.others_needed.
+      LostProcessError: if its block fails because another process ended.
     """
     _remove_deleted(directory)
     accuracies = _accuracies(directory)
@@ -110,10 +110,10 @@ def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None
             _remove_deleted(directory)
 
         try:
-            with processes.others_needed():
+            with processes.lost_process_errors():
                 yield save
         except processes.LostProcessError:
-            stack.pop_all()  # to close it would be to wait for that process
+            stack.pop_all()  # closing the manager would wait for that process
             raise
     _remove_deleted(directory)
 
@@ -127,7 +127,7 @@ def digest(state: Any, meta: dict[str, Any]) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = np.ascontiguousarray(leaf)
         sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        sha.update(array.view(np.uint8) if array.ndim else array.tobytes())
+        sha.update(array.tobytes())
     rest = {key: value for key, value in meta.items() if key != "digest"}
     sha.update(json.dumps(rest, sort_keys=True).encode())
     return sha.hexdigest()
@@ -141,7 +141,7 @@ def steps(directory: Path) -> list[int]:
 
 
 def _restore(directory: Path, step: int, **items: Any) -> Any:
-    """Reads items of a checkpoint; whatever fails in it is damage, missing rights aside."""
+    """Reads items of a checkpoint; any failure but missing rights means damage."""
     path = directory.absolute() / str(step)
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -172,13 +172,13 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
     return meta
 
 
-def restore(directory: Path, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+def restore(directory: Path, step: int, state_spec: Any) -> tuple[Any, dict[str, Any]]:
     """The state and the meta of a checkpoint, verified.
 
     Args:
-      directory: of the checkpoints.
-      step: its number.
-      abstract_state: a TrainState of ShapeDtypeStructs.
+      directory: the folder of the checkpoints.
+      step: the checkpoint's number.
+      state_spec: a TrainState of ShapeDtypeStructs.
 
     Returns:
       The state, of NumPy arrays, and the meta.
@@ -186,7 +186,7 @@ def restore(directory: Path, step: int, abstract_state: Any) -> tuple[Any, dict[
     Raises:
       DamagedCheckpointError: if it cannot be read, or differs from what was written.
     """
-    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract_state)
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state_spec)
     items = _restore(
         directory,
         step,
@@ -202,17 +202,17 @@ def restore(directory: Path, step: int, abstract_state: Any) -> tuple[Any, dict[
 
 
 def restore_latest(
-    directories: Sequence[Path], abstract_state: Any
+    directories: Sequence[Path], state_spec: Any
 ) -> tuple[list[Any], int] | None:
     """The states of the newest step that is whole in all directories, or None if there is none.
 
-    A damaged checkpoint is reported and moved to a folder "damaged" beside its directory: Orbax
-    would not save a step below it. So are, to a folder "ahead", those that not all directories
-    have, as a kill between their saves leaves them.
+    A damaged checkpoint is reported and moved to a folder "damaged" beside its directory, since
+    Orbax would not save a step below it. Checkpoints that not all directories have, as a kill
+    between their saves leaves them, are moved to a folder "ahead".
 
     Args:
-      directories: of the checkpoints of each of the models that are trained together.
-      abstract_state: of one of them, see restore.
+      directories: folders of the checkpoints of the models that are trained at once.
+      state_spec: of one model, see restore.
 
     Returns:
       The states and their step.
@@ -225,20 +225,21 @@ def restore_latest(
         states, reason = [], f"another process cannot read the checkpoint of step {newest}"
         for directory in directories:
             try:
-                states.append(restore(directory, newest, abstract_state)[0])
+                states.append(restore(directory, newest, state_spec)[0])
             except DamagedCheckpointError as error:
                 reason = str(error)
                 break
-        where = min(processes.of_all(len(states)))  # if one cannot read it, none goes on from it
-        if where == len(directories):
+        # If one process cannot read a checkpoint, no process goes on from it.
+        num_whole = min(processes.all_gather(len(states)))
+        if num_whole == len(directories):
             break
         damaged = True
-        aside = _put_aside(directories[where], [newest], "damaged")
+        aside = _put_aside(directories[num_whole], [newest], "damaged")
         say(f"{reason}; moved it to {aside}")
     if newest is None and damaged:
-        places = ", ".join(str(directory.parent / "damaged") for directory in directories)
+        folders = ", ".join(str(directory.parent / "damaged") for directory in directories)
         raise UserError(
-            f"all checkpoints were damaged and moved to {places}; start again to train from the "
+            f"all checkpoints were damaged and moved to {folders}; start again to train from the "
             "beginning"
         )
     for directory in directories:
@@ -250,13 +251,13 @@ def restore_latest(
 def _newest_of_all(directories: Sequence[Path]) -> int | None:
     """The newest step that all directories have."""
     common = set.intersection(*(set(steps(directory)) for directory in directories))
-    return processes.of_first(max(common, default=None))
+    return processes.broadcast(max(common, default=None))
 
 
 def _put_aside(directory: Path, found: Sequence[int], name: str) -> Path:
-    """Moves checkpoints to a folder of that name beside the directory, which it returns."""
+    """Moves checkpoints to a folder of that name beside the directory; returns the folder."""
     aside = directory.parent / name
-    with processes.together():
+    with processes.barrier():
         if found and processes.is_first():
             aside.mkdir(exist_ok=True)
             number = sum(1 for _ in aside.iterdir())

@@ -1,4 +1,4 @@
-"""What a run tells: the progress bar or lines, metrics.jsonl, TensorBoard, the learning curve."""
+"""The logs of a run: progress on the terminal, metrics.jsonl, TensorBoard, the learning curve."""
 
 import contextlib
 import json
@@ -29,9 +29,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends metrics to metrics.jsonl and to TensorBoard events.
 
-    What an earlier, interrupted run logged after first_step is dropped: those steps are about to
-    be taken again. Events are written without tensorboardX's thread, which dies on a full disk and
-    then lets its writer wait for ever.
+    It drops what an earlier, interrupted run logged after first_step, since those steps are about
+    to be taken again. It writes events without tensorboardX's thread, which dies on a full disk and
+    then makes its writer wait for ever.
     """
 
     def __init__(self, workdir: Path, first_step: int) -> None:
@@ -45,7 +45,7 @@ class MetricsLog:
         folder.mkdir(exist_ok=True)
         self._events = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}"))
         self._write_event(0, file_version="brain.Event:2")
-        # Has TensorBoard hide what earlier files say of that step and later ones.
+        # TensorBoard then hides what earlier files say of that step and later ones.
         self._write_event(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, split: str, **metrics: float) -> None:
@@ -66,8 +66,8 @@ class MetricsLog:
             self._file.close()
 
 
-class Progress:
-    """A bar on a terminal, plain lines elsewhere."""
+class StepProgress:
+    """The progress of training: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, first_step: int, num_steps: int) -> None:
         self._first_step, self._num_steps = first_step, num_steps
@@ -91,7 +91,7 @@ class Progress:
         say(f"step {step}/{self._num_steps}  {text}  ETA {eta}")
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Ends the bar where it is."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,6 +1,5 @@
 """The mesh of devices: "data" divides each batch, "seq" the sequences of its examples."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from skyformer_jax.data.batches import Batch, Part
+from skyformer_jax.data.batches import Batch, BatchShards
 
 DATA, SEQ = "data", "seq"
 
@@ -17,12 +16,12 @@ DATA, SEQ = "data", "seq"
 def make_mesh(
     data: int | None = None, seq: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The devices along both axes.
+    """Arranges devices along both axes.
 
     Args:
-      data: parts of each batch; None means as many as the devices allow.
-      seq: parts of each sequence.
-      devices: data * seq of them; None means all, of all processes.
+      data: shards of each batch; None means as many as the devices allow.
+      seq: shards of each sequence.
+      devices: data * seq devices; None means all, of all processes.
     """
     data = jax.device_count() // seq if data is None else data
     auto = (jax.sharding.AxisType.Auto,) * 2
@@ -30,33 +29,41 @@ def make_mesh(
 
 
 def sequence_axis(mesh: Mesh) -> str | None:
-    """The axis_name of a model on this mesh: None where sequences are whole."""
+    """The axis_name of a model on this mesh; None if sequences are whole."""
     return SEQ if mesh.shape[SEQ] > 1 else None
 
 
+def describe(mesh: Mesh) -> str:
+    """The mesh in words."""
+    text = f"{mesh.size} {mesh.devices.flat[0].platform} device(s)"
+    if mesh.shape[SEQ] > 1:
+        text += f" ({mesh.shape[DATA]} along data, {mesh.shape[SEQ]} along seq)"
+    return text + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device has."""
+    """The sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
-def part_of_process(mesh: Mesh) -> Part:
-    """Which parts of each batch this process has to read."""
+def local_shards(mesh: Mesh) -> BatchShards:
+    """The shards of each batch that the devices of this process compute."""
     process = jax.process_index()
-    here = [
+    indices = tuple(
         i
         for i, row in enumerate(mesh.devices)
         if any(device.process_index == process for device in row)
-    ]
-    return Part(tuple(here), mesh.shape[DATA])
+    )
+    return BatchShards(indices, mesh.shape[DATA])
 
 
-def specs(batch: Any, axis: int = 0) -> Any:
+def batch_specs(batch: Any, axis: int = 0) -> Any:
     """A PartitionSpec for each array of a batch, or of any tree of arrays of examples.
 
     Args:
-      batch: arrays whose axis of that number is that of the examples; the tokens of a Batch have
-        the sequence as their last one.
-      axis: see there.
+      batch: arrays whose axis number `axis` counts the examples; the last axis of a Batch's tokens
+        is the sequence.
+      axis: number of that axis.
     """
     examples = P(*[None] * axis, DATA)
     if not isinstance(batch, Batch):
@@ -66,75 +73,42 @@ def specs(batch: Any, axis: int = 0) -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh, *, axis: int = 0) -> Any:
-    """The arrays of this process's share of a batch, on its devices, as parts of global arrays.
+    """Puts this process's shards of a batch on its devices, as global arrays.
 
     Args:
-      batch: of NumPy arrays, as specs says; its examples are those of part_of_process, in order,
-        and their sequences whole.
-      mesh: of the devices.
-      axis: of the examples: 0, or 2 for the batches that make_train_step's function takes.
+      batch: NumPy arrays, as in batch_specs. Its examples are those of local_shards(mesh), in
+        order, with whole sequences.
+      mesh: the devices.
+      axis: number of the examples' axis.
     """
-    part = part_of_process(mesh)
+    shards = local_shards(mesh)
 
-    def place(x: np.ndarray, spec: P) -> jax.Array:
-        size = x.shape[axis] // len(part.indices)  # examples of each device
-        shape = (*x.shape[:axis], size * part.count, *x.shape[axis + 1 :])
+    def put(x: np.ndarray, spec: P) -> jax.Array:
+        size = x.shape[axis] // len(shards.indices)  # examples of a device
+        shape = (*x.shape[:axis], size * shards.count, *x.shape[axis + 1 :])
 
         def of_device(index: tuple[slice, ...]) -> np.ndarray:
-            first = part.indices.index((index[axis].start or 0) // size) * size
+            first = shards.indices.index((index[axis].start or 0) // size) * size
             return x[*index[:axis], first : first + size, *index[axis + 1 :]]
 
         return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), of_device)
 
-    # Trees of PartitionSpecs are flattened with them as leaves.
-    return jax.tree.map(place, batch, specs(batch, axis))
+    # A PartitionSpec is a leaf of a tree.
+    return jax.tree.map(put, batch, batch_specs(batch, axis))
 
 
-def spread(
-    function: Callable[..., Any], mesh: Mesh, backend: str, in_specs: Any, out_specs: Any
+def shard_map(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """The function of one device's shares on every device of the mesh.
+    """Runs the function of one device's shards on every device of the mesh.
 
     Args:
-      function: uses the names of the mesh's axes.
-      mesh: of the devices.
-      backend: "shard_map"; or "pmap", for a mesh without a "seq" axis, in one process.
+      function: uses the names of the mesh's axes in its collectives.
+      mesh: the devices.
       in_specs: a PartitionSpec for each array of the arguments.
-      out_specs: likewise of what it returns; P() for all with pmap.
+      out_specs: a PartitionSpec for each array of the result.
     """
-    if backend == "shard_map":
-        # With check_vma=True the gradients of replicated parameters would be summed before pmean.
-        return jax.shard_map(
-            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-
-    def axis(spec: P) -> int | None:
-        return tuple(spec).index(DATA) if DATA in spec else None
-
-    def is_spec(x: Any) -> bool:
-        return isinstance(x, P)
-
-    mapped = jax.pmap(
-        function,
-        axis_name=DATA,
-        in_axes=jax.tree.map(axis, in_specs, is_leaf=is_spec),
-        out_axes=None,
-        devices=list(mesh.devices.ravel()),
+    # With check_vma=True the gradients of replicated parameters would be summed before pmean.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-
-    def divided(spec: P, arrays: Any) -> Any:
-        def divide(x: jax.Array) -> jax.Array:
-            at, parts = axis(spec), mesh.shape[DATA]
-            return x.reshape(*x.shape[:at], parts, x.shape[at] // parts, *x.shape[at + 1 :])
-
-        return arrays if axis(spec) is None else jax.tree.map(divide, arrays)
-
-    def call(*arguments: Any) -> Any:
-        return mapped(*jax.tree.map(divided, in_specs, arguments, is_leaf=is_spec))
-
-    return call
-
-
-def memory_limit() -> float:
-    """Bytes that a device has, or infinity where it does not say."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)

@@ -1,7 +1,7 @@
-"""Several processes with one run between them: how they start, agree and stop.
+"""Several processes of one run: how they start, agree and stop.
 
-Everything here is a matter of course where there is only one process. Where there are several, all
-must call the same functions in the same order.
+With one process every function here is trivial. With several, all must call the same functions in
+the same order.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from skyformer_jax import progress
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 
-# How JAX and its collectives (Gloo, NCCL) speak of a process that is gone.
+# How JAX and its collectives (Gloo, NCCL) report that a process is gone.
 _LOST = (
     "Connection reset by peer",
     "Connection closed by peer",
@@ -31,22 +31,22 @@ _LOST = (
 
 
 class LostProcessError(UserError):
-    """Another process of the run is gone; nothing that needs it can be done."""
+    """Another process of the run is gone, so no computation that needs it can finish."""
 
 
 def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> None:
-    """Joins the other processes; to be called before anything else asks JAX for its devices.
+    """Joins the other processes; call it before anything else asks JAX for its devices.
 
     Args:
-      coordinator: "" for a process by itself; "auto" takes what the environment says, which JAX
-        knows how to ask on TPU pods, under Slurm, Open MPI and Kubernetes, or the environment
-        variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; else host:port
+      coordinator: "" for a process by itself; "auto" takes what the environment says: JAX knows how
+        to ask on TPU pods, under Slurm, Open MPI and Kubernetes, and reads the environment
+        variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; otherwise host:port
         of process 0, which the others can reach.
-      num_processes: how many there are; 0 leaves it to the environment.
-      process_id: which one this is; -1 leaves it to the environment.
+      num_processes: the number of processes; 0 leaves it to the environment.
+      process_id: the number of this one; -1 leaves it to the environment.
 
     Raises:
-      UserError: if this does not add up, or the environment says nothing.
+      UserError: if these do not fit together, or the environment says nothing.
     """
     if not coordinator or jax.distributed.is_initialized():
         return
@@ -69,48 +69,48 @@ def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> Non
 
 
 def is_first() -> bool:
-    """Whether this process writes for all."""
+    """Whether this process writes files and prints for all."""
     return jax.process_index() == 0
 
 
-def of_first(value: int | None) -> int | None:
-    """What the first process has, on all."""
+def broadcast(value: int | None) -> int | None:
+    """The first process's value, in every process."""
     if jax.process_count() == 1:
         return value
     number = multihost_utils.broadcast_one_to_all(np.int64(-1 if value is None else value))
     return None if number < 0 else int(number)
 
 
-def of_all(value: int) -> list[int]:
-    """What each process has, on all."""
+def all_gather(value: int) -> list[int]:
+    """The values of all processes, in every process."""
     if jax.process_count() == 1:
         return [value]
     return np.asarray(multihost_utils.process_allgather(np.int64(value))).tolist()
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Waits for all processes at the end of its block, and raises in all if one of them did.
+def barrier() -> Iterator[None]:
+    """Waits for all processes at the end of its block, and raises in all if one block raised.
 
     Raises:
-      UserError: for what failed in another process, whose own line says more.
+      UserError: if another process failed; that process's own line says more.
     """
     try:
         yield
     except Exception:
-        of_all(1)
+        all_gather(1)
         raise
-    failed = [i for i, bad in enumerate(of_all(0)) if bad]
+    failed = [i for i, bad in enumerate(all_gather(0)) if bad]
     if failed:
         raise UserError(f"process {failed[0]} stopped; what it printed says why")
 
 
 @contextlib.contextmanager
-def others_needed() -> Iterator[None]:
-    """Says in one line what a computation's failure means if it is another process's end.
+def lost_process_errors() -> Iterator[None]:
+    """Turns the failure of a computation into one line if it means the end of another process.
 
     JAX itself aborts a process, with lines of its own, once it knows that another one is gone: at
-    once if that was process 0, else after a hundred seconds.
+    once if that was process 0, otherwise after a hundred seconds.
 
     Raises:
       LostProcessError: then.
@@ -128,12 +128,12 @@ def others_needed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[int, int], bool]]:
-    """A question, to be asked once after each step, whether SIGTERM or SIGINT asks to stop.
+def stop_signals() -> Iterator[Callable[[int], bool]]:
+    """A function (step) -> whether SIGTERM or SIGINT asks to stop; call it once after each step.
 
-    It takes the numbers of the last step asked about and of this one. A second signal acts as it
-    would without us. Several processes agree on the step, some ten steps after the notice that one
-    of them got: this is JAX's protocol of preemptions, whose notice is SIGTERM.
+    A second signal acts as it would without this. Several processes agree on the step, some ten
+    steps after the signal to one of them: this is JAX's protocol for preemption, whose notice is
+    SIGTERM.
     """
     received: list[int] = []
     old: dict[int, Any] = {}
@@ -147,20 +147,15 @@ def stop_signals() -> Iterator[Callable[[int, int], bool]]:
         if several:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX has taken over
 
-    def asked(before: int, step: int) -> bool:
+    def should_stop(step: int) -> bool:
         if several:
-            return any(
-                [
-                    multihost_utils.reached_preemption_sync_point(s)
-                    for s in range(before + 1, step + 1)
-                ]
-            )
+            return multihost_utils.reached_preemption_sync_point(step)
         return bool(received)
 
     for number in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
-        old[number] = signal.signal(number, receive)
+        old[int(number)] = signal.signal(number, receive)
     try:
-        yield asked
+        yield should_stop
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that a second start does not compile again."""
+"""Compiled programs on disk, so that a second start does not compile again."""
 
 import hashlib
 from pathlib import Path
@@ -9,12 +9,12 @@ from skyformer_jax.progress import say
 
 
 def use_cache(directory: str) -> None:
-    """Keeps what takes over a second to compile in a folder, for this process and later ones.
+    """Keeps programs that take over a second to compile in a folder, for later processes too.
 
     Args:
-      directory: the folder, made where needed; "" keeps nothing, nor, and that is said, does one
-        that cannot be written. Where the environment variable
-        JAX_COMPILATION_CACHE_DIR names one, that is used instead.
+      directory: the folder, made if it is missing; "" keeps nothing. If the folder cannot be made, a
+        line says so and nothing is kept. The environment variable JAX_COMPILATION_CACHE_DIR, if
+        set, names another folder that is used instead.
     """
     if directory and not jax.config.jax_compilation_cache_dir:
         path = Path(directory).expanduser() / _processor()
@@ -27,7 +27,7 @@ def use_cache(directory: str) -> None:
 
 
 def _processor() -> str:
-    """A name for what the CPU can do, which XLA compiles for and JAX does not look at.
+    """A name for the CPU's instruction set, which JAX does not make part of its cache keys.
 
     A home folder may be shared by machines of several kinds.
     """

@@ -1,0 +1,254 @@
+"""Configurations: their checks, made before anything is compiled or written, and their stored form."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+import skyformer_jax
+from skyformer_jax import attention, models, tasks
+from skyformer_jax.errors import UserError, one_of
+
+# Fields that say where files lie and what computes, not what is computed. They may differ between
+# two starts of one workdir, whose results then agree to rounding.
+MUTABLE_FIELDS = (
+    "version",
+    "data.dir",
+    "compilation_cache",
+    "train.accumulation",
+    "parallel.",
+)
+BACKENDS = ("shard_map", "pmap")
+NON_FINITE = ("stop", "skip")
+_DATA_FIELDS = ("dir", "source", "buckets", "mask_zeros")
+_SPLIT_LANDMARKS = ("uniform", "strided", "segment_means")
+
+
+def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
+    """Raises a UserError for the first thing in the config that cannot work.
+
+    Args:
+      config: the complete configuration.
+      num_devices: devices that the batch will be divided over.
+    """
+    task = tasks.get(one_of("task", config.task, tasks.NAMES))
+    _check_attention(config)
+    _check_model(config, task)
+    _check_training(config)
+    _check_data(config, task)
+    _check_devices(config, num_devices)
+
+
+def _check_attention(config: ml_collections.ConfigDict) -> None:
+    options = config.attention.to_dict()
+    name = one_of("attention", options.pop("name"), attention.NAMES)
+    try:
+        attention.check_options(name, options)
+    except ValueError as error:
+        raise UserError(
+            f"config.attention: {error} (--config=FILE:{name} sets just what {name} has)"
+        ) from None
+
+
+def _check_model(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
+    model = config.model
+    one_of("model.pooling", model.pooling, models.POOLINGS)
+    one_of("model.dtype", model.dtype, models.DTYPES)
+    one_of("model.positions", model.positions, models.POSITIONS)
+    if model.positions == "sinusoidal" and model.width % 2:
+        raise UserError(
+            f"model.width must be even for model.positions=sinusoidal; got {model.width}"
+        )
+    for field, value in model.items():
+        if type(value) is int:
+            _check_positive(f"model.{field}", value)
+    if not 0 <= model.dropout < 1:
+        raise UserError(f"model.dropout must be in [0, 1); got {model.dropout}")
+    for field in ("vocab_size", "num_classes"):
+        if model[field] < getattr(task, field):
+            raise UserError(
+                f"model.{field} must be at least {getattr(task, field)} for task {task.name}; "
+                f"got {model[field]}"
+            )
+    if model.num_documents != task.num_documents:
+        raise UserError(f"model.num_documents must be {task.num_documents} for task {task.name}")
+
+
+def _check_training(config: ml_collections.ConfigDict) -> None:
+    train = config.train
+    one_of("train.non_finite", train.non_finite, NON_FINITE)
+    for field in ("num_steps", "batch_size", "eval_every", "log_every"):
+        _check_positive(f"train.{field}", train[field])
+    _check_positive("num_seeds", config.num_seeds)
+    if not 0 <= config.seed < 2**32 - config.num_seeds:
+        raise UserError(f"seed must be in 0..{2**32 - 1 - config.num_seeds}; got {config.seed}")
+    if not 0 <= train.warmup_steps < train.num_steps:
+        raise UserError(
+            f"train.warmup_steps must be in 0..{train.num_steps - 1} (train.num_steps - 1); "
+            f"got {train.warmup_steps}"
+        )
+    if train.learning_rate <= 0:
+        raise UserError(f"train.learning_rate must be positive; got {train.learning_rate}")
+    if train.accumulation < 0:
+        raise UserError(
+            f"train.accumulation must be a number of parts, or 0 for what suits the device; got "
+            f"{train.accumulation}"
+        )
+
+
+def _check_positive(field: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{field} must be at least 1; got {value}")
+
+
+def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
+    data, max_length = config.data, config.model.max_length
+    for field in data:
+        one_of(f"field of task {task.name}, data.", field, (*_DATA_FIELDS, *task.options))
+    for option in ("length", "shrink"):
+        if option in data and not 1 <= data[option] <= task.max_length:
+            raise UserError(f"data.{option} must be in 1..{task.max_length}; got {data[option]}")
+    longest = task.longest(data)
+    if max_length < longest:
+        raise UserError(
+            f"model.max_length must be at least {longest}, the length of task {task.name} as "
+            f"config.data has it; got {max_length}"
+        )
+    if list(data.buckets) != sorted({size for size in data.buckets if 0 < size < max_length}):
+        raise UserError(
+            "data.buckets must be rising lengths below model.max_length="
+            f"{max_length}; got {tuple(data.buckets)}"
+        )
+    if data.buckets and config.num_seeds > 1:
+        raise UserError("data.buckets needs num_seeds=1, as all batches of a step have one length")
+
+
+def _check_devices(config: ml_collections.ConfigDict, num_devices: int) -> None:
+    train = config.train
+    data, seq = mesh_shape(config, num_devices)
+    parts = data * max(1, train.accumulation)
+    if train.batch_size % parts:
+        by = f"the {num_devices} devices" if seq == 1 else f"parallel.data={data}"
+        if train.accumulation > 1:
+            by += f" times train.accumulation={train.accumulation}"
+        raise UserError(
+            f"train.batch_size={train.batch_size} is not divisible by {by}; "
+            f"nearest that is: {max(1, round(train.batch_size / parts)) * parts}"
+        )
+    if seq > 1:
+        _check_split_sequences(config, seq)
+
+
+def mesh_shape(config: ml_collections.ConfigDict, num_devices: int) -> tuple[int, int]:
+    """The numbers of devices along data and along seq that config.parallel asks for.
+
+    Raises:
+      UserError: if they do not use all num_devices devices, or the backend cannot.
+    """
+    parallel = config.parallel
+    one_of("parallel.backend", parallel.backend, BACKENDS)
+    data, seq = parallel.data, parallel.seq
+    for field, value in (("data", data), ("seq", seq)):
+        if value < 1 and value != -1:
+            raise UserError(f"parallel.{field} must be at least 1, or -1 for the rest; got {value}")
+    if data == seq == -1:
+        raise UserError("parallel.data and parallel.seq cannot both be -1, the rest")
+    if data == -1 and num_devices % seq == 0:
+        data = num_devices // seq
+    elif seq == -1 and num_devices % data == 0:
+        seq = num_devices // data
+    if data * seq != num_devices:
+        raise UserError(
+            f"parallel.data={parallel.data} times parallel.seq={parallel.seq} is not the number of "
+            f"devices, {num_devices}; -1 for one of them means the rest"
+        )
+    if parallel.backend == "pmap" and seq > 1:
+        raise UserError("parallel.backend=pmap has no parallel.seq; use shard_map")
+    return data, seq
+
+
+def _check_split_sequences(config: ml_collections.ConfigDict, seq: int) -> None:
+    options = config.attention
+    if options.name not in attention.SPLITTABLE:
+        raise UserError(
+            f"parallel.seq={seq} needs an attention that runs on a split sequence: "
+            f"{', '.join(attention.SPLITTABLE)}; not {options.name}"
+        )
+    lengths = (config.model.max_length, *config.data.buckets)
+    for length in lengths:
+        if length % seq:
+            raise UserError(f"parallel.seq={seq} does not divide the padded length {length}")
+    if options.name == "skyformer" and options.landmarks not in _SPLIT_LANDMARKS:
+        one_of(f"attention.landmarks with parallel.seq={seq},", options.landmarks, _SPLIT_LANDMARKS)
+    shortest = min(lengths) // seq
+    if options.get("conv_size", 0) // 2 > shortest:
+        raise UserError(
+            f"attention.conv_size={options.conv_size} reaches beyond the {shortest} positions that "
+            f"parallel.seq={seq} leaves to a device"
+        )
+
+
+def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as plain dicts and values."""
+    return json.loads(config.to_json_best_effort())
+
+
+def stored(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What config.json of a run holds: the version that wrote it, and the config.
+
+    Locations are absolute, since eval.py may be called from elsewhere.
+    """
+    held = to_dict(config)
+    for location in ("dir", "source"):
+        if held["data"][location]:
+            held["data"][location] = str(Path(held["data"][location]).expanduser().absolute())
+    return {"version": skyformer_jax.__version__, **held}
+
+
+def read(path: Path) -> ml_collections.ConfigDict:
+    """The config of a workdir.
+
+    Raises:
+      UserError: if the file is missing, is not a config, or another version wrote it.
+    """
+    try:
+        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not a workdir of train.py") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    with config.unlocked():
+        version = config.pop("version", "0.1.0")  # 0.1.0 did not write its own
+    if _series(version) != _series(skyformer_jax.__version__):
+        raise UserError(
+            f"{path.parent} is a run of skyformer_jax {version}, which {skyformer_jax.__version__} "
+            "does not read; go on with that version, or name another --workdir"
+        )
+    return config
+
+
+def _series(version: str) -> list[str]:
+    """Major and minor number; versions that share them read each other's runs."""
+    return str(version).split(".")[:2]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """One text for each field, MUTABLE_FIELDS aside, that differs between two stored configs."""
+    old, new = flatten(saved), flatten(asked)
+    return [
+        f"{field} (saved: {old.get(field, 'absent')!r}, asked for: {new.get(field, 'absent')!r})"
+        for field in sorted(old.keys() | new.keys())
+        if not field.startswith(MUTABLE_FIELDS) and old.get(field, KeyError) != new.get(field, KeyError)
+    ]

@@ -1,0 +1,121 @@
+"""The results of evaluations: intervals, digests, summaries, and how a person reads them."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from skyformer_jax.training import config as configs
+
+
+def wilson_interval(accuracy: float, examples: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927)."""
+    z = 1.959964
+    centre = accuracy + z * z / (2 * examples)
+    half = z * math.sqrt(accuracy * (1 - accuracy) / examples + (z / (2 * examples)) ** 2)
+    return (centre - half) / (1 + z * z / examples), (centre + half) / (1 + z * z / examples)
+
+
+def config_digest(config: ml_collections.ConfigDict) -> str:
+    """First 16 digits of the SHA-256 of the config without its MUTABLE_FIELDS."""
+    flat = configs.flatten(configs.to_dict(config))
+    flat = {k: v for k, v in flat.items() if not k.startswith(configs.MUTABLE_FIELDS)}
+    flat["data.source"] = bool(flat["data.source"])  # published, or generated or downloaded
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def summarise(of_seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the results of several seeds share, their means and standard deviation."""
+    found = list(of_seeds.values())
+    accuracies = [result["accuracy"] for result in found]
+    return {
+        **{k: found[0][k] for k in ("task", "attention", "split", "examples", "floors", "data")},
+        "accuracy": float(np.mean(accuracies)),
+        "standard_deviation": float(np.std(accuracies, ddof=1)),
+        "loss": float(np.mean([result["loss"] for result in found])),
+        "seconds": round(sum(result["seconds"] for result in found), 2),
+        "seeds": {
+            str(seed): {k: result[k] for k in ("accuracy", "loss", "checkpoint", "validation")}
+            for seed, result in of_seeds.items()
+        },
+    }
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """The result of evaluate as a person reads it."""
+    head = f"{result['task']} {result['split']}, {result['examples']:,} examples, "
+    head += f"{result['attention']}, "
+    if "seeds" in result:
+        lines = [head + f"{len(result['seeds'])} seeds", *_lines_of_seeds(result)]
+    else:
+        lines = [head + f"checkpoint of step {result['checkpoint']}", *_lines_of_model(result)]
+    return "\n".join([*lines, f"  {'evaluated in':<28}{result['seconds']:6.2f} s"])
+
+
+def _lines_of_model(result: dict[str, Any]) -> list[str]:
+    low, high = result["interval_95"]
+    classes = "  ".join(
+        f"{i}: {'-' if a is None else f'{100 * a:.0f} %'}"
+        for i, a in enumerate(result["per_class_accuracy"])
+    )
+    lines = [
+        f"  {'accuracy':<28}{100 * result['accuracy']:6.2f} %   "
+        f"(95 % interval {100 * low:.2f} to {100 * high:.2f})",
+        *_lines_of_floors_and_loss(result),
+        f"  accuracy of each class      {classes}",
+    ]
+    if "landmark_draws" in result:
+        draws = result["landmark_draws"]
+        deviation = draws["standard_deviation"]
+        lines.append(
+            f"  {len(draws['accuracies'])} draws of landmarks".ljust(30)
+            + f"{100 * draws['mean']:6.2f} % mean"
+            + ("" if deviation is None else f", standard deviation {100 * deviation:.2f}")
+        )
+    return lines
+
+
+def _lines_of_seeds(result: dict[str, Any]) -> list[str]:
+    return [
+        f"  {'accuracy':<28}{100 * result['accuracy']:6.2f} %   "
+        f"(standard deviation {100 * result['standard_deviation']:.2f})",
+        *(
+            f"  {'seed ' + seed:<28}{100 * one['accuracy']:6.2f} %   "
+            f"(checkpoint of step {one['checkpoint']})"
+            for seed, one in result["seeds"].items()
+        ),
+        *_lines_of_floors_and_loss(result),
+    ]
+
+
+def _lines_of_floors_and_loss(result: dict[str, Any]) -> list[str]:
+    return [
+        *(
+            f"  {'floor: ' + floor:<28}{100 * accuracy:6.2f} %"
+            for floor, accuracy in result["floors"].items()
+        ),
+        f"  {'loss':<28}{result['loss']:6.4f} nats",
+    ]
+
+
+def print_summary(workdir: Path, result: dict[str, Any]) -> None:
+    """Prints a finished run's result, and where everything is."""
+    print(result_table(result))
+    if "seeds" in result:
+        print(f"\neach seed         {workdir}/seed-*: checkpoints, metrics, learning curve")
+    else:
+        validation = result["validation"]
+        print(
+            f"\nbest checkpoint   {workdir}/checkpoints/{result['checkpoint']} "
+            f"(validation accuracy {100 * validation['accuracy']:.2f} %)\n"
+            f"metrics           {workdir}/metrics.jsonl\n"
+            f"learning curve    {workdir}/learning_curve.png"
+        )
+    print(
+        f"TensorBoard       tensorboard --logdir {workdir}\n"
+        f"evaluate again    python eval.py --workdir={workdir}"
+    )

@@ -1,0 +1,89 @@
+"""What a run is, built once from its config."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from skyformer_jax import tasks
+from skyformer_jax.data.batches import padded_length
+from skyformer_jax.data.examples import Examples
+from skyformer_jax.errors import UserError, full_disk
+from skyformer_jax.models import build_model
+from skyformer_jax.training.config import check, mesh_shape
+from skyformer_jax.training.mesh import make_mesh, sequence_axis
+from skyformer_jax.training.optimizer import make_optimizer, make_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run: everything that its steps, its data and its evaluation depend on.
+
+    Attributes:
+      config: the complete configuration. Nobody changes it.
+      task: the task that config.task names.
+      mesh: the devices, along "data" and "seq".
+      model: the classifier, for sequences that are split along "seq" where the mesh splits them.
+      schedule: step -> learning rate.
+      optimizer: the optax transformation that follows the schedule.
+    """
+
+    config: ml_collections.ConfigDict
+    task: tasks.Task
+    mesh: Mesh
+    model: nn.Module
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the models that the run trains at once."""
+        return tuple(range(self.config.seed, self.config.seed + self.config.num_seeds))
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """Shape of an example's padded tokens: (length,), or (2, length) for pairs of documents."""
+        length, documents = self.config.model.max_length, self.config.model.num_documents
+        return (length,) if documents == 1 else (documents, length)
+
+    def load_split(self, split: str) -> Examples:
+        """The examples of "train", "validation" or "test"; the data are prepared first if missing.
+
+        Raises:
+          UserError: as the task's load; or if an example is longer than model.max_length.
+        """
+        data = self.config.data
+        options = {option: data[option] for option in self.task.options if option in data}
+        with full_disk(data.dir):
+            examples = self.task.load(split, data.dir, source=data.source or None, **options)
+        padded_length(int(examples.lengths.max()), self.config.model.max_length, ())
+        return examples
+
+
+def make_run(config: ml_collections.ConfigDict, mesh: Mesh) -> Run:
+    """Builds the run of a config that has been checked, on a mesh."""
+    schedule = make_schedule(config.train)
+    return Run(
+        config=config,
+        task=tasks.get(config.task),
+        mesh=mesh,
+        model=build_model(config, axis_name=sequence_axis(mesh)),
+        schedule=schedule,
+        optimizer=make_optimizer(schedule, weight_decay=config.train.weight_decay),
+    )
+
+
+def new_run(config: ml_collections.ConfigDict) -> Run:
+    """Checks a config and builds its run on all devices, as config.parallel arranges them.
+
+    Raises:
+      UserError: for the first thing in the config that cannot work.
+    """
+    num_devices = jax.device_count()
+    check(config, num_devices)
+    if config.parallel.backend == "pmap" and jax.process_count() > 1:
+        raise UserError("parallel.backend=pmap is for one process; several need shard_map")
+    return make_run(config, make_mesh(*mesh_shape(config, num_devices)))

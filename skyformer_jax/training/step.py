@@ -1,0 +1,227 @@
+"""One training step and one prediction of one model, on one device's shard of a batch.
+
+sharded_step.py runs them on every device of a mesh; the named axes "data" and "seq" are the mesh's.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from skyformer_jax.attention import shards
+from skyformer_jax.data.batches import Batch
+from skyformer_jax.training.mesh import DATA
+from skyformer_jax.training.run import Run
+from skyformer_jax.training.state import TrainState, take
+
+# Tokens that a CPU computes at a time. The activations then stay in its caches, and their memory is
+# not fetched from the system page by page (docs/speed.md).
+_CPU_TOKENS = 4096
+
+
+def train_step(run: Run, state: TrainState, batch: Batch) -> TrainState:
+    """One optimizer step on this device's shard of a batch.
+
+    The axis "data" divides the examples; if the model has an axis_name, that axis divides their
+    sequences. The shard is computed in microbatches whose gradients are added up: memory is that of
+    one microbatch, and the result is the same to rounding.
+
+    If the loss or a gradient is not finite, the step changes nothing but the counts in sums.
+    """
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    # A key belongs to an example's position in the global batch.
+    local_batch = len(batch.label)
+    keys = fold_in_each(rng, jax.lax.axis_index(DATA) * local_batch + jnp.arange(local_batch))
+    statistics = "mean_square" in state.sums
+
+    def loss_fn(
+        params: Any, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        variables = {"params": params, "fixed": state.fixed}
+        logits, mean_square = _apply(run, variables, batch, keys, train=True, statistics=statistics)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
+        correct = (logits.argmax(axis=-1) == batch.label).sum()
+        sums = {
+            "loss": losses.sum(),
+            "correct": correct.astype(jnp.float32),
+            "examples": jnp.float32(len(losses)),
+        }
+        if mean_square is not None:
+            sums["mean_square"] = mean_square.sum(axis=0)
+        return losses.sum() / local_batch, sums
+
+    gradient_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
+    gradients, sums = _accumulate(gradient_fn, _microbatches(run, batch, keys))
+    # Every device along "seq" has the whole loss, and what it differentiates is the sum of these.
+    # So the mean of the gradients is the gradient of one loss.
+    axes = (DATA,) if run.model.axis_name is None else (DATA, run.model.axis_name)
+    gradients = jax.lax.pmean(gradients, axes)
+    sums = jax.lax.psum(sums, DATA)
+    if statistics:
+        sums["gradient_norm"] = optax.tree.norm(gradients)
+        sums["mean_square"] /= sums["examples"]
+    return _update(run, state, gradients, sums)
+
+
+def _accumulate(gradient_fn: Any, microbatches: Any) -> tuple[Any, dict[str, jax.Array]]:
+    """The sums of gradients and of sums over microbatches, [microbatches, ...], one by one."""
+    if len(jax.tree.leaves(microbatches)[0]) == 1:
+        return gradient_fn(*take(microbatches, 0))
+
+    def add(total: Any, microbatch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient_fn(*microbatch)), None
+
+    shapes = jax.eval_shape(gradient_fn, *take(microbatches, 0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, microbatches)
+    return total
+
+
+def _update(
+    run: Run, state: TrainState, gradients: Any, sums: dict[str, jax.Array]
+) -> TrainState:
+    """The next state: the optimizer's, or but for the counts the old one, if not all is finite."""
+    finite = jnp.isfinite(sums["loss"])
+    for gradient in jax.tree.leaves(gradients):
+        finite &= jnp.isfinite(gradient).all()
+    updates, opt_state = run.optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state, sums = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, sums),
+        (state.params, state.opt_state, jax.tree.map(jnp.zeros_like, sums)),
+    )
+    sums_begin = state.step % run.config.train.log_every == 0
+    before = jax.tree.map(lambda x: jnp.where(sums_begin, jnp.zeros_like(x), x), state.sums)
+    first = ~finite & (before["skipped"] == 0)
+    sums["skipped"] = (~finite).astype(jnp.int32)
+    sums["first_skipped"] = jnp.where(first, state.step + 1, 0)
+    return state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        sums=jax.tree.map(jnp.add, before, sums),
+    )
+
+
+def predict_step(
+    run: Run, variables: Any, batch: Batch, rng: jax.Array | None, rows: jax.Array
+) -> jax.Array:
+    """Logits of this device's shard of a batch, without dropout.
+
+    Args:
+      run: the run.
+      variables: of a TrainState.
+      batch: this device's examples.
+      rng: draws landmarks, by each example's position in the split; None is deterministic.
+      rows: int [local batch], those positions.
+
+    Returns:
+      float32 [local batch, classes].
+    """
+    keys = None if rng is None else fold_in_each(rng, rows)
+    logits = jax.lax.map(
+        lambda microbatch: _apply(run, variables, *microbatch, train=False)[0],
+        _microbatches(run, batch, keys, accumulation=0),
+    )
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def _apply(
+    run: Run,
+    variables: Any,
+    batch: Batch,
+    keys: jax.Array | None,
+    *,
+    train: bool,
+    statistics: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Logits [batch, classes]; with statistics also mean squares [batch, layers].
+
+    The model is mapped over the examples, each with a key of its own. So an example's random
+    numbers depend on its position in the global batch, not on how many devices share the work.
+    """
+    positions = shards.positions(batch.tokens.shape[-1], run.model.axis_name)
+
+    def one(
+        values: jax.Array, length: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        rngs = {}
+        if key is not None:
+            rngs["landmarks"], rngs["dropout"] = jax.random.split(key)
+        tokens, mask = tokens_and_mask(run, values, length, positions)
+        logits, sown = run.model.apply(
+            variables,
+            tokens[None],
+            mask[None],
+            deterministic=not train,
+            rngs=rngs,
+            mutable=["statistics"] if statistics else [],
+        )
+        return logits[0], sown["statistics"]["mean_square"] if statistics else None
+
+    return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(
+        batch.tokens, batch.length, keys
+    )
+
+
+def tokens_and_mask(
+    run: Run, values: jax.Array, length: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A model's inputs from the stored values of a batch.
+
+    With data.mask_zeros, stored values of 0 count as padding wherever they are.
+
+    Args:
+      run: its task has the tokenizer.
+      values: uint8 [..., length].
+      length: int [...], lengths of the whole sequences.
+      positions: int [length], positions of the values in the whole sequences.
+
+    Returns:
+      tokens int32 [..., length], 0 at padding; and mask bool [..., length], True at real tokens.
+    """
+    mask = positions < length[..., None]
+    if run.config.data.get("mask_zeros", False):
+        mask &= values != 0
+    return jnp.where(mask, run.task.tokenizer(values), 0), mask
+
+
+def fold_in_each(rng: jax.Array, numbers: jax.Array) -> jax.Array:
+    """A key for each of the numbers, int [examples]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, numbers)
+
+
+def num_microbatches(accumulation: int, platform: str, num_examples: int, tokens: int) -> int:
+    """In how many microbatches a device computes its shard of a batch.
+
+    Args:
+      accumulation: train.accumulation; 0 chooses: one on accelerators, and on a CPU as many as make
+        a microbatch of _CPU_TOKENS tokens at most, or of one example.
+      platform: of the device.
+      num_examples: examples of the shard.
+      tokens: padded tokens of an example.
+    """
+    if accumulation:
+        return accumulation
+    if platform != "cpu":
+        return 1
+    most = max(1, _CPU_TOKENS // tokens)
+    size = max(n for n in range(1, min(num_examples, most) + 1) if num_examples % n == 0)
+    return num_examples // size
+
+
+def _microbatches(
+    run: Run, batch: Batch, keys: jax.Array | None, accumulation: int | None = None
+) -> tuple[Batch, jax.Array | None]:
+    """The batch and its keys, [examples, ...], as [microbatches, examples, ...]."""
+    number = num_microbatches(
+        run.config.train.accumulation if accumulation is None else accumulation,
+        run.mesh.devices.flat[0].platform,
+        len(batch.label),
+        math.prod(batch.tokens.shape[1:]),
+    )
+    return jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), (batch, keys))

@@ -1,0 +1,130 @@
+"""The workdir of a run: its folders, its lock, the disk it needs, and the config that binds it."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from skyformer_jax.errors import UserError
+from skyformer_jax.training import checkpoints
+from skyformer_jax.training import config as configs
+from skyformer_jax.training.run import Run
+from skyformer_jax.training.state import state_spec
+
+
+class SeedRun(NamedTuple):
+    """One model of a run: a run of its seed alone, and the folder of that."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.workdir / "checkpoints"
+
+
+def seed_runs(config: ml_collections.ConfigDict, workdir: Path) -> list[SeedRun]:
+    """The models of a run, one for each seed.
+
+    With num_seeds = 1 that is the run itself. Otherwise they have the folders seed-0, seed-1, ... of
+    the workdir, each just as a run of that seed alone would make it.
+    """
+    if config.num_seeds == 1:
+        return [SeedRun(config, workdir)]
+    runs = []
+    for seed in range(config.seed, config.seed + config.num_seeds):
+        one = config.copy_and_resolve_references()
+        one.update({"seed": seed, "num_seeds": 1})
+        runs.append(SeedRun(one, workdir / f"seed-{seed}"))
+    return runs
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    partial = path.with_suffix(".json.tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def open_workdir(run: Run, workdir: Path) -> Iterator[None]:
+    """Makes or checks the workdir and the folders of its seeds; locks them while its block runs.
+
+    Raises:
+      UserError: if a folder cannot be used, another process trains there, the disk is too full, or
+        the folder holds checkpoints of another config.
+    """
+    runs = seed_runs(run.config, workdir)
+    _check_disk(run, workdir, len(runs))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_open_folder(SeedRun(run.config, workdir)))
+        for one in runs:
+            if one.workdir != workdir:
+                stack.enter_context(_open_folder(one))
+        yield
+
+
+def check_visible(workdir: Path) -> None:
+    """Raises a UserError in a process that does not see what the first one made in the workdir."""
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"process {jax.process_index()} does not see {workdir}, where process 0 made "
+            "config.json: --workdir must be on a disk that all of them share"
+        )
+
+
+def _check_disk(run: Run, workdir: Path, num_models: int) -> None:
+    """Raises a UserError unless the checkpoints of the run fit on the disk."""
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_spec(run)))
+    # Three checkpoints are kept, one is being written, and one is about to be removed.
+    needed = 5 * num_models * state_bytes + (16 << 20)
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {workdir} has {free / 2**20:,.0f} MiB free; a run of this config "
+            f"needs {needed / 2**20:,.0f} MiB: free some space or name another --workdir"
+        )
+
+
+@contextlib.contextmanager
+def _open_folder(one: SeedRun) -> Iterator[None]:
+    """Locks one folder, and binds it to its config once it or its seeds have checkpoints."""
+    workdir = one.workdir
+    for parent in (workdir, *workdir.parents):
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"--workdir={workdir}: {parent} is a file; name a folder")
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {workdir}") from None
+        _bind_config(one)
+        yield
+
+
+def _bind_config(one: SeedRun) -> None:
+    """Writes config.json, unless the folder's checkpoints are of another config."""
+    path = one.workdir / "config.json"
+    asked = configs.stored(one.config)
+    folders = (one.workdir, *one.workdir.glob("seed-*"))
+    has_checkpoints = any(checkpoints.steps(folder / "checkpoints") for folder in folders)
+    if has_checkpoints and not path.exists():
+        raise UserError(f"{one.workdir} has checkpoints but no config.json; name another --workdir")
+    if has_checkpoints:  # otherwise nothing depends on the config of an earlier attempt
+        saved = configs.to_dict(configs.read(path))
+        different = configs.differences(saved, asked)
+        if different:
+            raise UserError(
+                f"{one.workdir} holds a run of another config; name another --workdir, or restore: "
+                + "; ".join(different)
+            )
+    write_json(path, asked)
