@@ -17,7 +17,8 @@ import skyformer_jax.config
 from skyformer_jax import tasks
 from skyformer_jax.attention import REGISTRY
 from skyformer_jax.data import store
-from skyformer_jax.data.batches import Batch, Examples, evaluation_batches, padded_length
+from skyformer_jax.data.batches import Batch, evaluation_batches, padded_length
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError, full_disk
 from skyformer_jax.models import build_model
 from skyformer_jax.training import checkpoints, compilation, processes, steps
@@ -172,7 +173,7 @@ def evaluate(
     predict_step = steps.make_predict_step(model, mesh, steps.reading_of(config))
     start = time.perf_counter()
     batches = evaluation_batches(
-        examples, batch_size, max_length, buckets=config.data.get("buckets", ()), part=part
+        examples, batch_size, max_length, buckets=config.data.get("buckets", ()), shards=part
     )
     variables = jax.tree.map(lambda x: np.asarray(x)[None], state.variables)
     variables = jax.device_put(variables, meshes.replicated(mesh))
@@ -181,7 +182,7 @@ def evaluate(
 
     def redrawn_accuracy(draw: int) -> float:
         # Without buckets, as draws depend on the padded length.
-        batches = evaluation_batches(examples, batch_size, max_length, part=part)
+        batches = evaluation_batches(examples, batch_size, max_length, shards=part)
         logits = predict(predict_step, variables, batches, mesh, jax.random.key(draw))[0]
         return score(logits, examples.label)["accuracy"]
 

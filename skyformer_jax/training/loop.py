@@ -16,12 +16,12 @@ import numpy as np
 
 import skyformer_jax.config
 from skyformer_jax.data.batches import (
-    Examples,
     evaluation_batches,
     stacked,
     training_batches,
     training_rows,
 )
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError, full_disk
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import say
@@ -174,7 +174,7 @@ def _run(
             settings.batch_size,
             config.model.max_length,
             buckets=buckets,
-            part=part,
+            shards=part,
         )
         logits = evaluation.predict(predict_step, states.variables, batches, mesh)
         scores = [evaluation.score(of_seed, validation_split.label) for of_seed in logits]
@@ -210,14 +210,14 @@ def _run(
                 seed=seed,
                 first_step=step,
                 buckets=buckets,
-                part=part,
+                shards=part,
             )
             for seed in seeds
         ]
     else:
         streams = [
             (
-                part.of(rows)
+                part.rows(rows)
                 for rows in training_rows(
                     len(train_split), settings.batch_size, seed=seed, first_step=step
                 )

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from skyformer_jax.data.batches import Batch, Part
+from skyformer_jax.data.batches import Batch, BatchShards
 
 DATA, SEQ = "data", "seq"
 
@@ -39,7 +39,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def part_of_process(mesh: Mesh) -> Part:
+def part_of_process(mesh: Mesh) -> BatchShards:
     """Which parts of each batch this process has to read."""
     process = jax.process_index()
     here = [
@@ -47,7 +47,7 @@ def part_of_process(mesh: Mesh) -> Part:
         for i, row in enumerate(mesh.devices)
         if any(device.process_index == process for device in row)
     ]
-    return Part(tuple(here), mesh.shape[DATA])
+    return BatchShards(tuple(here), mesh.shape[DATA])
 
 
 def specs(batch: Any, axis: int = 0) -> Any:

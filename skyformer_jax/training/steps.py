@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from skyformer_jax import tasks
 from skyformer_jax.attention import shards
-from skyformer_jax.data.batches import Batch, Examples
+from skyformer_jax.data.batches import Batch
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.training.mesh import DATA, memory_limit, replicated, specs, spread
 
 # Tokens that a CPU computes at a time: what a layer makes of them stays in its caches, and the
@@ -173,7 +174,7 @@ class Reading(NamedTuple):
 
 def reading_of(config: ml_collections.ConfigDict) -> Reading:
     """How the model's tokens and mask are had from the task's bytes."""
-    return Reading(tasks.get(config.task).shift, config.data.get("mask_zeros", False))
+    return Reading(tasks.get(config.task).tokenizer.offset, config.data.get("mask_zeros", False))
 
 
 def abstract_state(
