@@ -4,7 +4,7 @@
 
 image.png shows a photograph of each class of the test split, pathfinder.png images of both labels
 at 32 x 32 pixels, and pathx.png one of each label at 128 x 128. The photographs are prepared if
-they are not (--source=DIR names the published files, as of skyformer_jax.data.prepare);
+they are not (--source=DIR names the published files, as of skyformer_jax.prepare);
 Pathfinder's images are drawn.
 """
 

@@ -20,7 +20,7 @@ from absl import flags
 from experiments.provenance import provenance, write_json
 from skyformer_jax import cli, tasks
 from skyformer_jax.data import store
-from skyformer_jax.data.batches import Examples
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
 
 _TASKS = flags.DEFINE_list("tasks", ["listops", "text", "image", "pathfinder"], "Which tasks.")
@@ -53,7 +53,7 @@ def describe_split(task: tasks.Task, whole: Examples, read: Examples) -> dict[st
         "floors": task.floors(read),
     }
     if "brackets" in task.options:
-        bare = task.variety(lambda split: whole, "", brackets=False)
+        bare = task.make_split(lambda split: whole, "", brackets=False)
         described["mean_length_without_brackets"] = float(bare.lengths.mean())
     return described
 

@@ -52,7 +52,8 @@ from experiments.grid import Cell, make_grid, parse_config
 from experiments.provenance import provenance, write_json
 from skyformer_jax import analysis, cli, training
 from skyformer_jax.attention import ATTENTIONS
-from skyformer_jax.data.batches import Examples, make_batch
+from skyformer_jax.data.batches import make_batch
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import say, track
@@ -118,7 +119,7 @@ def texts(split: Examples, length: int) -> tuple[np.ndarray, np.ndarray]:
             f"--examples={_EXAMPLES.value}; ask for shorter or fewer ones"
         )
     batch = make_batch(split.cut(length), rows, length)
-    return batch.tokens.astype(np.int32) + split.shift, np.ones(batch.tokens.shape, bool)
+    return split.tokenizer(batch.tokens), np.ones(batch.tokens.shape, bool)
 
 
 def layer_inputs(model: Any, variables: Any, split: Examples, length: int) -> list[Arrays]:

@@ -11,7 +11,8 @@ import numpy as np
 
 import skyformer_jax.config
 from experiments.provenance import provenance
-from skyformer_jax.data.batches import Batch, Examples, stacked, training_batches
+from skyformer_jax.data.batches import Batch, stacked, training_batches
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.models import build_model
 from skyformer_jax.progress import say, track
 from skyformer_jax.training import compilation, steps

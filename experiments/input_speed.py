@@ -27,7 +27,8 @@ from jax.sharding import PartitionSpec as P
 from experiments.provenance import provenance, write_json
 from skyformer_jax import cli, tasks
 from skyformer_jax.data import store
-from skyformer_jax.data.batches import Examples, training_batches
+from skyformer_jax.data.batches import training_batches
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.models import build_model
 from skyformer_jax.training import evaluation, steps
 from skyformer_jax.training import mesh as meshes

@@ -29,7 +29,8 @@ from configs import image, quickstart, text
 from experiments.provenance import provenance, write_json
 from experiments.timing import compile_all, measure_steps, take_turns
 from skyformer_jax import cli, models
-from skyformer_jax.data.batches import Examples, stacked, training_batches, training_rows
+from skyformer_jax.data.batches import stacked, training_batches, training_rows
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.training import mesh as meshes
 from skyformer_jax.training import steps
 

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_data import from_sequences
 
 from skyformer_jax.data import batches
-from skyformer_jax.data.batches import Examples
+from skyformer_jax.data.examples import Examples
+from skyformer_jax.data.tokenizer import BYTES, IDENTITY
 from skyformer_jax.errors import UserError
 
 
-def random_examples(count, longest=40, documents=1, seed=0, shift=0):
+def random_examples(count, longest=40, documents=1, seed=0, tokenizer=IDENTITY):
     """Examples, and the same as a list of (documents, label)."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, count * documents)
@@ -26,7 +29,7 @@ def random_examples(count, longest=40, documents=1, seed=0, shift=0):
         np.concatenate([[0], np.cumsum(lengths)]),
         labels.astype(np.int32),
         num_documents=documents,
-        shift=shift,
+        tokenizer=tokenizer,
     )
     plain = [
         ([texts[i * documents + j] for j in range(documents)], int(labels[i])) for i in range(count)
@@ -36,7 +39,7 @@ def random_examples(count, longest=40, documents=1, seed=0, shift=0):
 
 @pytest.mark.parametrize("documents", [1, 2])
 def test_examples_are_a_sequence(documents):
-    examples, plain = random_examples(17, documents=documents, shift=1)
+    examples, plain = random_examples(17, documents=documents, tokenizer=BYTES)
     assert len(examples) == 17
     for i in (0, 5, 16, -1):
         example, (texts, label) = examples[i], plain[i]
@@ -103,6 +106,17 @@ def test_checksum_depends_on_everything():
     assert from_sequences(base, [0, 1]).checksum() == from_sequences(base, [0, 1]).checksum()
 
 
+def test_tokenizers_shift_by_their_offset():
+    values = np.array([[0, 3], [255, 254]], np.uint8)
+    for tokenizer, expected in ((BYTES, values + 1.0), (IDENTITY, values)):
+        tokens = tokenizer(values)
+        np.testing.assert_array_equal(tokens, expected)
+        assert tokens.dtype == np.int32 and tokens.max() < tokenizer.vocab_size
+        on_device = tokenizer(jnp.asarray(values))
+        assert isinstance(on_device, jax.Array) and on_device.dtype == np.int32
+        np.testing.assert_array_equal(on_device, tokens)
+
+
 @pytest.mark.parametrize("documents", [1, 2])
 def test_batches_are_padded(documents):
     examples, plain = random_examples(9, documents=documents)
@@ -167,19 +181,19 @@ def test_resuming_reads_on_exactly(buckets):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_each_batch(processes):
-    """Their parts, put together in order, are one process's batches: none twice, none left out."""
+    """Their shards, joined in order, are one process's batches: none twice, none left out."""
     examples, _ = random_examples(30)
     whole = batches.training_batches(examples, 8, 40, seed=5, buckets=(16,))
-    parts = [
+    streams = [
         batches.training_batches(
-            examples, 8, 40, seed=5, buckets=(16,), part=batches.Part((i,), processes)
+            examples, 8, 40, seed=5, buckets=(16,), shards=batches.BatchShards((i,), processes)
         )
         for i in range(processes)
     ]
     for _ in range(100):
-        together = zip(*(next(part) for part in parts), strict=True)
-        for expected, shares in zip(next(whole), together, strict=True):
-            np.testing.assert_array_equal(np.concatenate(shares), expected)
+        shards = zip(*(next(stream) for stream in streams), strict=True)
+        for expected, arrays in zip(next(whole), shards, strict=True):
+            np.testing.assert_array_equal(np.concatenate(arrays), expected)
 
 
 PROCESS = """
@@ -197,9 +211,9 @@ jax.distributed.initialize(address, num_processes=2, process_id=index)
 examples, _ = random_examples(30)
 mesh = make_mesh()
 assert mesh.size == 4
-part = part_of_process(mesh)
-assert part == ((2 * index, 2 * index + 1), 4)
-stream = training_batches(examples, 8, 40, seed=5, part=part)
+shards = part_of_process(mesh)
+assert shards == ((2 * index, 2 * index + 1), 4)
+stream = training_batches(examples, 8, 40, seed=5, shards=shards)
 seen = []
 for _ in range(15):
     batch = shard_batch(next(stream), mesh)
@@ -246,6 +260,18 @@ def test_two_real_processes_see_one_stream(tmp_path):
                 np.testing.assert_array_equal(
                     seen[name], [getattr(batch, name) for batch in expected]
                 )
+
+
+def test_a_batch_of_each_seed_is_stacked():
+    examples, _ = random_examples(30, documents=2)
+    one, two = (
+        next(batches.training_batches(examples, 4, 40, seed=seed, buckets=())) for seed in (0, 1)
+    )
+    stacked = batches.stack_batches([one, two])
+    assert isinstance(stacked, batches.Batch) and stacked.tokens.shape == (2, 4, 2, 40)
+    for of_both, *of_each in zip(stacked, one, two, strict=True):
+        np.testing.assert_array_equal(of_both, of_each)
+        assert of_both.dtype == of_each[0].dtype
 
 
 def test_buckets_hold_their_examples():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scripts import import_script
 
-from skyformer_jax.data.batches import Examples
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.training import checkpoints
 
 faults, poisoned = import_script("faults"), import_script("poisoned")

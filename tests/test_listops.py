@@ -8,7 +8,7 @@ import pytest
 from tiny_data import from_sequences
 
 from skyformer_jax import tasks
-from skyformer_jax.data import builders, listops, store
+from skyformer_jax.data import listops, store
 from skyformer_jax.errors import UserError
 
 SMALL = listops.Grammar(min_length=4, max_length=40, max_depth=4, max_args=4)
@@ -184,11 +184,11 @@ def test_a_file_that_is_none_is_named(tmp_path, content):
 
 
 def test_stored_and_loaded(tmp_path):
-    config = builders.ListopsConfig(name="tiny", grammar=SMALL, sizes=(60, 20, 30), seed=9)
+    config = listops.ListopsConfig(name="tiny", grammar=SMALL, sizes=(60, 20, 30), seed=9)
     leftover = tmp_path / "listops" / "tiny" / "incomplete.KILLED_1.0.0"  # as TFDS names it
     leftover.mkdir(parents=True)
     (leftover / "half").write_text("half")
-    data_set = store.make(builders.Listops, config, tmp_path)
+    data_set = store.make(listops.Listops, config, tmp_path)
     store.prepare(data_set)
     assert not leftover.exists()
     expected, labels = listops.generate(110, seed=9, grammar=SMALL)
@@ -204,8 +204,8 @@ def test_stored_and_loaded(tmp_path):
 
 
 def test_damaged_data_is_said(tmp_path):
-    config = builders.ListopsConfig(name="tiny", grammar=SMALL, sizes=(20, 5, 5))
-    data_set = store.make(builders.Listops, config, tmp_path)
+    config = listops.ListopsConfig(name="tiny", grammar=SMALL, sizes=(20, 5, 5))
+    data_set = store.make(listops.Listops, config, tmp_path)
     with pytest.raises(UserError, match="missing"):
         store.load(data_set, "train")
     store.prepare(data_set)

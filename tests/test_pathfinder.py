@@ -10,6 +10,9 @@ from scipy import ndimage
 from scripts import import_script
 
 from skyformer_jax.data import pathfinder
+from skyformer_jax.data.pathfinder import drawing, generator
+from skyformer_jax.data.pathfinder.contours import draw_distractors, draw_targets
+from skyformer_jax.data.pathfinder.dashes import free_positions, make_dashes
 from skyformer_jax.errors import UserError
 
 statistics = import_script("pathfinder_check").statistics
@@ -19,23 +22,26 @@ ALL = list(itertools.product(pathfinder.SIZES, pathfinder.DIFFICULTIES))
 QUICK = [pair for pair in ALL if pair not in [(64, "hard"), (128, "hard")]]
 
 
-def tables_of(size, difficulty="easy"):
-    drawn = pathfinder.settings(size, difficulty)
-    return [pathfinder._make_tables(drawn, margin) for margin in drawn.margins]
+def dashes_of(size, difficulty="easy"):
+    settings = pathfinder.settings(size, difficulty)
+    return [make_dashes(settings, margin) for margin in settings.margins]
 
 
 def test_settings_by_hand():
-    drawn = pathfinder.settings(32, "hard")
-    assert (drawn.target_dashes, drawn.distractor_dashes, drawn.num_distractors) == (14, 4, 5)
-    drawn = pathfinder.settings(128, "intermediate")
-    assert (drawn.target_dashes, drawn.distractor_dashes, drawn.num_distractors) == (9, 3, 11)
-    assert (drawn.seed_distance, drawn.margins, drawn.dash_thickness) == (20, (2, 3), 1.5)
+    def dashes_and_distractors(size, difficulty):
+        ours = pathfinder.settings(size, difficulty)
+        return ours.target_dashes, ours.distractor_dashes, ours.num_distractors
+
+    assert dashes_and_distractors(32, "hard") == (14, 4, 5)
+    assert dashes_and_distractors(128, "intermediate") == (9, 3, 11)
+    ours = pathfinder.settings(128, "intermediate")
+    assert (ours.seed_distance, ours.margins, ours.dash_thickness) == (20, (2, 3), 1.5)
     assert pathfinder.settings(256, "easy").padding == 22
 
 
 @pytest.mark.parametrize("size", pathfinder.SIZES)
 def test_fewer_are_the_first_of_more(size, monkeypatch):
-    monkeypatch.setattr(pathfinder, "CHUNK", 4)
+    monkeypatch.setattr(generator, "CHUNK", 4)
     kwargs = {"size": size, "difficulty": "easy", "seed": 3, "workers": 1}
     news = []
     images, labels = pathfinder.generate(10, progress=news.append, **kwargs)
@@ -51,7 +57,7 @@ def test_fewer_are_the_first_of_more(size, monkeypatch):
 
 
 def test_same_for_any_number_of_workers(monkeypatch):
-    monkeypatch.setattr(pathfinder, "CHUNK", 5)
+    monkeypatch.setattr(generator, "CHUNK", 5)
     one, two = (pathfinder.generate(12, seed=7, workers=workers) for workers in (1, 2))
     for left, right in zip(one, two, strict=True):
         np.testing.assert_array_equal(left, right)
@@ -97,33 +103,33 @@ def lanczos_matrix(wide, narrow):
 
 @pytest.mark.parametrize("size", pathfinder.SIZES)
 def test_stamps_against_floating_point_resampling(size):
-    for tables in tables_of(size):
-        drawn, margin = tables.drawn, tables.margin
-        reach = drawn.dash_length + math.ceil(drawn.dash_thickness) + margin
-        assert tables.line.shape[1:] == (2 * reach + 1, 2 * reach + 1)
+    for dashes in dashes_of(size):
+        settings, margin = dashes.settings, dashes.margin
+        reach = settings.dash_length + math.ceil(settings.dash_thickness) + margin
+        assert dashes.line.shape[1:] == (2 * reach + 1, 2 * reach + 1)
         matrix = lanczos_matrix(4 * reach + 1, 2 * reach + 1)
-        for kind in range(0, len(tables.line), 23):
+        for kind in range(0, len(dashes.line), 23):
             # First dashes are drawn forwards from the middle, others backwards to it.
-            angle = math.atan2(*tables.ahead[kind]) + (math.pi if kind >= 360 else 0)
+            angle = math.atan2(*dashes.ahead[kind]) + (math.pi if kind >= 360 else 0)
             end_row, end_col = (
-                math.ceil(round(2 * (reach + drawn.dash_length * f(angle)), 9))
+                math.ceil(round(2 * (reach + settings.dash_length * f(angle)), 9))
                 for f in (math.sin, math.cos)
             )
             canvas = Image.new("1", (4 * reach + 1, 4 * reach + 1))
             ImageDraw.Draw(canvas).line(
-                [(2 * reach, 2 * reach), (end_col, end_row)], 1, round(2 * drawn.dash_thickness)
+                [(2 * reach, 2 * reach), (end_col, end_row)], 1, round(2 * settings.dash_thickness)
             )
             fine = np.asarray(canvas)
             blocked = ndimage.binary_dilation(fine, disc_mask(2 * margin))
-            for stamp, canvas in ((tables.line[kind], fine), (tables.mask[kind], blocked)):
+            for stamp, canvas in ((dashes.line[kind], fine), (dashes.mask[kind], blocked)):
                 # Pillow resamples along rows first, and rounds in between.
                 across = np.clip(np.rint(255.0 * canvas @ matrix.T), 0, 255)
                 expected = np.clip(np.rint(matrix @ across), 0, 255)
                 assert np.abs(stamp - expected).max() <= 1
             halo = ndimage.grey_dilation(
-                np.pad(tables.mask[kind], margin), footprint=disc_mask(margin), mode="constant"
+                np.pad(dashes.mask[kind], margin), footprint=disc_mask(margin), mode="constant"
             )
-            np.testing.assert_array_equal(tables.halo[kind], halo)
+            np.testing.assert_array_equal(dashes.halo[kind], halo)
 
 
 @pytest.mark.parametrize("size", pathfinder.SIZES)
@@ -135,23 +141,23 @@ def test_discs_against_resampling_of_the_whole_image(size):
         inside = (y - 2 * row) ** 2 + (x - 2 * col) ** 2 <= (2 * radius) ** 2
         canvas = Image.fromarray(np.uint8(255) * inside)
         expected = np.asarray(canvas.resize((size, size), Image.Resampling.LANCZOS))
-        disc = pathfinder._draw_disc(size, radius, np.array([row, col]))
+        disc = drawing.draw_disc(size, radius, np.array([row, col]))
         np.testing.assert_array_equal(disc, expected)
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_free_places_point_by_point(size):
+def test_free_positions_point_by_point(size):
     rng = np.random.default_rng(size)
-    tables = tables_of(size)[-1]
-    drawn, rim = tables.drawn, tables.rim
+    dashes = dashes_of(size)[-1]
+    settings, rim = dashes.settings, dashes.rim
     image = rng.random((size, size)) < 0.02
     image[[0, -1]] = image[:, [0, -1]] = True
-    half, width = tables.mask.shape[1] // 2, drawn.dash_length + tables.margin
+    half, width = dashes.mask.shape[1] // 2, settings.dash_length + dashes.margin
     somewhere = 0
     for kind in range(0, 360, 11):
         offsets = [
             (row - half + 1, col - half + 1)
-            for row, col in zip(*np.nonzero(tables.mask[kind] == 255), strict=True)
+            for row, col in zip(*np.nonzero(dashes.mask[kind] == 255), strict=True)
         ]
         offsets = [offset for offset in offsets if max(map(abs, offset)) <= width]
 
@@ -168,63 +174,63 @@ def test_free_places_point_by_point(size):
             expected = [row * size + col for row, col in points if not any(inside(row, col))]
         else:
             expected = []
-        free = pathfinder._free_places(np.pad(image, rim), tables.footprints[kind], rim)
+        free = free_positions(np.pad(image, rim), dashes.footprints[kind], rim)
         assert free.tolist() == expected
         somewhere += len(expected)
     assert somewhere
 
 
-def full_mask(tables, kind, place):
+def full_mask(dashes, kind, place):
     """What a dash blocks, in the coordinates of the image, padded so that all of it fits."""
-    size, half = tables.drawn.size, tables.mask.shape[1] // 2
+    size, half = dashes.settings.size, dashes.mask.shape[1] // 2
     out = np.zeros((size + 4 * half, size + 4 * half), int)
     row, col = place + half
-    out[row : row + 2 * half + 1, col : col + 2 * half + 1] = tables.mask[kind]
+    out[row : row + 2 * half + 1, col : col + 2 * half + 1] = dashes.mask[kind]
     return out[2 * half : -2 * half, 2 * half : -2 * half]
 
 
 @pytest.mark.parametrize(("size", "difficulty"), QUICK)
 def test_contours(size, difficulty):
-    for tables in tables_of(size, difficulty):
-        drawn = tables.drawn
+    for dashes in dashes_of(size, difficulty):
+        settings = dashes.settings
         rng = np.random.default_rng(0)
-        stream = pathfinder._draw_targets(tables, rng)
-        radius = drawn.dash_length + tables.margin
+        stream = draw_targets(dashes, rng)
+        radius = settings.dash_length + dashes.margin
         for targets in itertools.islice(stream, 4):
-            assert targets.kinds.shape == (2, drawn.target_dashes)
-            first, second = targets.places[:, 0]
-            assert abs(np.hypot(*(first - second)) - drawn.seed_distance) <= 0.71
-            assert (np.minimum(first, size - 1 - first) >= 2 * drawn.seed_distance).all()
-            contours = list(zip(targets.kinds, targets.places, strict=True))
-            distractors = pathfinder._draw_distractors(tables, targets, rng)
-            assert len(distractors) <= drawn.num_distractors
-            contours += [(found.kinds[0], found.places[0]) for found in distractors]
-            for kinds, places in contours:
+            assert targets.kinds.shape == (2, settings.target_dashes)
+            first, second = targets.positions[:, 0]
+            assert abs(np.hypot(*(first - second)) - settings.seed_distance) <= 0.71
+            assert (np.minimum(first, size - 1 - first) >= 2 * settings.seed_distance).all()
+            contours = list(zip(targets.kinds, targets.positions, strict=True))
+            distractors = draw_distractors(dashes, targets, rng)
+            assert len(distractors) <= settings.num_distractors
+            contours += [(found.kinds[0], found.positions[0]) for found in distractors]
+            for kinds, positions in contours:
                 assert (kinds[0] < 360, (kinds[1:] >= 360).all()) == (True, True)
-                angles = np.arctan2(*tables.ahead[kinds].T)
+                angles = np.arctan2(*dashes.ahead[kinds].T)
                 turns = np.abs((np.diff(angles) + np.pi) % (2 * np.pi) - np.pi)
-                assert turns.max() <= np.pi / 2 / drawn.continuity + 1e-3
+                assert turns.max() <= np.pi / 2 / settings.continuity + 1e-3
                 # From the end of one dash to the end of the next: a dash and two margins or so.
-                steps = np.hypot(*np.diff(places[1:], axis=0).T)
-                assert (np.abs(steps - radius - tables.margin) <= tables.margin + 2.5).all()
-                edge = np.minimum(places, size - 1 - places)
-                assert edge.min() >= drawn.padding
+                steps = np.hypot(*np.diff(positions[1:], axis=0).T)
+                assert (np.abs(steps - radius - dashes.margin) <= dashes.margin + 2.5).all()
+                edge = np.minimum(positions, size - 1 - positions)
+                assert edge.min() >= settings.padding
 
             # Further dashes of distractors overlap with none of what was there before them,
             # but for the last dash of the first target, of which the original does not know.
             known = np.full((size, size), 255)
-            inner = slice(drawn.padding, -drawn.padding)
+            inner = slice(settings.padding, -settings.padding)
             known[inner, inner] = 0
-            for kinds, places in [
-                (targets.kinds[0][:-1], targets.places[0][:-1]),
-                (targets.kinds[1], targets.places[1]),
+            for kinds, positions in [
+                (targets.kinds[0][:-1], targets.positions[0][:-1]),
+                (targets.kinds[1], targets.positions[1]),
             ]:
-                for dash in zip(kinds, places, strict=True):
-                    known = np.maximum(known, full_mask(tables, *dash))
+                for dash in zip(kinds, positions, strict=True):
+                    known = np.maximum(known, full_mask(dashes, *dash))
             for found in distractors:
                 masks = [
-                    full_mask(tables, *dash)
-                    for dash in zip(found.kinds[0], found.places[0], strict=True)
+                    full_mask(dashes, *dash)
+                    for dash in zip(found.kinds[0], found.positions[0], strict=True)
                 ]
                 for i in range(1, len(masks)):
                     before = np.maximum.reduce([known, *masks[: i - 1]])
@@ -236,12 +242,12 @@ def test_contours(size, difficulty):
 def test_discs_mark_what_the_label_says(size, monkeypatch):
     drawn_targets = []
 
-    def remember(tables, rng, draw=pathfinder._draw_targets):
-        for targets in draw(tables, rng):
+    def remember(dashes, rng, draw=draw_targets):
+        for targets in draw(dashes, rng):
             drawn_targets.append(targets)
             yield targets
 
-    monkeypatch.setattr(pathfinder, "_draw_targets", remember)
+    monkeypatch.setattr(drawing, "draw_targets", remember)
     images, labels = pathfinder.generate_chunk(size, "easy", 1, 0, 24)
     seen = set()
     for image, label, targets in zip(images, labels, drawn_targets, strict=True):
@@ -249,10 +255,10 @@ def test_discs_mark_what_the_label_says(size, monkeypatch):
         # Around the centre of a disc all is bright, at the end of a line is not.
         filled = ndimage.minimum_filter(image, footprint=disc_mask(2)) > 100
         tips = [(contour, end) for contour in (0, 1) for end in (0, -1)]
-        places = [targets.places[tip] for tip in tips]
-        if min(np.hypot(*(x - y)) for x, y in itertools.combinations(places, 2)) < 8:
+        positions = [targets.positions[tip] for tip in tips]
+        if min(np.hypot(*(x - y)) for x, y in itertools.combinations(positions, 2)) < 8:
             continue  # one disc may cover another tip
-        marked = [tip for tip in tips if filled[tuple(targets.places[tip])]]
+        marked = [tip for tip in tips if filled[tuple(targets.positions[tip])]]
         assert len(marked) == 2
         (one, beginning), (other, end) = sorted(marked, key=lambda tip: -tip[1])
         assert (beginning, end, one == other) == (0, -1, bool(label))
@@ -321,12 +327,12 @@ def test_statistics_of_the_originals():
 def test_number_of_distractors_and_of_lit_pixels(size, difficulty, distractors, lit, monkeypatch):
     counts = []
 
-    def count(*args, draw=pathfinder._draw_distractors):
+    def count(*args, draw=draw_distractors):
         found = draw(*args)
         counts.append(len(found))
         return found
 
-    monkeypatch.setattr(pathfinder, "_draw_distractors", count)
+    monkeypatch.setattr(drawing, "draw_distractors", count)
     num = 100 if size > 32 else 200
     images, _ = pathfinder.generate_chunk(size, difficulty, 5, 0, num)
     ours = np.array(counts), 100 * (images > 60).mean(axis=(1, 2))

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skyformer_jax.data import pathfinder_files
+from skyformer_jax.data.pathfinder import reader
 from skyformer_jax.errors import UserError
 
-SIZE, VARIETY = 8, "curv_contour_length_14"
+SIZE, FOLDER = 8, "curv_contour_length_14"
 
 
 def png(pixels):
@@ -26,7 +26,7 @@ def columns(block, i, label):
 def make_release(parent, counts):
     """Blocks of so many images by their number; returns expected names, images and labels."""
     rng = np.random.default_rng(0)
-    folder = parent / f"pathfinder{SIZE}" / VARIETY
+    folder = parent / f"pathfinder{SIZE}" / FOLDER
     (folder / "metadata").mkdir(parents=True)
     expected = []
     for block, count in counts.items():
@@ -37,13 +37,13 @@ def make_release(parent, counts):
         (folder / "metadata" / f"{block}.npy").write_text("".join(lines))
         for i, pixels in enumerate(images):
             (folder / "imgs" / str(block) / f"sample_{i}.png").write_bytes(png(pixels))
-        names = [f"{VARIETY}/imgs/{block}/sample_{i}.png" for i in range(count)]
+        names = [f"{FOLDER}/imgs/{block}/sample_{i}.png" for i in range(count)]
         expected.append((names, images.reshape(count, -1), labels))
     return folder, expected
 
 
 def read(source, report=pytest.fail, workers=1):
-    return list(pathfinder_files.read_folder(source, SIZE, 14, report=report, workers=workers))
+    return list(reader.read_folder(source, SIZE, 14, report=report, workers=workers))
 
 
 def assert_is(blocks, expected):
@@ -68,7 +68,7 @@ def test_processes_read_the_same(tmp_path):
     folder, expected = make_release(tmp_path, {i: 4 for i in range(12)})
     path = folder / "metadata" / "11.npy"
     path.write_text(path.read_text().replace("14 4", "14"))
-    blocks = pathfinder_files.read_folder(tmp_path, SIZE, 14, report=pytest.fail, workers=2)
+    blocks = reader.read_folder(tmp_path, SIZE, 14, report=pytest.fail, workers=2)
     assert_is([next(blocks) for _ in range(11)], expected[:11])
     with pytest.raises(UserError, match=r"metadata/11.npy:1: expected 11 columns, got 10"):
         next(blocks)
@@ -83,9 +83,9 @@ def test_metadata_may_truly_be_numpys(tmp_path, kind):
 
 
 def test_nothing_there_says_what_is_wanted(tmp_path):
-    with pytest.raises(UserError, match=rf"not hold {VARIETY}/metadata, nor does pathfinder8/ in"):
+    with pytest.raises(UserError, match=rf"not hold {FOLDER}/metadata, nor does pathfinder8/ in"):
         read(tmp_path)
-    (tmp_path / VARIETY / "metadata").mkdir(parents=True)
+    (tmp_path / FOLDER / "metadata").mkdir(parents=True)
     with pytest.raises(UserError, match=r"metadata holds no files 0.npy"):
         read(tmp_path)
 
@@ -163,7 +163,7 @@ def test_too_many_skipped_is_an_error_at_the_end(tmp_path):
     folder, _ = make_release(tmp_path, {0: 150, 1: 9, 2: 41})
     shutil.rmtree(folder / "imgs" / "1")
     said = []
-    blocks = pathfinder_files.read_folder(tmp_path, SIZE, 14, report=said.append, workers=1)
+    blocks = reader.read_folder(tmp_path, SIZE, 14, report=said.append, workers=1)
     assert [len(next(blocks)[0]) for _ in range(3)] == [150, 0, 41]
     with pytest.raises(UserError, match=r"9 of 200 images cannot be read, more than 1%: partly"):
         next(blocks)
@@ -191,7 +191,7 @@ def test_no_damaged_png_gives_other_pixels(tmp_path):
     unread = 0
     for content in damaged:
         path.write_bytes(content)
-        block = pathfinder_files.read_block(folder, folder / "metadata" / "0.npy", SIZE)
+        block = reader.read_block(folder, folder / "metadata" / "0.npy", SIZE)
         unread += len(block.skipped)
         np.testing.assert_array_equal(block.images, expected[0][1][: len(block.names)])
     assert unread > 0.7 * len(damaged)  # the rest: cuts and changes after the pixels

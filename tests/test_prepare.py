@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from tiny_data import from_sequences
 
-from skyformer_jax import tasks
-from skyformer_jax.data import pathfinder, prepare
+from skyformer_jax import prepare, tasks
+from skyformer_jax.data import pathfinder
 
 TREES = ["[MAX 1 2 ]\t2", "[MIN 3 [SM 9 4 ] ]\t3", "[MED 5 5 6 ]\t5"]
 
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "skyformer_jax.data.prepare", *arguments],
+        [sys.executable, "-m", "skyformer_jax.prepare", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -98,7 +98,7 @@ def gone(pid):
 def test_an_interrupted_preparation_goes_on(tmp_path):
     """Killed, stopped by Ctrl-C, and run to the end: as one that was not, and no process left."""
     arguments = ["--task=pathfinder_small", f"--data_dir={tmp_path}"]
-    start = [sys.executable, "-m", "skyformer_jax.data.prepare", *arguments]
+    start = [sys.executable, "-m", "skyformer_jax.prepare", *arguments]
     kind = "pathfinder/blocks-small_32_hard-*"
     for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         before = len(list(tmp_path.glob(f"{kind}/*.npz")))

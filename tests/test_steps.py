@@ -9,7 +9,8 @@ from test_model import tiny_config
 from tiny_data import from_sequences
 
 from skyformer_jax import attention, models
-from skyformer_jax.data.batches import Batch, Examples, evaluation_batches, make_batch, stacked
+from skyformer_jax.data.batches import Batch, evaluation_batches, make_batch, stacked
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.training import checkpoints, evaluation, steps
 from skyformer_jax.training import mesh as meshes
 

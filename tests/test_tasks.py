@@ -19,8 +19,9 @@ import test_text
 import tiny_data
 from PIL import Image
 
-from skyformer_jax import tasks
-from skyformer_jax.data import builders, image, parallel, pathfinder, prepare, splits, store, text
+from skyformer_jax import prepare, tasks
+from skyformer_jax.data import image, parallel, pathfinder, retrieval, splits, store, text
+from skyformer_jax.data.pathfinder import generator
 from skyformer_jax.errors import UserError
 from skyformer_jax.tasks import SPLITS
 
@@ -87,7 +88,7 @@ def test_image_is_gray_and_black_is_real(tiny, data_dir, source):
     expected = {tuple(gray): int(y) for gray, y in zip(image.to_gray(rgb), labels, strict=True)}
     assert stored == expected
     examples = tiny["image"].load("train", data_dir, source=str(source))
-    assert (examples.lengths == 1024).all() and examples.shift == 0
+    assert (examples.lengths == 1024).all() and examples.tokenizer.offset == 0
     half = tiny["image"].load("train", data_dir, source=str(source), shrink=2)
     assert (half.lengths == 256).all()
 
@@ -105,7 +106,7 @@ def test_retrieval_keeps_pairs_and_the_first_4000_bytes(tiny, data_dir, source):
 
 
 def test_retrieval_is_stored_in_pieces_of_one_stream(tiny, data_dir, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(builders.Retrieval, "_PAIRS_A_FILE", 10)  # a multiple of train's 30
+    monkeypatch.setattr(retrieval.Retrieval, "_PAIRS_A_FILE", 10)  # a multiple of train's 30
     task = tiny["retrieval"]
     for split in SPLITS:
         expected = task.load(split, data_dir, source=str(source)).checksum()
@@ -252,15 +253,15 @@ def test_the_archive_is_downloaded_and_checked(tiny, server, tmp_path, monkeypat
         filename=archive.name,
     )
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
-    monkeypatch.setattr(builders.Text, "URL", url)
-    monkeypatch.setattr(builders.Text, "url_infos", {url: info})
+    monkeypatch.setattr(text.Text, "URL", url)
+    monkeypatch.setattr(text.Text, "url_infos", {url: info})
     task = tiny["text"]
     expected = task.load("train", data_dir).checksum()
     assert task.load("train", tmp_path / "data").checksum() == expected
     assert asked.count(f"/{archive.name}") == 1
 
     wrong = dataclasses.replace(info, checksum=hashlib.sha256(b"").hexdigest())
-    monkeypatch.setattr(builders.Text, "url_infos", {url: wrong})
+    monkeypatch.setattr(text.Text, "url_infos", {url: wrong})
     with pytest.raises(UserError, match=r"download of .* failed: .*put aclImdb/ or aclImdb_v1"):
         task.load("train", tmp_path / "other")
     assert not list((tmp_path / "other").glob("text/tiny/1*"))
@@ -268,7 +269,7 @@ def test_the_archive_is_downloaded_and_checked(tiny, server, tmp_path, monkeypat
 
 def test_without_a_network_it_is_said_what_to_put_where(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
-    monkeypatch.setattr(builders.Image, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(image.Image, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
     start = time.monotonic()
     with pytest.raises(UserError, match=r"cannot be reached .*cifar-10-batches-bin/ or ") as error:
         tiny["image"].load("train", tmp_path / "data")
@@ -278,18 +279,18 @@ def test_without_a_network_it_is_said_what_to_put_where(tiny, tmp_path, monkeypa
 
 
 def test_published_urls_have_checksums():
-    for builder in (builders.Text, builders.Image):
+    for builder in (text.Text, image.Image):
         assert len(builder.url_infos[builder.URL].checksum) == 64
 
 
 def tiny_generated(num_images):
-    config = builders.PathfinderConfig(name="tiny_generated", num_images=num_images)
+    config = pathfinder.PathfinderConfig(name="tiny_generated", num_images=num_images)
     return dataclasses.replace(tasks.get("pathfinder"), config=config)
 
 
 def test_generated_pathfinder_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "num_cores", lambda: 1)
-    monkeypatch.setattr(pathfinder, "CHUNK", 25)
+    monkeypatch.setattr(generator, "CHUNK", 25)
     images, labels = pathfinder.generate(60, workers=1)
     task = tiny_generated(60)
     draw, drawn = pathfinder.generate_chunk, []
@@ -300,7 +301,7 @@ def test_generated_pathfinder_goes_on_where_it_was_interrupted(tmp_path, monkeyp
         drawn.append(chunk)
         return draw(size, difficulty, seed, chunk, count)
 
-    monkeypatch.setattr(pathfinder, "generate_chunk", interrupted)
+    monkeypatch.setattr(generator, "generate_chunk", interrupted)
     with pytest.raises(KeyboardInterrupt):
         task.load("train", tmp_path)
     drawn.append("again")

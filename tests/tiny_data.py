@@ -9,8 +9,8 @@ import test_text
 from PIL import Image
 
 from skyformer_jax import tasks
-from skyformer_jax.data import builders, listops
-from skyformer_jax.data.batches import Examples
+from skyformer_jax.data import builder, listops, pathfinder, retrieval
+from skyformer_jax.data.examples import Examples
 
 
 def from_sequences(sequences, labels):
@@ -69,16 +69,16 @@ def tiny_tasks():
     """By their names the benchmark's tasks, of the sizes that write_sources writes."""
     grammar = listops.Grammar(min_length=4, max_length=48, max_depth=4, max_args=5)
     sizes = {
-        "listops": builders.ListopsConfig(name="tiny", grammar=grammar, sizes=(60, 20, 30)),
-        "text": builders.HeldOutConfig(
+        "listops": listops.ListopsConfig(name="tiny", grammar=grammar, sizes=(60, 20, 30)),
+        "text": builder.HeldOutConfig(
             name="tiny", sizes=tuple(test_text.SIZES.values()), num_validation=10
         ),
-        "image": builders.HeldOutConfig(
+        "image": builder.HeldOutConfig(
             name="tiny", sizes=tuple(test_image.SIZES.values()), num_validation=10
         ),
-        "retrieval": builders.RetrievalConfig(name="tiny", sizes=tuple(PAIRS.values())),
-        "pathfinder": builders.PathfinderConfig(name="tiny_32", size=32, num_images=None),
-        "pathx": builders.PathfinderConfig(name="tiny_128", size=128, num_images=None),
+        "retrieval": retrieval.RetrievalConfig(name="tiny", sizes=tuple(PAIRS.values())),
+        "pathfinder": pathfinder.PathfinderConfig(name="tiny_32", size=32, num_images=None),
+        "pathx": pathfinder.PathfinderConfig(name="tiny_128", size=128, num_images=None),
     }
     tiny = {}
     for task in tasks.BENCHMARK:

@@ -1,1 +1,1 @@
-"""Data sets: generators, readers of the published files, TFDS builders, batching."""
+"""The data sets: a room for each, and beside them what they share."""

@@ -1,4 +1,4 @@
-"""Published data where the user has it: an unpacked folder, or the archive itself."""
+"""Reads published data from where the user has it: an unpacked folder, or the archive itself."""
 
 import lzma
 import os
@@ -20,9 +20,9 @@ class Published(NamedTuple):
     """How a data set is published.
 
     Attributes:
-      folder: that the archive unpacks into.
-      contents: some names in that folder, by which it is known.
-      archives: names that the archive goes by.
+      folder: name of the folder into which the archive unpacks.
+      contents: names in that folder by which it is recognised.
+      archives: names of the archive.
     """
 
     folder: str
@@ -31,10 +31,10 @@ class Published(NamedTuple):
 
 
 def find(source: Path, published: Published) -> Path | None:
-    """The published folder or archive.
+    """Finds the published folder or archive.
 
     Args:
-      source: the folder, whatever its name, or the archive, likewise; or a folder with either.
+      source: the folder or the archive itself, of any name; or a folder that holds either.
       published: what to look for.
 
     Returns:
@@ -48,7 +48,11 @@ def find(source: Path, published: Published) -> Path | None:
 
 
 def locate(source: Path, published: Published) -> Path:
-    """As find, but raises UserError, saying what to put where, if there is neither."""
+    """Finds the published folder or archive, as find does.
+
+    Raises:
+      UserError: if there is neither, saying what to put where.
+    """
     place = find(source, published)
     if place is None:
         raise UserError(
@@ -62,15 +66,16 @@ def locate(source: Path, published: Published) -> Path:
 def members(
     place: Path, published: Published, pattern: re.Pattern[str]
 ) -> Iterator[tuple[re.Match[str], bytes]]:
-    """The wanted files of a data set, in no particular order.
+    """Yields some files of a data set, in no particular order; an archive is read once.
 
     Args:
       place: the published folder or archive, as found.
       published: what it is.
-      pattern: of the whole names that are wanted, relative to the published folder, with "/".
+      pattern: matches the whole names of the wanted files, relative to the published folder, with
+        "/" between folders.
 
     Yields:
-      The match of each name and the content of that file; an archive is read once, as a stream.
+      The match of each name, and the content of that file.
 
     Raises:
       UserError: if the archive is damaged or partly downloaded.
@@ -100,11 +105,11 @@ def _files_of_archive(
                 name = member.name.removeprefix("./").removeprefix(f"{folder}/")
                 if member.isfile() and (match := pattern.fullmatch(name)):
                     yield match, tar.extractfile(member).read()
-            # The checksum comes after the last file.
+            # To the end, because the archive's checksum comes after the last file.
             while tar.fileobj.read(1 << 20):
                 pass
     except (EOFError, OSError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno:  # of the machine, not of the archive
+        if isinstance(error, OSError) and error.errno:  # a fault of the machine
             raise
         reason = " ".join(str(error).split())
         raise UserError(
@@ -123,7 +128,11 @@ def fingerprint(path: Path) -> list[int | str]:
 
 
 def check_count(place: Path, count: int, expected: int, what: str) -> None:
-    """Raises UserError unless the count is the published one."""
+    """Checks that a data set is complete.
+
+    Raises:
+      UserError: unless the count of what is in place is the expected one.
+    """
     if count != expected:
         raise UserError(
             f"{place} is {'incomplete' if count < expected else 'not as published'}: {count:,} of "
@@ -132,18 +141,18 @@ def check_count(place: Path, count: int, expected: int, what: str) -> None:
 
 
 def find_in_release(source: Path, folder: str, contents: Sequence[str]) -> Path:
-    """A folder of the official release of the Long Range Arena.
+    """Finds a folder of the official release of the Long Range Arena.
 
     Args:
-      source: the folder itself, or one with it, or one with lra_release/.
-      folder: its name.
-      contents: names that it must hold.
+      source: the folder itself, or one that holds it, or one that holds lra_release/.
+      folder: name of the folder.
+      contents: names that the folder must hold.
 
     Raises:
-      UserError: saying what is missing.
+      UserError: if there is no such folder, saying what is missing.
     """
-    places = ("", *(f"{release}/{folder}".strip("/") for release in _RELEASE_FOLDERS))
-    found = _first_with(source, places, contents)
+    folders = ("", *(f"{release}/{folder}".strip("/") for release in _RELEASE_FOLDERS))
+    found = _first_with(source, folders, contents)
     if found is None:
         raise UserError(
             f"{source} does not hold {', '.join(contents)}, nor does {folder}/ in it; "
@@ -153,14 +162,35 @@ def find_in_release(source: Path, folder: str, contents: Sequence[str]) -> Path:
 
 
 def find_files(source: Path, folder: str, names: Mapping[str, str]) -> dict[str, Path]:
-    """As find_in_release, of names by split: the files by split."""
+    """Finds files in a folder of the release, as find_in_release does.
+
+    Args:
+      source: as in find_in_release.
+      folder: as in find_in_release.
+      names: name of the file of each split.
+
+    Returns:
+      The path of the file of each split.
+
+    Raises:
+      UserError: as find_in_release.
+    """
     found = find_in_release(source, folder, list(names.values()))
     return {split: found / name for split, name in names.items()}
 
 
-def _first_with(source: Path, places: Sequence[str], contents: Sequence[str]) -> Path | None:
-    """The first of the places below source with all of the contents."""
-    for place in places:
-        if all((source / place / name).exists() for name in contents):
-            return source / place
+def is_utf8(text: bytes) -> bool:
+    """Whether the bytes are valid UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _first_with(source: Path, folders: Sequence[str], contents: Sequence[str]) -> Path | None:
+    """The first of the folders below source that has all of the contents."""
+    for folder in folders:
+        if all((source / folder / name).exists() for name in contents):
+            return source / folder
     return None

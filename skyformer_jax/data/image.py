@@ -1,12 +1,18 @@
-"""Image: CIFAR-10 (Krizhevsky, 2009) from its binary version, and its gray levels."""
+"""Image: what does a photograph show? CIFAR-10 (Krizhevsky, 2009) in gray, pixel by pixel."""
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image as Picture
 
-from skyformer_jax.data import archives
+from skyformer_jax.data import archives, downloads
+from skyformer_jax.data.builder import HeldOutBuilder, HeldOutConfig, Rows
+from skyformer_jax.data.task import Task, shrink_images
+from skyformer_jax.data.tokenizer import IDENTITY
 from skyformer_jax.errors import UserError
 
 SIZES: Mapping[str, int] = {"train": 50_000, "test": 10_000}
@@ -26,11 +32,11 @@ _CHUNK = 1024  # images
 def read_cifar10(
     source: Path, *, sizes: Mapping[str, int] = SIZES
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads the binary version's batches, in their order.
+    """Reads the batches of the binary version, in their order.
 
     Args:
-      source: the folder cifar-10-batches-bin or its tar file of any compression, or a folder with
-        either.
+      source: the folder cifar-10-batches-bin, its tar file of any compression, or a folder that
+        holds either.
       sizes: examples of each split.
 
     Returns:
@@ -39,7 +45,7 @@ def read_cifar10(
 
     Raises:
       UserError: naming the file, if there is no such data set, its archive is damaged, a batch is
-        missing or cut, or a label is none.
+        missing or cut, or a label is not in 0..9.
     """
     place = archives.locate(source, PUBLISHED)
     batches = {
@@ -62,7 +68,7 @@ def read_cifar10(
 
 
 def _parse(content: bytes, name: str) -> np.ndarray:
-    """The records of a batch, uint8 [examples, _RECORD]; UserError unless they are whole."""
+    """The records of a batch, uint8 [examples, _RECORD]; raises UserError unless they are whole."""
     if len(content) % _RECORD:
         raise UserError(
             f"{name} has {len(content):,} bytes, not a multiple of {_RECORD:,}: "
@@ -79,9 +85,9 @@ def _parse(content: bytes, name: str) -> np.ndarray:
 
 
 def to_gray(rgb: np.ndarray) -> np.ndarray:
-    """Gray levels, exactly as tf.image.rgb_to_grayscale makes them of uint8.
+    """Computes gray levels exactly as tf.image.rgb_to_grayscale does for uint8.
 
-    That is in float32: v / 255, the weighted sum from red to blue, times 255.5, cut to an integer.
+    That is, in float32: v / 255, the weighted sum from red to blue, times 255.5, cut to an integer.
 
     Args:
       rgb: uint8 [examples, 3, height, width].
@@ -93,8 +99,55 @@ def to_gray(rgb: np.ndarray) -> np.ndarray:
     planes = rgb.reshape(examples, channels, height * width)
     gray = np.empty((examples, height * width), np.uint8)
     for start in range(0, examples, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        red, green, blue = planes[part].astype(np.float32).swapaxes(0, 1) * np.float32(1 / 255)
+        chunk = slice(start, start + _CHUNK)
+        red, green, blue = planes[chunk].astype(np.float32).swapaxes(0, 1) * np.float32(1 / 255)
         luma = _WEIGHTS[0] * red + _WEIGHTS[1] * green + _WEIGHTS[2] * blue
-        gray[part] = luma * np.float32(255.5)
+        gray[chunk] = luma * np.float32(255.5)
     return gray
+
+
+class Image(HeldOutBuilder):
+    """CIFAR-10 in gray, pixels row by row. Validation is 5,000 photographs held out of train."""
+
+    URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+    PUBLISHED = PUBLISHED
+    TFDS_NAME = "cifar10"
+    DESCRIPTION = "Photographs of 32 x 32 gray pixels (ITU-R 601 luma, 0..255), row by row."
+    HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+    CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
+    NUM_CLASSES = 10
+    BUILDER_CONFIGS = (
+        HeldOutConfig(
+            name="cifar10",
+            description="All 60,000 photographs.",
+            sizes=tuple(SIZES.values()),
+            num_validation=5_000,
+        ),
+    )
+
+    def read(self, place: Path, sizes: Mapping[str, int]) -> dict[str, Rows]:
+        """Reads train and test from the published folder or archive."""
+        photographs = read_cifar10(place, sizes=sizes)
+        return {split: (to_gray(rgb), labels) for split, (rgb, labels) in photographs.items()}
+
+    def read_prepared(self, folder: Path, split: str, size: int) -> Rows:
+        """Reads a split from a folder in which TFDS prepared cifar10."""
+        rgb, labels = np.zeros((size, 3, _SIDE, _SIDE), np.uint8), np.zeros(size, np.uint8)
+        skip = {"image": tfds.decode.SkipDecoding()}  # because TFDS would need OpenCV
+        for i, example in enumerate(downloads.tfds_examples(folder, split, size, decoders=skip)):
+            with Picture.open(io.BytesIO(example["image"])) as picture:
+                rgb[i] = np.asarray(picture).transpose(2, 0, 1)
+            labels[i] = example["label"]
+        return to_gray(rgb), labels
+
+
+IMAGE = Task(
+    name="image",
+    builder=Image,
+    config="cifar10",
+    source_config="cifar10",
+    max_length=_SIDE**2,
+    tokenizer=IDENTITY,  # every pixel is real, black ones included: nothing pads
+    options={"shrink": 1},
+    make_split=shrink_images,
+)

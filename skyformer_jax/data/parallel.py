@@ -1,4 +1,4 @@
-"""Work for all cores: a function mapped by processes, its results in order."""
+"""Maps a function over arguments on all cores, and yields the results in order."""
 
 import collections
 import itertools
@@ -13,34 +13,34 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
-# Python's own helper process clears up what an interrupted program left, and need not say so.
+# Python's resource tracker cleans up after an interrupted program; its warnings would only confuse.
 _QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(
     function: Callable[..., T], arguments: Iterable[tuple], *, workers: int | None = None
 ) -> Iterator[T]:
-    """Yields function(*argument) for each argument, in order, computed a bit ahead.
+    """Yields function(*argument) for each argument, in order, computed by processes a bit ahead.
 
     Args:
-      function: importable by name, as its arguments and results must be picklable.
-      arguments: read no further than a few calls ahead of the results taken.
-      workers: processes; None means one for each core, 1 computes in this process.
+      function: importable by name; arguments and results must be picklable.
+      arguments: tuples of arguments; they are read only a few calls ahead of the results taken.
+      workers: number of processes; None means one for each core, 1 computes in this process.
 
     Raises:
-      What function raises, at its place in the order.
+      What function raises, when that result is taken.
     """
     workers = workers or num_cores()
     if workers == 1:
         yield from itertools.starmap(function, arguments)
         return
     if _QUIET not in sys.warnoptions:
-        sys.warnoptions.append(_QUIET)  # handed on to that process
+        sys.warnoptions.append(_QUIET)  # the tracker's process inherits it
     # Not forked: JAX's threads would not survive that.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
@@ -50,16 +50,18 @@ def ordered_map(
 def in_order(
     pool: Executor, function: Callable[..., T], arguments: Iterable[tuple], *, ahead: int
 ) -> Iterator[T]:
-    """Yields function(*argument) for each argument, in order, by a pool that this uses up.
+    """Yields function(*argument) for each argument, in order, computed by a pool.
+
+    The pool is shut down at the end.
 
     Args:
-      pool: of threads or processes.
-      function: as ordered_map.
-      arguments: as ordered_map; there may be no end of them.
-      ahead: calls beyond the one whose result is taken next.
+      pool: threads or processes.
+      function: as in ordered_map.
+      arguments: as in ordered_map; they may be endless.
+      ahead: number of calls that are computed beyond the one whose result is taken next.
 
     Raises:
-      What function raises, at its place in the order.
+      What function raises, when that result is taken.
     """
     calls: collections.deque[Future] = collections.deque()
     try:
@@ -74,7 +76,7 @@ def in_order(
 
 
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it, should it be killed."""
+    """Makes a worker ignore Ctrl-C, which its parent handles, and end if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

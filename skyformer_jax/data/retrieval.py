@@ -1,16 +1,27 @@
 """Retrieval: does one paper cite the other? AAN pairs (Radev et al., 2013; Tay et al., 2020).
 
-The Long Range Arena's files new_aan_pairs.{train,eval,test}.tsv: a line is label, two ids and two
-texts, separated by tabs, with neither header nor quoting. They hold gigabytes, so they are read as
-a stream. Texts are bytes, as the models read them; nothing is decoded.
+The files of the Long Range Arena are new_aan_pairs.{train,eval,test}.tsv. A line is a label, two
+ids and two texts, separated by tabs, without header or quoting. The files hold gigabytes, so they
+are read as a stream. Texts are bytes, as the models read them; nothing is decoded.
 """
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+import tensorflow_datasets as tfds
+
 from skyformer_jax.data import archives
-from skyformer_jax.data.text import is_utf8
+from skyformer_jax.data.archives import is_utf8
+from skyformer_jax.data.builder import Documents, LraBuilder, Shard
+from skyformer_jax.data.splits import SPLITS
+from skyformer_jax.data.task import DOCUMENT_LENGTH, Task, cut_documents
+from skyformer_jax.data.tokenizer import BYTES
 from skyformer_jax.errors import UserError
+from skyformer_jax.progress import track
 
 SIZES: Mapping[str, int] = {"train": 147_086, "validation": 18_090, "test": 17_437}
 
@@ -24,13 +35,13 @@ _NUM_COLUMNS = 5
 
 
 def find_files(source: Path) -> dict[str, Path]:
-    """The files of the splits "train", "validation" and "test".
+    """Finds the published files of the splits "train", "validation" and "test".
 
     Args:
-      source: the folder with the three files, or one with tsv_data/, or with lra_release/.
+      source: the folder of the three files, or one that holds tsv_data/ or lra_release/.
 
     Raises:
-      UserError: if they are not all there.
+      UserError: if one of them is missing.
     """
     return archives.find_files(source, "tsv_data", _FILES)
 
@@ -41,16 +52,16 @@ def read_pairs(
     """Reads a file line by line, in memory that does not grow with it.
 
     Args:
-      path: of a file.
-      size: its number of pairs.
-      report: told, in a line at the end, of pairs that are not UTF-8.
+      path: path of the file.
+      size: number of pairs that the file must have.
+      report: called at the end with a line of text if there are pairs that are not UTF-8.
 
     Yields:
       First text, second text, and label: 1 if one paper cites the other, else 0.
 
     Raises:
-      UserError: naming file and line, for another number of columns, another label or a text that
-        is empty; and at the end, for another number of pairs.
+      UserError: naming file and line, if a line has another number of columns, an unknown label or
+        an empty text; and at the end, if there are more or fewer pairs than size.
     """
     count = foreign = 0
     with path.open("rb") as lines:
@@ -74,5 +85,77 @@ def read_pairs(
 
 
 def _shown(label: bytes) -> str:
-    """The start of what is no label, such as a whole text."""
+    """The start of a malformed label, which may be a whole text."""
     return repr(label[:20])[1:]
+
+
+@dataclasses.dataclass
+class RetrievalConfig(tfds.core.BuilderConfig):
+    """A data set of pairs of documents.
+
+    Attributes:
+      sizes: number of pairs in train, validation and test.
+      length: number of bytes kept of each document.
+    """
+
+    sizes: tuple[int, int, int] = tuple(SIZES.values())
+    length: int = DOCUMENT_LENGTH
+
+
+class Retrieval(LraBuilder):
+    """AAN: two papers as bytes; label 1 if one cites the other."""
+
+    DESCRIPTION = (
+        "Pairs of papers' texts as bytes, the first 4,000 of each; 1 if one cites the other."
+    )
+    CITATION = "Radev et al., The ACL Anthology Network Corpus, 2013"
+    NUM_CLASSES = 2
+    NUM_DOCUMENTS = 2
+    BUILDER_CONFIGS = (
+        RetrievalConfig(name="aan", description="The files new_aan_pairs.{train,eval,test}.tsv."),
+    )
+    _PAIRS_A_FILE = 10_000  # because the memory of TFDS's writer grows with its file
+
+    def source_files(self) -> list[Path]:
+        """The three published files."""
+        return list(find_files(self.source).values())
+
+    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
+        """Reads the published files as streams."""
+        del dl_manager
+        if self.source is None:
+            raise UserError(
+                "Retrieval has no download: unpack lra_release, which holds "
+                "tsv_data/new_aan_pairs.{train,eval,test}.tsv, and name its folder as the source"
+            )
+        config = self.builder_config
+        paths = find_files(self.source)
+
+        def pairs(split: str, size: int) -> Iterator[tuple[Documents, int]]:
+            read = read_pairs(paths[split], size, report=self.report)
+            for *documents, label in track(read, size, paths[split].name, "pairs"):
+                yield tuple(np.frombuffer(d[: config.length], np.uint8) for d in documents), label
+
+        shards = {}
+        for split, size in zip(SPLITS, config.sizes, strict=True):
+            # TFDS writes the files one after another, so that one stream can serve them all. The
+            # last file takes what is left, so that a wrong number of pairs is noticed.
+            stream = pairs(split, size)
+            shards[split] = [
+                functools.partial(itertools.islice, stream, self._PAIRS_A_FILE)
+                for _ in range((size - 1) // self._PAIRS_A_FILE)
+            ]
+            shards[split].append(functools.partial(iter, stream))
+        return shards
+
+
+RETRIEVAL = Task(
+    name="retrieval",
+    builder=Retrieval,
+    config="aan",
+    source_config="aan",
+    max_length=DOCUMENT_LENGTH,
+    tokenizer=BYTES,
+    options={"length": DOCUMENT_LENGTH},
+    make_split=cut_documents,
+)

@@ -1,4 +1,4 @@
-"""Examples held out for validation, chosen by what they are and not by where they stand."""
+"""The splits, and the choice of their examples by a hash of what these are, not by their order."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,23 +7,27 @@ import numpy as np
 
 from skyformer_jax.errors import UserError
 
+SPLITS = ("train", "validation", "test")
+
 
 def hold_out(
     contents: Iterable[bytes | np.ndarray], labels: np.ndarray, count: int, seed: int
 ) -> np.ndarray:
     """Chooses examples of every class by a hash of their content.
 
-    The choice does not depend on the order; that of a smaller count is part of it. Examples of
-    the same content and label stay on one side, but for those at the edge.
+    The choice does not depend on the order of the examples, and a larger count chooses what a
+    smaller one does and more. Examples with the same content and label are all chosen or all left,
+    except where the count ends among them.
 
     Args:
-      contents: of each example: bytes, or a contiguous array of uint8.
+      contents: the content of each example: bytes, or a contiguous uint8 array.
       labels: int [examples].
-      count: how many; as many of each class as of the next, or one more of the first ones.
-      seed: of the hash, not negative.
+      count: number of examples to choose. Every class gives the same number; if the classes do not
+        divide the count, the first ones give one more.
+      seed: seed of the hash, not negative.
 
     Returns:
-      bool [examples], true for the chosen.
+      bool [examples], True for the chosen ones.
 
     Raises:
       UserError: if a class has fewer than its share.
@@ -44,11 +48,11 @@ def hold_out(
 
 
 def split_by_name(name: str, seed: int = 0) -> str:
-    """A split of 80, 10 and 10 % in which each name has its place, whatever the others are.
+    """Assigns an example to a split, of 80, 10 and 10 %, by its name alone.
 
     Args:
-      name: of the example.
-      seed: of the hash, not negative.
+      name: name of the example.
+      seed: seed of the hash, not negative.
 
     Returns:
       "train", "validation" or "test".
@@ -58,6 +62,6 @@ def split_by_name(name: str, seed: int = 0) -> str:
 
 
 def content_hash(content: bytes | np.ndarray, seed: int = 0) -> int:
-    """64 bits that are the same on every machine."""
+    """A hash of 64 bits that is the same on every machine."""
     digest = hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "big")

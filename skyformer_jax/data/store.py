@@ -1,4 +1,4 @@
-"""Data sets on disk: made once, by their TFDS builders, and read whole."""
+"""Data sets on disk: a TFDS builder prepares each once; splits are read whole."""
 
 import contextlib
 import fcntl
@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from skyformer_jax.data import archives
-from skyformer_jax.data.batches import Examples
-from skyformer_jax.data.builders import SOURCE_FILE, LraBuilder, document_features
+from skyformer_jax.data.builder import SOURCE_FILE, LraBuilder, document_features
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 
@@ -22,11 +22,11 @@ _READ_AT_ONCE = 4096
 
 
 def make(builder: type[LraBuilder], config: str | Any, data_dir: str) -> LraBuilder:
-    """A builder of a data set below data_dir.
+    """Makes the builder of a data set below data_dir.
 
     Args:
-      builder: the class.
-      config: the name of one of its configs, or one of the caller's own.
+      builder: class of the builder.
+      config: name of one of its configs, or a config of the caller's own.
       data_dir: folder of all data sets.
     """
     return builder(
@@ -35,22 +35,22 @@ def make(builder: type[LraBuilder], config: str | Any, data_dir: str) -> LraBuil
 
 
 def prepare(builder: LraBuilder, source: str | None = None) -> None:
-    """Makes a data set unless it is there.
+    """Prepares a data set unless it is there.
 
-    A process that is killed here leaves nothing that looks finished; several at once wait for
-    the one that began.
+    A process that is killed here leaves nothing that looks finished. If several processes prepare
+    the same data set at once, one does it and the others wait.
 
     Args:
-      builder: of make.
-      source: folder or archive with the published files, where the data set is made of such.
+      builder: builder of the data set, from make.
+      source: folder or archive with the published files; None generates or downloads.
 
     Raises:
-      UserError: if the source is missing, malformed, or not the one it was made of.
+      UserError: if the source is missing or malformed, or the data set was made from another one.
     """
     builder.source = Path(source).expanduser() if source else None
     place = Path(builder.data_dir)
     if place.is_dir():
-        builder.clean_up()  # should it have been killed just before that
+        builder.clean_up()  # in case an earlier process was killed before it did so
         if builder.source is not None and builder.source.exists():
             _check_same_source(place, builder.source_files())
         return
@@ -70,7 +70,7 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
         for leftover in place.parent.glob("incomplete.*"):
             shutil.rmtree(leftover, ignore_errors=True)
         say(f"preparing {builder.info.full_name} in {builder.data_dir_root}")
-        # TFDS prints that sizes are unknown; standard output is the caller's.
+        # TFDS prints that sizes are unknown, but standard output belongs to the caller.
         with contextlib.redirect_stdout(io.StringIO()), _without_tfds_bars():
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(force_checksums_validation=True)
@@ -79,17 +79,17 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
 
 
 def describe(builder: LraBuilder) -> dict[str, Any]:
-    """Name and version of a prepared data set, its source's name, and what was odd in that."""
+    """Name and version of a prepared data set, the name of its source, and notes on that."""
     record = json.loads((Path(builder.data_dir) / SOURCE_FILE).read_text())
     return {
         "name": builder.info.full_name,
-        "source": Path(record["source"]).name,  # where it lies is nobody else's business
+        "source": Path(record["source"]).name,  # without the path, which is private
         "notes": record["notes"],
     }
 
 
 def _check_same_source(place: Path, files: Sequence[Path]) -> None:
-    """UserError if the data set was made from other contents of the same files."""
+    """Raises UserError if the data set was made from files of these names with other contents."""
     record = place / SOURCE_FILE
     known = json.loads(record.read_text())["files"]
     for path in files:
@@ -102,7 +102,7 @@ def _check_same_source(place: Path, files: Sequence[Path]) -> None:
 
 @contextlib.contextmanager
 def _without_tfds_bars() -> Iterator[None]:
-    """Ours are shown instead."""
+    """Hides the progress bars of TFDS, as ours are shown."""
     tfds.disable_progress_bar()
     try:
         yield
@@ -111,19 +111,19 @@ def _without_tfds_bars() -> Iterator[None]:
 
 
 def load(builder: LraBuilder, split: str) -> Examples:
-    """A split of a prepared data set, read whole.
+    """Reads a split of a prepared data set.
 
     Args:
-      builder: of make.
+      builder: builder of the data set, from make.
       split: "train", "validation" or "test".
 
     Raises:
-      UserError: if it is not prepared, or a file of it is missing or damaged.
+      UserError: if the data set is not prepared, or a file of it is missing or damaged.
     """
     place = Path(builder.data_dir)
     if not place.is_dir():
-        raise UserError(f"{place} is missing; prepare it by python -m skyformer_jax.data.prepare")
-    if not builder.info.splits:  # made before another process had prepared the data set
+        raise UserError(f"{place} is missing; prepare it by python -m skyformer_jax.prepare")
+    if not builder.info.splits:  # another process prepared it after this builder was made
         builder.info.read_from_directory(place)
     size = builder.info.splits[split].num_examples
     names = document_features(builder.NUM_DOCUMENTS)
@@ -136,7 +136,7 @@ def load(builder: LraBuilder, split: str) -> Examples:
                     values += example[name].data
                     lengths.append(len(example[name]))
                 labels.append(example["label"])
-    except Exception as error:  # of TFDS, array_record and the parser of examples alike
+    except Exception as error:  # TFDS, array_record and the parser of examples raise many kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"the data set in {place} is damaged: {reason}; delete that folder to make it again"

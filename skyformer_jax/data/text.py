@@ -1,15 +1,19 @@
-"""Text: IMDB reviews, positive or negative (Maas et al., 2011, aclImdb_v1).
+"""Text: is a film review of IMDB positive or negative? (Maas et al., 2011, aclImdb_v1).
 
 Reviews are bytes, as the models read them; nothing is decoded.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from skyformer_jax.data import archives
+from skyformer_jax.data import archives, downloads
+from skyformer_jax.data.builder import HeldOutBuilder, HeldOutConfig, Rows
+from skyformer_jax.data.examples import Examples
+from skyformer_jax.data.task import DOCUMENT_LENGTH, LoadStored, Task, cut_documents
+from skyformer_jax.data.tokenizer import BYTES
 from skyformer_jax.errors import UserError
 
 PUBLISHED = archives.Published(
@@ -28,17 +32,17 @@ def read_reviews(
     """Reads the labelled reviews, in an order that is the same for a folder and an archive.
 
     Args:
-      source: the folder aclImdb or its tar file of any compression, or a folder with either.
-      report: told, in a line, of texts that are not UTF-8.
+      source: the folder aclImdb, its tar file of any compression, or a folder that holds either.
+      report: called with a line of text if there are reviews that are not UTF-8.
       sizes: examples of each split, half of them of each class.
 
     Returns:
-      For "train" and "test": the texts, without white space at their ends, first all negative
-      ones, then all positive, each by their number; and labels, uint8 [examples], 1 for positive.
+      For "train" and "test": the texts, without white space at their ends, first all negative and
+      then all positive ones, each by their numbers; and labels, uint8 [examples], 1 for positive.
 
     Raises:
       UserError: naming the file, if there is no such data set, its archive is damaged, a review
-        is missing or empty, or the rating in a file's name is not one of its class.
+        is missing or empty, or the rating in the name of a file does not belong to its class.
     """
     place = archives.locate(source, PUBLISHED)
     found: dict[str, list[tuple[int, int, int, bytes]]] = {split: [] for split in sizes}
@@ -63,7 +67,7 @@ def read_reviews(
             count = np.count_nonzero(labels == label)
             archives.check_count(place, count, size // 2, f"reviews in {split}/{name}")
         texts = [row[-1] for row in rows]
-        foreign = len(texts) - sum(map(is_utf8, texts))
+        foreign = len(texts) - sum(map(archives.is_utf8, texts))
         if foreign:
             report(
                 f"{place}: {foreign:,} of {len(texts):,} reviews of {split} are not UTF-8; "
@@ -73,10 +77,62 @@ def read_reviews(
     return splits
 
 
-def is_utf8(text: bytes) -> bool:
-    """Whether the bytes are valid UTF-8."""
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+class Text(HeldOutBuilder):
+    """IMDB reviews as bytes; label 1 is positive. Validation is 2,500 reviews held out of train."""
+
+    URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+    PUBLISHED = PUBLISHED
+    TFDS_NAME = "imdb_reviews"
+    HOMEPAGE = "https://ai.stanford.edu/~amaas/data/sentiment/"
+    DESCRIPTION = "Movie reviews as bytes, classified as negative (0) or positive (1)."
+    CITATION = "Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011"
+    NUM_CLASSES = 2
+    BUILDER_CONFIGS = (
+        HeldOutConfig(
+            name="imdb",
+            description="All 50,000 labelled reviews, whole.",
+            sizes=tuple(SIZES.values()),
+            num_validation=2_500,
+        ),
+    )
+
+    def read(self, place: Path, sizes: Mapping[str, int]) -> dict[str, Rows]:
+        """Reads train and test from the published folder or archive."""
+        reviews = read_reviews(place, sizes=sizes, report=self.report)
+        return {split: (_as_arrays(texts), labels) for split, (texts, labels) in reviews.items()}
+
+    def read_prepared(self, folder: Path, split: str, size: int) -> Rows:
+        """Reads a split from a folder in which TFDS prepared imdb_reviews."""
+        examples = list(downloads.tfds_examples(folder, split, size))
+        texts = [example["text"] for example in examples]
+        texts = [text if isinstance(text, bytes) else text.encode() for text in texts]
+        return _as_arrays(texts), np.array([example["label"] for example in examples], np.uint8)
+
+
+def _as_arrays(texts: Sequence[bytes]) -> list[np.ndarray]:
+    return [np.frombuffer(text, np.uint8) for text in texts]
+
+
+def _make_split(load: LoadStored, split: str, length: int, validate_on_test: bool) -> Examples:
+    """A split with the first length bytes of each review.
+
+    With validate_on_test, as in the published code, nothing is held out of train, and validation is
+    test.
+    """
+    if not validate_on_test:
+        return cut_documents(load, split, length)
+    if split == "train":
+        return load("train").followed_by(load("validation")).cut(length)
+    return cut_documents(load, "test", length)
+
+
+TEXT = Task(
+    name="text",
+    builder=Text,
+    config="imdb",
+    source_config="imdb",
+    max_length=DOCUMENT_LENGTH,
+    tokenizer=BYTES,
+    options={"length": DOCUMENT_LENGTH, "validate_on_test": False},
+    make_split=_make_split,
+)

@@ -201,9 +201,7 @@ def restore(directory: Path, step: int, state_spec: Any) -> tuple[Any, dict[str,
     return state, meta
 
 
-def restore_latest(
-    directories: Sequence[Path], state_spec: Any
-) -> tuple[list[Any], int] | None:
+def restore_latest(directories: Sequence[Path], state_spec: Any) -> tuple[list[Any], int] | None:
     """The states of the newest step that is whole in all directories, or None if there is none.
 
     A damaged checkpoint is reported and moved to a folder "damaged" beside its directory, since

@@ -1,4 +1,4 @@
-"""Configurations: their checks, made before anything is compiled or written, and their stored form."""
+"""Configurations: their checks, made before anything is compiled or written, and their storage."""
 
 import json
 from pathlib import Path
@@ -250,5 +250,6 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return [
         f"{field} (saved: {old.get(field, 'absent')!r}, asked for: {new.get(field, 'absent')!r})"
         for field in sorted(old.keys() | new.keys())
-        if not field.startswith(MUTABLE_FIELDS) and old.get(field, KeyError) != new.get(field, KeyError)
+        if not field.startswith(MUTABLE_FIELDS)
+        and old.get(field, KeyError) != new.get(field, KeyError)
     ]

@@ -161,13 +161,9 @@ def _open_savers(
 ) -> Iterator[Callable[[int, TrainState, Sequence[dict[str, float]] | None], None]]:
     """A function save(step, states, validation scores or None) for the checkpoints of all seeds."""
     with contextlib.ExitStack() as stack:
-        savers = [
-            stack.enter_context(checkpoints.open_saver(one.checkpoints)) for one in seeds
-        ]
+        savers = [stack.enter_context(checkpoints.open_saver(one.checkpoints)) for one in seeds]
 
-        def save(
-            step: int, states: TrainState, scores: Sequence[dict[str, float]] | None
-        ) -> None:
+        def save(step: int, states: TrainState, scores: Sequence[dict[str, float]] | None) -> None:
             host_states = jax.device_get(states)
             for i, (one, save_one) in enumerate(zip(seeds, savers, strict=True)):
                 meta = {

@@ -24,6 +24,4 @@ def make_optimizer(
     schedule: optax.Schedule, *, weight_decay: float
 ) -> optax.GradientTransformation:
     """AdamW (b1 0.9, b2 0.999, eps 1e-6) on gradients clipped by value at 1."""
-    return optax.chain(
-        optax.clip(1.0), optax.adamw(schedule, eps=1e-6, weight_decay=weight_decay)
-    )
+    return optax.chain(optax.clip(1.0), optax.adamw(schedule, eps=1e-6, weight_decay=weight_decay))

@@ -68,9 +68,7 @@ def state_spec(run: Run) -> TrainState:
 
 def init_states(run: Run) -> TrainState:
     """The states of all seeds before the first step, [seeds, ...], on every device of the mesh."""
-    init = jax.jit(
-        jax.vmap(functools.partial(init_state, run)), out_shardings=replicated(run.mesh)
-    )
+    init = jax.jit(jax.vmap(functools.partial(init_state, run)), out_shardings=replicated(run.mesh))
     return init(jnp.asarray(run.seeds, jnp.uint32))
 
 

@@ -80,9 +80,7 @@ def _accumulate(gradient_fn: Any, microbatches: Any) -> tuple[Any, dict[str, jax
     return total
 
 
-def _update(
-    run: Run, state: TrainState, gradients: Any, sums: dict[str, jax.Array]
-) -> TrainState:
+def _update(run: Run, state: TrainState, gradients: Any, sums: dict[str, jax.Array]) -> TrainState:
     """The next state: the optimizer's, or but for the counts the old one, if not all is finite."""
     finite = jnp.isfinite(sums["loss"])
     for gradient in jax.tree.leaves(gradients):

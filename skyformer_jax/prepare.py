@@ -1,10 +1,10 @@
-"""Prepares the tasks' data sets, and says what is in them.
+"""Prepares the data sets of the tasks, and prints what is in them.
 
-python -m skyformer_jax.data.prepare --task=all [--source=DIR] [--data_dir=data]
+python -m skyformer_jax.prepare --task=all [--source=DIR] [--data_dir=data]
 
 Without a source ListOps and Pathfinder are generated, and Text and Image downloaded. The source is
-a folder as published: lra_release, aclImdb, cifar-10-batches-bin, an archive of these, or a folder
-in which TFDS prepared imdb_reviews or cifar10; or one that holds several of them.
+a published folder (lra_release, aclImdb or cifar-10-batches-bin), its archive, a folder in which
+TFDS prepared imdb_reviews or cifar10, or a folder that holds several of these.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from skyformer_jax import cli, tasks
-from skyformer_jax.data.batches import Examples
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 
@@ -25,13 +25,13 @@ _HEADER = (
 
 
 def row(task: str, split: str, examples: Examples, num_bytes: int) -> list[str]:
-    """One line of the table, as text in the order of _HEADER.
+    """One row of the table, as texts in the order of _HEADER.
 
     Args:
       task: name of the task.
       split: name of the split.
-      examples: at least one.
-      num_bytes: the split's files on disk.
+      examples: the split, with at least one example.
+      num_bytes: size of the split's files on disk.
     """
     lengths = examples.lengths
     shares = np.bincount(examples.label) / len(examples)
@@ -50,7 +50,7 @@ def row(task: str, split: str, examples: Examples, num_bytes: int) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The rows below _HEADER, in columns as wide as their widest text."""
+    """The rows below _HEADER, as lines of aligned columns."""
     lines = [_HEADER, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -60,10 +60,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def rows_of(task: tasks.Task, data_dir: str, source: str | None) -> list[list[str]]:
-    """Prepares a task's data set if it is missing; one row for each split.
+    """Prepares the data set of a task if it is missing, and returns a row for each split.
 
     Raises:
-      UserError: as the task's load.
+      UserError: as Task.load.
     """
     rows = []
     for split in tasks.SPLITS:
@@ -76,11 +76,14 @@ def rows_of(task: tasks.Task, data_dir: str, source: str | None) -> list[list[st
 def main(name: str, data_dir: str, source: str | None) -> None:
     """Prepares one task, or all six of the benchmark, and prints the table.
 
-    Of all six, one that cannot be had does not keep the others from being prepared; and one that
-    is not in the source is generated or downloaded.
+    Args:
+      name: name of a task; or "all", with which a task that fails does not keep the others from
+        being prepared, and a task that is not in the source is generated or downloaded.
+      data_dir: folder of all data sets.
+      source: folder or archive with the published files, or None.
 
     Raises:
-      UserError: as the task's load; for all six at the end, naming those that failed.
+      UserError: as Task.load; with "all" after the others are done, naming the tasks that failed.
     """
     if name != "all":
         print(table(rows_of(tasks.get(name), data_dir, source)))

@@ -1,9 +1,9 @@
-"""Pathfinder as published in the Long Range Arena's release: PNGs and their metadata.
+"""Reads Pathfinder as published in the release of the Long Range Arena: PNGs and their metadata.
 
-Its folder pathfinder32/curv_contour_length_14/ holds imgs/N/sample_i.png and metadata/N.npy.
+The folder pathfinder32/curv_contour_length_14/ holds imgs/N/sample_i.png and metadata/N.npy.
 Despite its name a metadata file is text, one line for each image: subfolder, file, number, label,
 continuity, contour length, distractor length, paddle length, thickness, margin and contrasts.
-Files that truly are NumPy's, with those columns, are read too. A few PNGs of the release are empty.
+Files in NumPy's format with those columns are read too. A few PNGs of the release are empty.
 """
 
 import io
@@ -28,10 +28,10 @@ class Block(NamedTuple):
     """The images of one metadata file.
 
     Attributes:
-      names: such as "curv_contour_length_14/imgs/0/sample_0.png".
+      names: names such as "curv_contour_length_14/imgs/0/sample_0.png".
       images: uint8 [images, pixels], row by row.
       labels: uint8 [images], 1 if the markers are the ends of one snake, else 0.
-      skipped: what is listed but cannot be read, each with the reason.
+      skipped: names of the images that are listed but cannot be read, each with the reason.
     """
 
     names: list[str]
@@ -48,23 +48,23 @@ def read_folder(
     report: Callable[[str], None],
     workers: int | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """Reads all images of a size and contour length, a block for each metadata file.
+    """Reads all images of a size and contour length, one block for each metadata file.
 
     Args:
-      source: the folder pathfinder32 (or 64, 128, 256), or one with it, or with lra_release/.
+      source: the folder pathfinder32 (or 64, 128, 256), or one that holds it or lra_release/.
       size: side of the images in pixels.
-      contour_length: of the snakes, 9 or 14.
-      report: told, in a line each, of blocks with images that are skipped, and of images without
-        metadata.
-      workers: processes; None means one for each core, 1 reads in this process.
+      contour_length: number of dashes of the snakes, one of DIFFICULTIES' values.
+      report: called with a line of text for each block with skipped images, and once if there are
+        folders of images without metadata.
+      workers: number of processes; None means one for each core, 1 reads in this process.
 
     Yields:
-      In the order of the metadata's numbers, as in Block: names, images uint8 [k, size * size],
-      and labels uint8 [k].
+      In the order of the numbers of the metadata files: names, images uint8 [k, size * size], and
+      labels uint8 [k], as in Block.
 
     Raises:
-      UserError: if there is no such folder; for malformed metadata (naming file and line) and for
-        images of another size or with colours; and at the end, if more than 1 % were skipped.
+      UserError: if there is no such folder; if metadata are malformed, naming file and line; if an
+        image has another size or colours; and at the end, if more than 1 % were skipped.
     """
     metadata = find_metadata(source, size, contour_length)
     folder = metadata[0].parent.parent
@@ -79,7 +79,7 @@ def read_folder(
         skipped += len(block.skipped)
         if block.skipped:
             share = f"{len(block.skipped):,} of {count:,}"
-            report(f"skipped {share} images of {path}: {_some(block.skipped)}")
+            report(f"skipped {share} images of {path}: {_first_names(block.skipped)}")
         yield block.names, block.images, block.labels
     if skipped > _MAX_SKIPPED * total:
         raise UserError(
@@ -89,19 +89,19 @@ def read_folder(
 
 
 def find_metadata(source: Path, size: int, contour_length: int) -> list[Path]:
-    """The metadata files, in the order of their numbers; arguments and errors as read_folder's."""
-    variety = f"curv_contour_length_{contour_length}"
-    found = archives.find_in_release(source, f"pathfinder{size}", [f"{variety}/metadata"])
-    metadata = _numbered(found / variety / "metadata", "*.npy")
+    """The metadata files, in the order of their numbers; arguments and errors as read_folder."""
+    subfolder = f"curv_contour_length_{contour_length}"
+    found = archives.find_in_release(source, f"pathfinder{size}", [f"{subfolder}/metadata"])
+    metadata = _numbered(found / subfolder / "metadata", "*.npy")
     if not metadata:
         raise UserError(
-            f"{found / variety}/metadata holds no files 0.npy and so on; unpack it again"
+            f"{found / subfolder}/metadata holds no files 0.npy and so on; unpack it again"
         )
     return metadata
 
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:
-    """What is in the folder by the name of a number, in the order of the numbers."""
+    """The paths in the folder whose names are numbers, in the order of the numbers."""
     paths = (path for path in folder.glob(pattern) if path.stem.isdecimal())
     return sorted(paths, key=lambda path: int(path.stem))
 
@@ -115,22 +115,22 @@ def _report_without_metadata(
     if without:
         report(
             f"left out {len(without):,} of {len(images):,} folders of images that have no file in "
-            f"{folder / 'metadata'}: {_some(without)}"
+            f"{folder / 'metadata'}: {_first_names(without)}"
         )
 
 
-def _some(things: list[str]) -> str:
-    """The first of the things, and how many more there are."""
-    more = len(things) - _NAMED
-    return ", ".join(things[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+def _first_names(names: list[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def read_block(folder: Path, metadata: Path, size: int) -> Block:
     """Reads the images that a metadata file lists.
 
     Args:
-      folder: that its names are relative to, such as pathfinder32/curv_contour_length_14.
-      metadata: the file.
+      folder: folder of the data set, such as pathfinder32/curv_contour_length_14.
+      metadata: path of the metadata file.
       size: side of the images in pixels.
 
     Raises:
@@ -161,14 +161,14 @@ def read_block(folder: Path, metadata: Path, size: int) -> Block:
 
 
 def _read_metadata(path: Path) -> list[list[str]]:
-    """The columns of each line."""
+    """The columns of each line of a metadata file."""
     content = path.read_bytes()
     try:
         if content.startswith(b"\x93NUMPY"):
-            table = np.load(io.BytesIO(content), allow_pickle=False)
-            if table.ndim != 2 or table.dtype.kind not in "SU":
-                raise ValueError(f"an array of {table.dtype} {list(table.shape)}, not of text")
-            rows = table.astype(str).tolist()
+            array = np.load(io.BytesIO(content), allow_pickle=False)
+            if array.ndim != 2 or array.dtype.kind not in "SU":
+                raise ValueError(f"an array of {array.dtype} {list(array.shape)}, not of text")
+            rows = array.astype(str).tolist()
         else:
             rows = [line.split() for line in content.decode().splitlines()]
     except (EOFError, ValueError) as error:
@@ -180,11 +180,11 @@ def _read_metadata(path: Path) -> list[list[str]]:
 
 
 class _UnreadableError(Exception):
-    """Why an image is skipped."""
+    """An image that is skipped; the text says why."""
 
 
 def _read_image(path: Path, size: int) -> np.ndarray:
-    """The gray levels, uint8 [size, size]."""
+    """The gray levels of an image, uint8 [size, size]; raises _UnreadableError or UserError."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -196,7 +196,7 @@ def _read_image(path: Path, size: int) -> np.ndarray:
             mode, pixels = image.mode, np.asarray(image)
     except UnidentifiedImageError:
         raise _UnreadableError("not a PNG") from None
-    except (OSError, SyntaxError, ValueError) as error:  # as Pillow finds the file cut or altered
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises these for damaged files
         raise _UnreadableError(" ".join(str(error).split())) from None
     if mode == "RGB" and (pixels == pixels[..., :1]).all():
         mode, pixels = "L", pixels[..., 0]

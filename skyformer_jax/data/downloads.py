@@ -1,6 +1,5 @@
-"""Where published data come from besides the user's own folders: TFDS, and the network."""
+"""Finds published data that the user has not named: in folders of TFDS, or on the network."""
 
-import io
 import os
 import socket
 from collections.abc import Iterator
@@ -8,9 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from skyformer_jax.data import archives
 from skyformer_jax.errors import UserError
@@ -23,7 +20,13 @@ def download(
     data_dir: Path,
     dl_manager: tfds.download.DownloadManager,
 ) -> Path:
-    """What lies in data_dir, or the original archive, checked against data/checksums.tsv.
+    """Finds the published folder or archive in data_dir, or else downloads the archive.
+
+    Args:
+      url: address of the archive, whose size and SHA-256 are in data/checksums.tsv.
+      published: how the data set is published.
+      data_dir: folder of all data sets.
+      dl_manager: TFDS's, which downloads and checks.
 
     Raises:
       UserError: if the server cannot be reached, or sends something else.
@@ -37,7 +40,7 @@ def download(
         f"put {published.folder}/ or {published.archives[0]} into {data_dir}, or name their folder "
         "by --config.data.source (train.py) or --source (prepare)"
     )
-    try:  # TFDS would try for minutes
+    try:  # first, because TFDS tries for minutes
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         socket.create_connection((parts.hostname, port), timeout=10).close()
     except OSError as error:
@@ -45,7 +48,7 @@ def download(
     say(f"downloading {url}")
     try:
         return Path(dl_manager.download(url))
-    except Exception as error:  # of requests, TFDS and the disk
+    except Exception as error:  # requests, TFDS and the disk raise many kinds
         if isinstance(error, OSError) and error.errno:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -53,7 +56,15 @@ def download(
 
 
 def prepared_by_tfds(name: str, source: Path | None) -> Path | None:
-    """A folder in which TFDS prepared its data set of that name, in the source or its default."""
+    """Finds a data set that TFDS prepared.
+
+    Args:
+      name: name of the data set in TFDS.
+      source: folder to look in; None means TFDS's own folder.
+
+    Returns:
+      The folder of its latest version, or None if there is none.
+    """
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     place = source or Path(default).expanduser()
     found = [
@@ -63,8 +74,14 @@ def prepared_by_tfds(name: str, source: Path | None) -> Path | None:
     return max(found).parent if found else None
 
 
-def _tfds_examples(folder: Path, split: str, size: int, **options: Any) -> Iterator[dict[str, Any]]:
+def tfds_examples(folder: Path, split: str, size: int, **options: Any) -> Iterator[dict[str, Any]]:
     """The examples of a data set that TFDS prepared.
+
+    Args:
+      folder: its folder, from prepared_by_tfds.
+      split: name of the split.
+      size: number of examples that the split must have.
+      **options: options of TFDS's as_data_source.
 
     Raises:
       UserError: if it cannot be read without TensorFlow, or is not of that size.
@@ -82,22 +99,3 @@ def _tfds_examples(folder: Path, split: str, size: int, **options: Any) -> Itera
             "source"
         ) from None
     return (data[i] for i in range(size))
-
-
-def read_tfds_reviews(folder: Path, split: str, size: int) -> tuple[list[bytes], np.ndarray]:
-    """As text.read_reviews."""
-    examples = list(_tfds_examples(folder, split, size))
-    reviews = [example["text"] for example in examples]
-    reviews = [review if isinstance(review, bytes) else review.encode() for review in reviews]
-    return reviews, np.array([example["label"] for example in examples], np.uint8)
-
-
-def read_tfds_photographs(folder: Path, split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """As image.read_cifar10."""
-    rgb, labels = np.zeros((size, 3, 32, 32), np.uint8), np.zeros(size, np.uint8)
-    skip = {"image": tfds.decode.SkipDecoding()}  # TFDS would need OpenCV
-    for i, example in enumerate(_tfds_examples(folder, split, size, decoders=skip)):
-        with Image.open(io.BytesIO(example["image"])) as picture:
-            rgb[i] = np.asarray(picture).transpose(2, 0, 1)
-        labels[i] = example["label"]
-    return rgb, labels

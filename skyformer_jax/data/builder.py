@@ -1,0 +1,204 @@
+"""What the TFDS builders share: data sets are stored once as array_record, without TensorFlow.
+
+What is stored does not depend on the form of the source: reviews and photographs are put in the
+order of the hashes of their contents, and Pathfinder images are split by the hashes of their names.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from skyformer_jax.data import archives, downloads
+from skyformer_jax.data.splits import SPLITS, content_hash, hold_out
+from skyformer_jax.progress import say, track
+
+SOURCE_FILE = "source.json"  # what a data set was made from, and notes on that
+_LRA_HOMEPAGE = "https://github.com/google-research/long-range-arena"
+_LRA_CITATION = "Tay et al., Long Range Arena, 2020, arXiv 2011.04006"
+
+Documents = tuple[np.ndarray, ...]
+# Documents, each uint8 [length], and labels, uint8 [documents].
+Rows = tuple[Sequence[np.ndarray], np.ndarray]
+# Yields the examples of one file of a data set: documents, each uint8 [length], and a label.
+Shard = Callable[[], Iterator[tuple[Documents, int]]]
+
+
+class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Base class of the six builders.
+
+    Attributes:
+      source: folder or archive with the published files; None generates or downloads.
+      notes: peculiarities found in the source, one text each.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    DESCRIPTION: ClassVar[str]
+    HOMEPAGE: ClassVar[str] = _LRA_HOMEPAGE
+    CITATION: ClassVar[str]
+    NUM_CLASSES: ClassVar[int]
+    NUM_DOCUMENTS: ClassVar[int] = 1
+
+    source: Path | None = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        tokens = tfds.features.Tensor(
+            shape=(None,), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.DESCRIPTION,
+            homepage=self.HOMEPAGE,
+            citation=f"{self.CITATION}; {_LRA_CITATION}",
+            features=tfds.features.FeaturesDict(
+                {
+                    **{name: tokens for name in document_features(self.NUM_DOCUMENTS)},
+                    "label": tfds.features.ClassLabel(num_classes=self.NUM_CLASSES),
+                }
+            ),
+        )
+
+    @functools.cached_property
+    def notes(self) -> list[str]:
+        """Peculiarities found in the source, one text each."""
+        return []
+
+    def report(self, note: str) -> None:
+        """Prints a peculiarity of the source, and stores it with the data set."""
+        say(f"{self.name}: {note}")
+        self.notes.append(note)
+
+    def source_files(self) -> list[Path]:
+        """The files by which a source is recognised later; none for a folder of very many files.
+
+        Raises:
+          UserError: if the source does not hold the data set, saying what it should hold.
+        """
+        raise NotImplementedError
+
+    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
+        """For each split, the functions that yield the examples of its files."""
+        raise NotImplementedError
+
+    def clean_up(self) -> None:
+        """Removes what only the preparation needed."""
+
+    def _download_and_prepare(
+        self, dl_manager: tfds.download.DownloadManager, *arguments: Any, **options: Any
+    ) -> None:
+        super()._download_and_prepare(dl_manager, *arguments, **options)
+        files = self.source_files() if self.source is not None else []
+        record = {
+            "source": str(self.source or "downloaded or generated"),
+            "files": {path.name: archives.fingerprint(path) for path in files},
+            "notes": self.notes,
+        }
+        # TFDS renames this folder when the data set is complete.
+        (Path(self.data_dir) / SOURCE_FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> Mapping[str, Sequence[Callable[[], Iterator]]]:
+        return {
+            split: [functools.partial(self._encoded, shard) for shard in shards]
+            for split, shards in self.shards(dl_manager).items()
+        }
+
+    def _encoded(self, shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
+        names = document_features(self.NUM_DOCUMENTS)
+        for i, (documents, label) in enumerate(shard()):
+            yield i, {**dict(zip(names, documents, strict=True)), "label": label}
+
+
+def document_features(num_documents: int) -> tuple[str, ...]:
+    """Names of the features that hold the documents of an example."""
+    return ("tokens",) if num_documents == 1 else ("tokens_1", "tokens_2")
+
+
+def shard_of_rows(values: Sequence[np.ndarray], labels: np.ndarray, what: str) -> Shard:
+    """A shard of examples that are in memory and have one document each.
+
+    Args:
+      values: the documents, each uint8 [length].
+      labels: int [examples].
+      what: text of the progress bar.
+    """
+
+    def examples() -> Iterator[tuple[Documents, int]]:
+        for value, label in track(zip(values, labels, strict=True), len(labels), what):
+            yield (value,), int(label)
+
+    return examples
+
+
+@dataclasses.dataclass
+class HeldOutConfig(tfds.core.BuilderConfig):
+    """A data set that is published as train and test.
+
+    Attributes:
+      sizes: published examples of train and test.
+      num_validation: examples of train that are held out by the hashes of their contents, the same
+        number of every class.
+    """
+
+    sizes: tuple[int, int] = (0, 0)
+    num_validation: int = 0
+
+
+class HeldOutBuilder(LraBuilder, skip_registration=True):
+    """A data set that is published as train and test, in an archive that can be downloaded.
+
+    Each split is stored in the order of the hashes of its contents. A subclass that sets URL must
+    be in a module of this folder, because TFDS looks for checksums.tsv beside it.
+    """
+
+    URL: ClassVar[str]
+    PUBLISHED: ClassVar[archives.Published]
+    TFDS_NAME: ClassVar[str]
+
+    def read(self, place: Path, sizes: Mapping[str, int]) -> dict[str, Rows]:
+        """Reads train and test from the published folder or archive."""
+        raise NotImplementedError
+
+    def read_prepared(self, folder: Path, split: str, size: int) -> Rows:
+        """Reads a split from a folder in which TFDS prepared its own data set."""
+        raise NotImplementedError
+
+    def source_files(self) -> list[Path]:
+        """The archive; or the files of the folder, if they are few."""
+        if downloads.prepared_by_tfds(self.TFDS_NAME, self.source):
+            return []
+        place = archives.locate(self.source, self.PUBLISHED)
+        return [place] if place.is_file() else sorted(place.glob("*.bin"))
+
+    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
+        """Reads published files, what TFDS prepared, or else the downloaded archive."""
+        config = self.builder_config
+        sizes = dict(zip(("train", "test"), config.sizes, strict=True))
+        prepared = downloads.prepared_by_tfds(self.TFDS_NAME, self.source)
+        if prepared:
+            say(f"reading {prepared}")
+            rows = {
+                split: self.read_prepared(prepared, split, size) for split, size in sizes.items()
+            }
+        else:
+            place = self.source or downloads.download(
+                self.URL, self.PUBLISHED, Path(self.data_dir_root), dl_manager
+            )
+            rows = self.read(place, sizes)
+        for split, (values, labels) in rows.items():
+            hashes = np.array([content_hash(value) for value in values], np.uint64)
+            order = np.lexsort((labels, hashes))
+            rows[split] = [values[i] for i in order], labels[order]
+        values, labels = rows["train"]
+        held_out = hold_out(values, labels, config.num_validation, seed=0)
+        for split, chosen in (("train", ~held_out), ("validation", held_out)):
+            rows[split] = [values[i] for i in np.flatnonzero(chosen)], labels[chosen]
+        return {
+            split: [shard_of_rows(*rows[split], f"storing {self.name} {split}")] for split in SPLITS
+        }

@@ -1,0 +1,113 @@
+"""A split in host memory: all documents, unpadded, in one array of bytes."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from skyformer_jax.data.tokenizer import IDENTITY, Tokenizer
+from skyformer_jax.errors import UserError
+
+_IMAGES_AT_ONCE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples(Sequence):
+    """A split: examples[i] is {"tokens": int32 array, unpadded, "label": int}.
+
+    If an example is a pair of documents, its tokens are a tuple of two arrays.
+
+    Attributes:
+      values: uint8 [tokens], the documents one after another, as stored.
+      starts: int64 [examples * num_documents + 1], where each document begins, and the end.
+      label: int32 [examples].
+      num_documents: documents of each example, 1 or 2.
+      tokenizer: maps values to token ids.
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+    label: np.ndarray
+    num_documents: int = 1
+    tokenizer: Tokenizer = IDENTITY
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.label)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """One example, see the class."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"example {i} of {len(self)}")
+        first = i % len(self) * self.num_documents
+        documents = tuple(
+            self.tokenizer(self.values[self.starts[j] : self.starts[j + 1]])
+            for j in range(first, first + self.num_documents)
+        )
+        return {
+            "tokens": documents if self.num_documents > 1 else documents[0],
+            "label": int(self.label[i]),
+        }
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each document, int64 [examples, num_documents]."""
+        return np.diff(self.starts).reshape(-1, self.num_documents)
+
+    def select(self, keep: np.ndarray) -> "Examples":
+        """These examples without the values where keep, bool [tokens], is False."""
+        before = np.concatenate([[0], np.cumsum(keep)])
+        return dataclasses.replace(self, values=self.values[keep], starts=before[self.starts])
+
+    def cut(self, length: int) -> "Examples":
+        """These examples with only the first length tokens of each document."""
+        lengths = np.diff(self.starts)
+        if not len(lengths) or lengths.max() <= length:
+            return self
+        position = np.arange(len(self.values)) - np.repeat(self.starts[:-1], lengths)
+        return self.select(position < length)
+
+    def shrunk(self, factor: int) -> "Examples":
+        """These square images at a resolution that is factor times lower.
+
+        Every pixel is the rounded mean of factor x factor pixels.
+
+        Args:
+          factor: 1 changes nothing.
+
+        Raises:
+          UserError: if the factor does not divide the side of the images.
+        """
+        if factor == 1:
+            return self
+        side = math.isqrt(int(self.starts[1]))
+        if factor < 1 or side % factor:
+            raise UserError(f"data.shrink must divide {side}, the images' side; got {factor}")
+        small = side // factor
+        values = np.empty((len(self), small, small), np.uint8)
+        images = self.values.reshape(-1, small, factor, small, factor)
+        # In blocks, because the means are float64, eight times as large as the images.
+        for start in range(0, len(self), _IMAGES_AT_ONCE):
+            block = slice(start, start + _IMAGES_AT_ONCE)
+            values[block] = np.rint(images[block].mean(axis=(2, 4)))
+        starts = np.arange(len(self) + 1, dtype=np.int64) * small**2
+        return dataclasses.replace(self, values=values.ravel(), starts=starts)
+
+    def followed_by(self, other: "Examples") -> "Examples":
+        """These examples and then those of other, which must be of the same kind."""
+        return dataclasses.replace(
+            self,
+            values=np.concatenate([self.values, other.values]),
+            starts=np.concatenate([self.starts, self.starts[-1] + other.starts[1:]]),
+            label=np.concatenate([self.label, other.label]),
+        )
+
+    def checksum(self) -> str:
+        """A hash, 16 hexadecimal digits, of all stored values and labels and their order."""
+        sha = hashlib.sha256()
+        for array in (self.values, self.starts.astype("<i8"), self.label.astype("<i4")):
+            sha.update(np.ascontiguousarray(array))
+        return sha.hexdigest()[:16]
