@@ -202,7 +202,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from skyformer_jax.data.batches import training_batches
-from skyformer_jax.training.mesh import make_mesh, part_of_process, shard_batch
+from skyformer_jax.training.mesh import make_mesh, local_shards, shard_batch
 from test_batches import random_examples
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -211,7 +211,7 @@ jax.distributed.initialize(address, num_processes=2, process_id=index)
 examples, _ = random_examples(30)
 mesh = make_mesh()
 assert mesh.size == 4
-shards = part_of_process(mesh)
+shards = local_shards(mesh)
 assert shards == ((2 * index, 2 * index + 1), 4)
 stream = training_batches(examples, 8, 40, seed=5, shards=shards)
 seen = []

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 import tiny_data
+from run_on import run_on
 
 from configs import common
-from skyformer_jax import attention, config, tasks, training
+from skyformer_jax import attention, tasks, training
 from skyformer_jax.data import parallel
 from skyformer_jax.errors import UserError
-from skyformer_jax.training import steps
+from skyformer_jax.training import config
+from skyformer_jax.training.step import tokens_and_mask
 
 NAMES = [task.name for task in tasks.BENCHMARK]
 VARIANTS = ("", *common.VARIANTS)
@@ -67,12 +69,10 @@ def test_bad_training_fields_are_named():
     for fields, message in (
         ({"train.accumulation": 3}, "16 is not divisible by the 2 devices times .*=3; .* 18"),
         ({"train.accumulation": -1}, "train.accumulation must be a number of parts, or 0"),
-        ({"train.steps_per_call": 7}, "num_steps=50000 is not a multiple of .*steps_per_call=7"),
-        ({"train.steps_per_call": 20, "train.log_every": 50}, "train.log_every=50"),
+        ({"train.log_every": 0}, "train.log_every must be at least 1"),
         ({"num_seeds": 0}, "num_seeds must be at least 1"),
         ({"seed": -1}, "seed must be in 0"),
         ({"num_seeds": 2, "data.buckets": (512,)}, "data.buckets needs num_seeds=1"),
-        ({"train.steps_per_call": 2, "data.buckets": (512,)}, "train.steps_per_call=1"),
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16'.*float32, bfloat16"),
         ({"attention.implementation": "flash"}, "auto, dense, chunked"),
     ):
@@ -106,19 +106,21 @@ def test_tokens_and_masks_are_as_defined():
     """Bytes are shifted by one and padded by 0; black pixels are real but in the variant paper."""
     values = np.array([[0, 255, 7, 9], [5, 0, 0, 0]], np.uint8)
     length = np.array([3, 4], np.int32)
-    ids, mask = steps.reading_of(get("text"))(values, length, np.arange(4))
+
+    def read(name, argument, *arrays):
+        return tokens_and_mask(run_on(get(name, argument)), *arrays, np.arange(4))
+
+    ids, mask = read("text", "", values, length)
     np.testing.assert_array_equal(ids, [[1, 256, 8, 0], [6, 1, 1, 1]])
     np.testing.assert_array_equal(mask, [[1, 1, 1, 0], [1, 1, 1, 1]])
     full = np.array([4, 4], np.int32)
-    ids, mask = steps.reading_of(get("image"))(values, full, np.arange(4))
+    ids, mask = read("image", "", values, full)
     np.testing.assert_array_equal(ids, values)
     assert mask.all()
-    _, mask = steps.reading_of(get("pathfinder", "softmax,paper"))(values, full, np.arange(4))
+    _, mask = read("pathfinder", "softmax,paper", values, full)
     np.testing.assert_array_equal(mask, values != 0)
     pairs = np.stack([values, values], axis=1)
-    ids, mask = steps.reading_of(get("retrieval"))(
-        pairs, np.stack([length, full], axis=1), np.arange(4)
-    )
+    ids, mask = read("retrieval", "", pairs, np.stack([length, full], axis=1))
     assert ids.shape == mask.shape == (2, 2, 4)
     np.testing.assert_array_equal(mask[0], [[1, 1, 1, 0], [1, 1, 1, 1]])
 
@@ -215,6 +217,6 @@ def test_buckets_change_no_prediction_and_resume_exactly(tiny_benchmark, tmp_pat
 
 def test_the_model_of_pairs_has_their_shape():
     settings = get("retrieval", "skyformer,small")
-    assert steps.token_shape(settings) == (2, 256)
-    assert steps.token_shape(get("text")) == (4096,)
+    assert run_on(settings).token_shape == (2, 256)
+    assert run_on(get("text")).token_shape == (4096,)
     assert jax.device_count() == 8

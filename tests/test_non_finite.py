@@ -12,6 +12,8 @@ from configs import quickstart
 from skyformer_jax import training
 from skyformer_jax.errors import UserError
 from skyformer_jax.training import loop
+from skyformer_jax.training.recorder import check_finite
+from skyformer_jax.training.workdir import SeedRun
 
 BAD = 11
 
@@ -61,10 +63,9 @@ def test_bad_batches_are_skipped_and_counted(tmp_path, data_dir, monkeypatch, ca
 
 
 def test_a_run_of_nothing_but_bad_steps_stops_in_any_case(tmp_path):
-    config = ConfigDict({"train": {"non_finite": "skip"}})
     sums = {"skipped": np.array([8]), "first_skipped": np.array([9]), "examples": np.array([0.0])}
-    runs = [(ConfigDict({"seed": 4}), tmp_path)]
+    seeds = [SeedRun(ConfigDict({"seed": 4}), tmp_path)]
     with pytest.raises(UserError, match=r"step 9, seed 4;.*none of the 8 steps up to 16"):
-        loop._check_finite(config, sums, 16, runs, tell=True)
+        check_finite("skip", sums, 16, seeds, report=True)
     some = jax.tree.map(lambda x: x * 0 + 1, sums)
-    loop._check_finite(config, some, 16, runs, tell=True)
+    check_finite("skip", some, 16, seeds, report=True)

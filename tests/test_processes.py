@@ -13,11 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from run_on import run_on
 from test_runs import TINY, train_command
 
-from skyformer_jax.config import read
-from skyformer_jax.models import build_model
-from skyformer_jax.training import checkpoints, processes, steps
+from skyformer_jax.training import checkpoints, processes
+from skyformer_jax.training.config import read
+from skyformer_jax.training.state import state_spec
 
 ROOT = Path(__file__).parent.parent
 SETTING = {**TINY, "train.num_steps": 60, "train.log_every": 4, "train.batch_size": 64}
@@ -84,9 +85,8 @@ def assert_same_run(workdir, other):
     """Parameters, curves and evaluation, to rounding."""
 
     def final(folder):
-        config = read(folder / "config.json")
-        abstract = steps.abstract_state(config, build_model(config), steps.make_optimizer(config))
-        return checkpoints.restore(folder / "checkpoints", 60, abstract)[0].params
+        spec = state_spec(run_on(read(folder / "config.json")))
+        return checkpoints.restore(folder / "checkpoints", 60, spec)[0].params
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), final(workdir), final(other)
@@ -180,7 +180,7 @@ FIND = """
 import jax
 from skyformer_jax.training import processes
 processes.start("auto")
-print(jax.process_index(), jax.process_count(), processes.of_all(10 + jax.process_index()))
+print(jax.process_index(), jax.process_count(), processes.all_gather(10 + jax.process_index()))
 """
 
 
@@ -237,7 +237,7 @@ def test_the_end_of_another_process_is_one_line(monkeypatch):
     reset = "UNKNOWN: Gloo all-reduce failed: Read error [::1]:5: Connection reset by peer"
 
     def raised(text):
-        with pytest.raises(Exception) as info, processes.others_needed():
+        with pytest.raises(Exception) as info, processes.lost_process_errors():
             raise jax.errors.JaxRuntimeError(text)
         return info.type
 
@@ -253,4 +253,4 @@ def test_what_does_not_add_up_is_one_line(monkeypatch):
     with pytest.raises(processes.UserError, match=r"parallel\.num_processes and"):
         processes.start("127.0.0.1:1", 2, 5)
     processes.start("")
-    assert processes.of_first(None) is None and processes.of_all(3) == [3]
+    assert processes.broadcast(None) is None and processes.all_gather(3) == [3]

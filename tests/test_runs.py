@@ -13,12 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from run_on import run_on
 
+import skyformer_jax
 from skyformer_jax import training
-from skyformer_jax.config import read
 from skyformer_jax.errors import UserError
-from skyformer_jax.models import build_model
-from skyformer_jax.training import checkpoints, steps
+from skyformer_jax.training import checkpoints
+from skyformer_jax.training.config import read
+from skyformer_jax.training.state import state_spec
 
 ROOT = Path(__file__).parent.parent
 NUM_STEPS, EVAL_EVERY = 200, 20
@@ -82,10 +84,8 @@ def undisturbed(tmp_path_factory, data_dir):
 
 
 def final_state(workdir):
-    config = read(workdir / "config.json")
-    model, optimizer = build_model(config), steps.make_optimizer(config)
-    abstract = steps.abstract_state(config, model, optimizer)
-    return checkpoints.restore(workdir / "checkpoints", NUM_STEPS, abstract)
+    spec = state_spec(run_on(read(workdir / "config.json")))
+    return checkpoints.restore(workdir / "checkpoints", NUM_STEPS, spec)
 
 
 def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path, data_dir):
@@ -136,7 +136,7 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path, d
 def test_seeds_at_once_are_runs_of_their_own(undisturbed, tmp_path, data_dir):
     """Two seeds in one program, killed between their saves: the first is the undisturbed run."""
     workdir = tmp_path / "seeds"
-    seeds = {"num_seeds": 2, "train.steps_per_call": 4}
+    seeds = {"num_seeds": 2}
     command = train_command(workdir, data_dir, **seeds)
     first, second = (workdir / f"seed-{i}" / "checkpoints" for i in (0, 1))
     status, _ = start_and_signal(
@@ -167,7 +167,7 @@ def test_seeds_at_once_are_runs_of_their_own(undisturbed, tmp_path, data_dir):
     assert one["accuracy"] == each["1"]["accuracy"]
 
     # A seed's folder is that of a run by itself, here finished already.
-    status = run(train_command(workdir / "seed-1", data_dir, seed=1, **{"train.steps_per_call": 4}))
+    status = run(train_command(workdir / "seed-1", data_dir, seed=1))
     assert status.returncode == 0, status.stderr
     refused = run(train_command(workdir, data_dir))
     assert refused.returncode == 2 and "num_seeds (saved: 2, asked for: 1)" in refused.stderr
@@ -308,9 +308,9 @@ def test_a_damaged_newest_checkpoint_is_put_aside(undisturbed, tmp_path, damage,
     directory = workdir / "checkpoints"
     damage(directory / str(NUM_STEPS))
     config = read(workdir / "config.json")
-    abstract = steps.abstract_state(config, build_model(config), steps.make_optimizer(config))
+    spec = state_spec(run_on(config))
     with pytest.raises(checkpoints.DamagedCheckpointError, match="damaged"):
-        checkpoints.restore(directory, NUM_STEPS, abstract)
+        checkpoints.restore(directory, NUM_STEPS, spec)
     result = training.train(config, workdir)  # goes on from the one before, to the end
     assert "is damaged" in capsys.readouterr().err
     assert result["examples"] == 5000
@@ -325,6 +325,25 @@ def test_all_checkpoints_damaged_is_said(undisturbed, tmp_path):
         truncate(workdir / "checkpoints" / str(step))
     with pytest.raises(UserError, match="all checkpoints"):
         training.train(read(workdir / "config.json"), workdir)
+
+
+def test_a_run_of_another_version_is_refused(undisturbed, tmp_path):
+    """In one line that names it; runs of 0.1.0 did not write theirs."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir)
+    path = workdir / "config.json"
+    content = json.loads(path.read_text())
+    assert content["version"] == skyformer_jax.__version__
+    for version in ("0.1.0", None):
+        old = {**content, "version": version}
+        path.write_text(json.dumps({k: v for k, v in old.items() if v}))
+        done = run([sys.executable, str(ROOT / "eval.py"), f"--workdir={workdir}"])
+        assert done.returncode == 2
+        (line,) = done.stderr.strip().splitlines()
+        assert f"is a run of skyformer_jax 0.1.0, which {skyformer_jax.__version__}" in line
+        with pytest.raises(UserError, match=r"skyformer_jax 0\.1\.0, which"):
+            training.train(read(undisturbed[0] / "config.json"), workdir)
+    assert json.loads(path.read_text()) == {k: v for k, v in content.items() if k != "version"}
 
 
 def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):

@@ -6,15 +6,15 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from run_on import run_on
 from scripts import import_script
 from test_model import tiny_config
 
 from experiments.collectives import collectives
-from skyformer_jax import models
 from skyformer_jax.attention import kernelized_attention, skyformer_attention
 from skyformer_jax.data.batches import Batch
-from skyformer_jax.training import mesh as meshes
-from skyformer_jax.training import steps
+from skyformer_jax.training.sharded_step import make_train_step
+from skyformer_jax.training.state import init_states
 
 long_sequences = import_script("long_sequences")
 
@@ -22,14 +22,11 @@ long_sequences = import_script("long_sequences")
 def compiled_step(length, parts=8, **changes):
     """A training step of two sequences, each over so many devices; compiled, not run."""
     config = tiny_config("skyformer", num_layers=1, max_length=length, **changes)
-    mesh = meshes.make_mesh(1, parts, jax.devices()[:parts])
-    model = models.build_model(config, axis_name=meshes.sequence_axis(mesh))
-    optimizer = optax.sgd(1.0)
-    states = jax.eval_shape(lambda: steps.init_states([0], model, optimizer, (length,)))
-    step = steps.make_train_step(model, optimizer, mesh, 10, steps.Reading(), accumulation=1)
-    numbers = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
-    batch = Batch(jax.ShapeDtypeStruct((1, 1, 2, length), jnp.uint8), numbers, numbers)
-    return states, step.lower(states, batch).compile()
+    run = run_on(config, 1, parts, optimizer=optax.sgd(1.0), log_every=10, accumulation=1)
+    states = jax.eval_shape(lambda: init_states(run))
+    numbers = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    batch = Batch(jax.ShapeDtypeStruct((1, 2, length), jnp.uint8), numbers, numbers)
+    return states, make_train_step(run).lower(states, batch).compile()
 
 
 def sent_by_gradients(attend, length, parts):

@@ -4,8 +4,8 @@ Each holds two items: "state" (the TrainState) and "meta" (JSON: step, examples 
 validation metrics, digest). Orbax commits a checkpoint atomically, but restores flipped bytes
 without a word. So the digest covers all arrays and the rest of "meta", and is compared on restore.
 
-A state is written from and read into host memory, so a checkpoint does not depend on the devices. If
-a run has several processes, all call these functions, with one folder that all of them see: one
+A state is written from and read into host memory, so a checkpoint does not depend on the devices.
+If a run has several processes, all call these functions, with one folder that all of them see: one
 process writes, each reads and verifies for itself, and they agree on what they found.
 """
 

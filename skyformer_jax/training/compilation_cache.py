@@ -12,8 +12,8 @@ def use_cache(directory: str) -> None:
     """Keeps programs that take over a second to compile in a folder, for later processes too.
 
     Args:
-      directory: the folder, made if it is missing; "" keeps nothing. If the folder cannot be made, a
-        line says so and nothing is kept. The environment variable JAX_COMPILATION_CACHE_DIR, if
+      directory: the folder, made if it is missing; "" keeps nothing. If the folder cannot be made,
+        a line says so and nothing is kept. The environment variable JAX_COMPILATION_CACHE_DIR, if
         set, names another folder that is used instead.
     """
     if directory and not jax.config.jax_compilation_cache_dir:

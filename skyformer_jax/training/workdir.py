@@ -33,8 +33,8 @@ class SeedRun(NamedTuple):
 def seed_runs(config: ml_collections.ConfigDict, workdir: Path) -> list[SeedRun]:
     """The models of a run, one for each seed.
 
-    With num_seeds = 1 that is the run itself. Otherwise their folders are seed-0, seed-1, ... of the
-    workdir, each just as a run of that seed alone would make it.
+    With num_seeds = 1 that is the run itself. Otherwise their folders are seed-0, seed-1, ... in
+    the workdir, each just as a run of that seed alone would make it.
     """
     if config.num_seeds == 1:
         return [SeedRun(config, workdir)]

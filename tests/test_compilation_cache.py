@@ -9,11 +9,11 @@ from test_runs import ENVIRONMENT
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
-from skyformer_jax.training import compilation
+from skyformer_jax.training import compilation_cache
 
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
-compilation.use_cache(sys.argv[1])
+compilation_cache.use_cache(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 out = jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((8, 8)))
 print(json.dumps([float(out.sum()), [e.rpartition("/")[2] for e in events]]))

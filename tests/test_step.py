@@ -1,0 +1,229 @@
+"""The training step and predictions: devices, seeds, microbatches, what is not finite."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from run_on import run_on
+from test_model import tiny_config
+from tiny_data import from_sequences
+
+from skyformer_jax import attention
+from skyformer_jax.data.batches import Batch, stack_batches
+from skyformer_jax.training import checkpoints, evaluation, step
+from skyformer_jax.training import mesh as meshes
+from skyformer_jax.training.sharded_step import make_predict_step, make_train_step
+from skyformer_jax.training.state import init_states, state_spec, take
+
+
+def random_batch(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return Batch(
+        rng.integers(1, 16, (count, 48), np.uint8),
+        rng.integers(1, 48, count, np.int32),
+        rng.integers(0, 10, count, np.int32),
+    )
+
+
+def sharded(run, *batches):
+    """A batch for each seed, as the compiled step takes them."""
+    return meshes.shard_batch(stack_batches(batches), run.mesh, axis=1)
+
+
+def two_steps(config, data, seq, backend, accumulation):
+    """Parameters and sums after two steps by SGD, whose scale a wrong gradient changes."""
+    config = config.copy_and_resolve_references()
+    config.parallel.backend = backend
+    settings = {"log_every": 2, "accumulation": accumulation, "statistics": True}
+    run = run_on(config, data, seq, optimizer=optax.sgd(1.0), **settings)
+    states, train_step = init_states(run), make_train_step(run)
+    for seed in range(2):
+        batch = random_batch(16, seed)  # parts of 12 or 6 positions hold nothing but padding
+        batch = batch._replace(length=batch.length // 3 + 1)
+        states, sums = train_step(states, sharded(run, batch))
+        jax.block_until_ready(sums)
+    return jax.device_get((states.params, sums))
+
+
+WAYS = [
+    (data, 1, backend, accumulation)
+    for backend in ("shard_map", "pmap")
+    for data in (1, 2, 4, 8)
+    for accumulation in (1, 2)
+    if data > 1 or backend == "pmap"
+]
+SPLIT_WAYS = [(1, 8, "shard_map", 1), (2, 4, "shard_map", 2), (4, 2, "shard_map", 1)]
+QUICK = [("skyformer", [(2, 4, "shard_map", 2), (4, 1, "pmap", 1)])]
+
+
+@pytest.mark.parametrize(
+    ("name", "ways"),
+    [
+        *QUICK,
+        *[pytest.param(name, WAYS, marks=pytest.mark.slow) for name in attention.NAMES],
+        *[pytest.param(name, SPLIT_WAYS, marks=pytest.mark.slow) for name in attention.SPLITTABLE],
+    ],
+)
+def test_meshes_do_not_change_the_step(name, ways):
+    """Data and sequences divided, both back ends, in parts or not: as one device, dropout and all.
+
+    The dropout, the landmarks, padding and every attention's own random draws are those of a place
+    in the batch and in the sequence.
+    """
+    config = tiny_config(name, num_layers=1)
+    params, sums = two_steps(config, 1, 1, "shard_map", 1)
+    initial = init_states(run_on(config)).params
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, initial)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    assert sums["examples"] == [32] and sums["skipped"] == [0]
+    assert sums["gradient_norm"] > 0 and sums["mean_square"].shape == (1, 1)
+    for way in ways:
+        other_params, other_sums = two_steps(config, *way)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6),
+            other_params,
+            params,
+        )
+        for of_way, expected in zip(other_sums.values(), sums.values(), strict=True):
+            np.testing.assert_allclose(of_way, expected, rtol=2e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_a_count():
+    """The token of one example is none of the vocabulary's: its embedding is NaN."""
+    config = tiny_config("softmax", num_layers=1)
+    run = run_on(config, 2, optimizer=optax.adam(0.1), log_every=4, accumulation=2)
+    train_step = make_train_step(run)
+    batches = [random_batch(8, seed) for seed in range(6)]
+    for bad in (1, 3):
+        batches[bad].tokens[5, 0] = 255
+    states, seen = init_states(run), []
+    for i, batch in enumerate(batches):
+        before = jax.device_get(states)
+        states, sums = train_step(states, sharded(run, batch))
+        after = jax.device_get(states)
+        assert after.step == [i + 1]
+        same = jax.tree.map(np.array_equal, before.params, after.params)
+        assert any(jax.tree.leaves(same)) == all(jax.tree.leaves(same)) == (i in (1, 3))
+        same = jax.tree.map(np.array_equal, before.opt_state, after.opt_state)
+        assert all(jax.tree.leaves(same)) == (i in (1, 3))
+        assert np.isfinite(sums["loss"]).all()
+        seen.append([int(sums[name][0]) for name in ("examples", "skipped", "first_skipped")])
+    assert seen == [[8, 0, 0], [8, 1, 2], [16, 1, 2], [16, 2, 2], [8, 0, 0], [16, 0, 0]]
+
+
+def test_seeds_and_microbatches_change_nothing(monkeypatch):
+    """Two seeds in one program, in parts, on devices: each as by itself, to rounding."""
+    config = tiny_config("skyformer", num_layers=1)
+    batches = [[random_batch(16, 10 * number + seed) for seed in (0, 1)] for number in (0, 1)]
+
+    def trained(seed, num_seeds, batches, num_devices=1, accumulation=1):
+        """States after steps of one program, on batches [steps][seeds]."""
+        config.update({"seed": seed, "num_seeds": num_seeds})
+        settings = {"log_every": 2, "accumulation": accumulation}
+        run = run_on(config, num_devices, optimizer=optax.sgd(1.0), **settings)
+        states, train_step = init_states(run), make_train_step(run)
+        for of_seeds in batches:
+            states, sums = train_step(states, sharded(run, *of_seeds))
+            jax.block_until_ready(sums)
+        return jax.device_get(states)
+
+    first, second = (
+        take(trained(7 + i, 1, [[of_seeds[i]] for of_seeds in batches]), 0) for i in (0, 1)
+    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), first.params, second.params)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+    monkeypatch.setattr(step, "_CPU_TOKENS", 200)  # 4 examples at a time where none are asked for
+    for options in ({"accumulation": 0}, {"accumulation": 2, "num_devices": 2}):
+        states = trained(7, 2, batches, **options)
+        for i, expected in enumerate((first, second)):
+            mine = take(states, i)
+            assert mine.step == 2 and mine.sums["examples"] == 32
+            np.testing.assert_array_equal(mine.rng, expected.rng)
+            np.testing.assert_allclose(mine.sums["loss"], expected.sums["loss"], rtol=1e-5)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+                mine.params,
+                expected.params,
+            )
+
+
+def test_sums_start_anew_after_a_log():
+    config = tiny_config("kernelized", num_layers=1)
+    run = run_on(config, optimizer=optax.sgd(0.0), log_every=3)
+    states, train_step = init_states(run), make_train_step(run)
+    counts = []
+    for seed in range(5):
+        states, sums = train_step(states, sharded(run, random_batch(8, seed)))
+        counts.append(int(sums["examples"][0]))
+    assert counts == [8, 16, 24, 8, 16]
+
+
+def test_predictions_do_not_depend_on_batch_size_or_devices_or_parts(monkeypatch):
+    config = tiny_config("skyformer")
+    variables = jax.device_get(init_states(run_on(config)).variables)
+    some = random_batch(37)
+    rows = zip(some.tokens, some.length, strict=True)
+    examples = from_sequences([row[:length] for row, length in rows], some.label)
+    for rng in (None, jax.random.key(5)):
+        monkeypatch.undo()
+        results = []
+        # What is drawn at random depends on the padded length.
+        shorter = () if rng is not None else (16, 32)
+        for num_devices, batch_size, buckets in ((1, 37, ()), (1, 5, shorter), (8, 16, ())):
+            run = run_on(config, num_devices)
+            (logits,) = evaluation.predict(
+                run,
+                make_predict_step(run),
+                variables,
+                examples,
+                batch_size=batch_size,
+                rng=rng,
+                buckets=buckets,
+            )
+            assert logits.shape == (37, 10)
+            results.append(logits)
+            monkeypatch.setattr(step, "_CPU_TOKENS", 100)
+        for other in results[1:]:
+            np.testing.assert_allclose(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("examples", "tokens", "accumulation", "parts"),
+    [
+        (32, (2048,), 0, 16),
+        (16, (4096,), 0, 16),
+        (16, (2, 4096), 0, 16),
+        (256, (1024,), 0, 64),
+        (128, (48,), 0, 2),
+        (37, (1024,), 0, 37),  # a prime number of examples
+        (7, (48,), 0, 1),
+        (32, (2048,), 4, 4),
+        (32, (2048,), 1, 1),
+    ],
+)
+def test_microbatches_have_the_tokens_that_suit_a_cpu(examples, tokens, accumulation, parts):
+    batch = Batch(np.zeros((examples, *tokens), np.uint8), np.zeros(examples), np.zeros(examples))
+    run = run_on(tiny_config(), accumulation=accumulation)
+    microbatches, keys = step._microbatches(run, batch, None)
+    assert keys is None
+    assert microbatches.tokens.shape == (parts, examples // parts, *tokens)
+    assert microbatches.label.shape == (parts, examples // parts)
+    others = step.num_microbatches(accumulation, "tpu", examples, int(np.prod(tokens)))
+    assert others == (accumulation or 1)
+
+
+def test_what_is_fixed_stays_through_training_and_checkpoints(tmp_path):
+    """Performer's features: another than those at init would be silently wrong at evaluation."""
+    config = tiny_config("performer", num_layers=1)
+    run = run_on(config, 2, optimizer=optax.sgd(1.0), log_every=2)
+    states = init_states(run)
+    before = jax.device_get(states.fixed)
+    assert len(jax.tree.leaves(before)) == 1
+    states, _ = make_train_step(run)(states, sharded(run, random_batch(16)))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(states.fixed), before)
+    meta = {"step": 1, "validation": None}
+    with checkpoints.open_saver(tmp_path) as save:
+        save(take(jax.device_get(states), 0), meta)
+    restored, _ = checkpoints.restore(tmp_path, 1, state_spec(run))
+    jax.tree.map(np.testing.assert_array_equal, restored.fixed, take(before, 0))
