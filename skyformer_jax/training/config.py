@@ -213,13 +213,13 @@ def read(path: Path) -> ml_collections.ConfigDict:
       UserError: if the file is missing, is not a config, or another version wrote it.
     """
     try:
-        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
+        version = content.pop("version", "0.1.0")  # 0.1.0 did not write its own
+        config = ml_collections.ConfigDict(content)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not a workdir of train.py") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    with config.unlocked():
-        version = config.pop("version", "0.1.0")  # 0.1.0 did not write its own
     if _series(version) != _series(skyformer_jax.__version__):
         raise UserError(
             f"{path.parent} is a run of skyformer_jax {version}, which {skyformer_jax.__version__} "
