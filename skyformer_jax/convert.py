@@ -45,7 +45,7 @@ def _layer(name: str, path: str) -> _Rows:
 
 def _rows(num_layers: int) -> _Rows:
     embeddings = "model.embeddings"
-    rows = [
+    rows: _Rows = [
         (f"{embeddings}.word_embeddings.weight", "token_embedding/embedding", ("vocab", "width")),
         (f"{embeddings}.position_embeddings.weight", "position_embedding", ("length", "width")),
     ]
@@ -91,15 +91,15 @@ def _check_shapes(arrays: Mapping[str, np.ndarray], rows: _Rows) -> None:
         if arrays[name].ndim == len(axes):
             for axis, size in zip(axes, arrays[name].shape, strict=True):
                 votes.setdefault(axis, []).append(size)
-    sizes: dict[str, int | str] = {axis: statistics.mode(votes[axis]) for axis in votes}
-    width = sizes.get("width", 0)  # 0: no entry has it, so the loop below refuses
-    if sizes.get("pooled") not in (width, 4 * width):
+    modes = {axis: statistics.mode(votes[axis]) for axis in votes}
+    sizes: dict[str, int | str] = {**modes}
+    width = modes.get("width", 0)  # 0: no entry has it, so the loop below refuses
+    if modes.get("pooled") not in (width, 4 * width):
         sizes["pooled"] = f"{width} or {4 * width}"
     for name, _, axes in rows:
         got, expected = list(arrays[name].shape), [sizes.get(axis, axis) for axis in axes]
         if got != expected:
-            expected = ", ".join(map(str, expected))
-            raise UserError(f"{name} has shape {got}; expected [{expected}]")
+            raise UserError(f"{name} has shape {got}; expected [{', '.join(map(str, expected))}]")
 
 
 def _parameter(array: np.ndarray, path: str, axes: tuple[str, ...], head_dim: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_variables, shards, split_options
 
 
-def dense_inits(fan_in: int) -> dict[str, jax.nn.initializers.Initializer]:
+def dense_inits(fan_in: int) -> dict[str, Any]:
     """How nn.Dense and its like start here: uniform within 1/sqrt(fan_in) of 0, biases as well.
 
     That is how PyTorch's Linear starts, and with it the published code of the paper. It matters
@@ -140,7 +140,7 @@ class MultiHeadAttention(nn.Module):
 
     def _kept_variables(self, kv_length: int, *, redraw: bool) -> dict[str, jax.Array]:
         """The arrays that this layer keeps for its attention, without those that are redrawn."""
-        kept = {}
+        kept: dict[str, jax.Array] = {}
         specs = layer_variables(
             self.attention,
             self.options,
@@ -150,6 +150,7 @@ class MultiHeadAttention(nn.Module):
         )
         for name, spec in specs.items():
             collection = "params" if spec.trained else "fixed"
+            value: Any
             if self.has_variable(collection, name):
                 # With its stored shape: Linformer's may be for longer sequences than this one.
                 value = self.get_variable(collection, name)

@@ -105,20 +105,20 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
 
 
 class _Encoder(nn.Module):
-    """What the classifiers share. The attributes are fields of config.model and config.attention.
+    """What both classifiers share. The attributes are fields of config.model and config.attention.
 
-    dtype is that of everything between the embeddings and the final norm; parameters, the
+    dtype is the dtype of everything between the embeddings and the final norm; parameters, the
     statistics of norms, the pooling and the head are float32. remat keeps only the blocks' inputs
-    for the backward pass, which computes the rest again; its dropout draws other elements.
+    for the backward pass, which computes the rest again; its dropout drops other elements.
     positions are "learned", a table of max_length x width, or "sinusoidal", without parameters.
     Applied with mutable=["statistics"] a model also returns mean_square [num_layers], of each
     block's output at real tokens.
 
     axis_name names the mesh axis, within jax.shard_map, over which the length is split: tokens and
-    mask are then this device's run of each sequence, and the logits are the same on all. It is not
-    for init.
+    mask are then this device's shard of each sequence, and the logits are the same on all devices.
+    It is not for init.
 
-    The methods make submodules, so they are for the compact __call__ of a subclass, once in each.
+    The methods create submodules, so the compact __call__ of a subclass calls each of them once.
     """
 
     attention: str
@@ -172,18 +172,19 @@ class _Encoder(nn.Module):
             deterministic,
             self.axis_name,
         )
-        mean_squares = []
         if self.remat and not self.is_initializing():
             x, mean_squares = self._recomputed_blocks(block(parent=None), x, mask)
         else:
+            of_blocks = []
             for i in range(self.num_layers):
                 x = block(name=f"block_{i}")(x, mask)
-                mean_squares.append(self._mean_square(x, mask))
+                of_blocks.append(self._mean_square(x, mask))
+            mean_squares = jnp.stack(of_blocks)
         if self._keeps_statistics():
             self.sow(
                 "statistics",
                 "mean_square",
-                jnp.stack(mean_squares),
+                mean_squares,
                 init_fn=lambda: None,
                 reduce_fn=lambda _, new: new,
             )
@@ -194,7 +195,7 @@ class _Encoder(nn.Module):
         return self.is_mutable_collection("statistics") and not self.is_initializing()
 
     def _mean_square(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Of an example's real tokens, on the average of the batch; 0 if nobody asks for it."""
+        """The mean over the examples of x**2 at real tokens; 0 unless statistics are collected."""
         if not self._keeps_statistics():
             return jnp.float32(0)
         square = (x.astype(jnp.float32) ** 2).mean(axis=-1, keepdims=True)
@@ -203,10 +204,10 @@ class _Encoder(nn.Module):
     def _recomputed_blocks(
         self, block: nn.Module, x: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """All blocks as one loop, of which only the carried x is kept for the backward pass.
+        """All blocks as one loop, which keeps only the carried x for the backward pass.
 
-        A loop, since compilers may merge the second computation of a block with the first one
-        where both stand in a row, as XLA does on CPUs: that would keep everything after all.
+        Without a loop, compilers may merge the second computation of a block with the first, as XLA
+        does on CPUs, and then everything would be kept after all.
         """
         layers = [
             (
@@ -219,8 +220,8 @@ class _Encoder(nn.Module):
         @jax.checkpoint
         def step(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
             variables, rngs = layer
-            x = block.apply(variables, x, mask, rngs=rngs)
-            return x, self._mean_square(x, mask)
+            out: Any = block.apply(variables, x, mask, rngs=rngs)
+            return out, self._mean_square(out, mask)
 
         return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 

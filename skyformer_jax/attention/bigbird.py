@@ -46,14 +46,16 @@ def attended_blocks(
 
     # Floyd's algorithm: r distinct ranks among the `others` blocks that are left to each row.
     others = num_blocks - num_global - window_valid.sum(axis=1)
-    ranks = []
+    columns: list[jax.Array] = []
     for i, key in enumerate(jax.random.split(rng, num_random) if num_random else ()):
         last = others - num_random + i  # negative where fewer than r are left: all are taken
         drawn = jax.random.randint(key, (num_blocks,), 0, np.maximum(last, 0) + 1)
-        taken = jnp.stack([drawn == rank for rank in ranks]).any(axis=0) if ranks else False
+        taken = (
+            jnp.any(jnp.stack([drawn == rank for rank in columns]), axis=0) if columns else False
+        )
         rank = jnp.where(taken, last, drawn)
-        ranks.append(jnp.where(others <= num_random, i, rank))
-    ranks = jnp.stack(ranks, axis=1) if ranks else jnp.zeros((num_blocks, 0), jnp.int32)
+        columns.append(jnp.where(others <= num_random, i, rank))
+    ranks = jnp.stack(columns, axis=1) if columns else jnp.zeros((num_blocks, 0), jnp.int32)
     random_valid = np.arange(num_random) < others[:, None]
     # Ranks count from the first block that is not global, and step over the window.
     start = np.clip(rows - num_window // 2, num_global, num_blocks)

@@ -354,6 +354,6 @@ def kernelized_attention(
     if axis_name is None:
         out = gaussian_attention(query, key, value, scale=scale, implementation=implementation)
     else:
-        scale = jnp.asarray(scale, jnp.float32)
-        out = _ring(query, key, value, scale, axis_name, implementation)
+        ring_scale = jnp.asarray(scale, jnp.float32)
+        out = _ring(query, key, value, ring_scale, axis_name, implementation)
     return out.astype(dtype)

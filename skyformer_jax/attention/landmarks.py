@@ -35,7 +35,7 @@ def strided_landmarks(
       each of them once, and d - c entries that are not valid. An entry whose row is on another
       device is not valid either.
     """
-    if running_counts is None:
+    if running_counts is None or counts is None:
         running_counts, counts = shards.running_counts([candidates], None)
     counts = counts[:, None]
     slots = jnp.arange(num_landmarks, dtype=jnp.int32)[None, :]
@@ -124,7 +124,7 @@ def segment_means(
     Returns:
       [batch, d, heads, head_dim]; zeros beyond num_segments.
     """
-    if running_counts is None:
+    if running_counts is None or counts is None:
         running_counts, counts = shards.running_counts([candidates], None)
     counts = jnp.maximum(counts, 1)[:, None]
     # Unsigned, so that 2**32 may be the product: 128 segments of 16 million queries and keys.

@@ -18,7 +18,7 @@ from skyformer_jax.attention.inputs import check_and_hide_masked, check_at_least
 from skyformer_jax.attention.variables import VariableSpec
 
 
-def orthogonal_features(rng: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def orthogonal_features(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Random directions, orthogonal in blocks of head_dim, each by itself standard normal.
 
     Orthogonal blocks are uniform; lengths are those of independent normal vectors (section 2.4 and

@@ -78,11 +78,11 @@ def choose_landmarks(
             axis_name,
         )
         return means, jnp.arange(num_landmarks) < num_segments[:, None]
-    if kind == "strided" or (kind == "uniform" and rng is None):
-        indices, here = strided_landmarks(candidates, num_landmarks, running_counts, counts)
-    elif kind == "uniform":
+    if kind == "uniform" and rng is not None:
         positions = _positions(masks, axis_name)
         indices, here = uniform_landmarks(rng, candidates, num_landmarks, positions, axis_name)
+    elif kind in ("uniform", "strided"):
+        indices, here = strided_landmarks(candidates, num_landmarks, running_counts, counts)
     else:
         if axis_name is not None:
             raise ValueError(

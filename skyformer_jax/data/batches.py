@@ -32,15 +32,15 @@ class BatchShards(NamedTuple):
 
     Attributes:
       indices: indices of the shards, ascending.
-      count: number of shards in a batch.
+      num_shards: number of shards of a batch.
     """
 
     indices: tuple[int, ...] = (0,)
-    count: int = 1
+    num_shards: int = 1
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """The rows of these shards, of the rows int [batch] of a whole batch."""
-        return rows.reshape(self.count, -1)[list(self.indices)].ravel()
+        return rows.reshape(self.num_shards, -1)[list(self.indices)].ravel()
 
 
 def make_batch(examples: Examples, rows: np.ndarray, length: int) -> Batch:

@@ -216,7 +216,9 @@ def predict(
       buckets: lengths to pad to; None means data.buckets.
     """
     config, shards = run.config, meshes.local_shards(run.mesh)
-    batch_size = -(-(batch_size or config.train.batch_size) // shards.count) * shards.count
+    batch_size = (
+        -(-(batch_size or config.train.batch_size) // shards.num_shards) * shards.num_shards
+    )
     batches = evaluation_batches(
         examples,
         batch_size,

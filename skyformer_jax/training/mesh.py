@@ -85,7 +85,7 @@ def shard_batch(batch: Any, mesh: Mesh, *, axis: int = 0) -> Any:
 
     def put(x: np.ndarray, spec: P) -> jax.Array:
         size = x.shape[axis] // len(shards.indices)  # examples of a device
-        shape = (*x.shape[:axis], size * shards.count, *x.shape[axis + 1 :])
+        shape = (*x.shape[:axis], size * shards.num_shards, *x.shape[axis + 1 :])
 
         def of_device(index: tuple[slice, ...]) -> np.ndarray:
             first = shards.indices.index((index[axis].start or 0) // size) * size

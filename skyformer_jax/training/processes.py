@@ -152,8 +152,8 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
             return multihost_utils.reached_preemption_sync_point(step)
         return bool(received)
 
-    for number in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
-        old[int(number)] = signal.signal(number, receive)
+    for caught in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
+        old[int(caught)] = signal.signal(caught, receive)
     try:
         yield should_stop
     finally:
