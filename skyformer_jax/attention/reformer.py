@@ -112,19 +112,42 @@ def reformer_attention(
     check_at_least(1, num_hashes=num_hashes, chunk_length=chunk_length)
     dtype = value.dtype
     query, value = check_and_hide_masked(query, query, value, mask)  # as the key is hidden
-    batch, length, heads, head_dim = query.shape
+    batch, length, _, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     chunk_length = min(chunk_length, length)
+    num_buckets = _choose_num_buckets(num_buckets, length, chunk_length, rotations)
+    if rotations is None:
+        rng = fixed_key() if rng is None else rng
+        columns = max(1, num_buckets // 2)
+        rotations = jax.random.normal(rng, (num_hashes, head_dim, columns))
+    _check_rotations(rotations, head_dim, num_buckets)
+
+    padding = ((0, 0), (0, -length % chunk_length))
+    real = jnp.pad(jnp.ones((batch, length), bool) if mask is None else mask, padding)
+    query, value = (
+        jnp.pad(x.astype(jnp.float32), (*padding, (0, 0), (0, 0))) for x in (query, value)
+    )
+    # Padding sorts behind every bucket.
+    buckets = hash_buckets(jax.lax.stop_gradient(query), rotations, num_buckets)
+    buckets = jnp.where(real[:, None, None, :], buckets, num_buckets)
+    out = _attend_in_chunks(query, value, real, buckets, chunk_length, scale)
+    return out[:, :length].astype(dtype)
+
+
+def _choose_num_buckets(
+    num_buckets: int | None, length: int, chunk_length: int, rotations: jax.Array | None
+) -> int:
+    """num_buckets, or its default; ValueError unless it is 1 or even."""
     if num_buckets is None:
         num_buckets = default_num_buckets(length, chunk_length)
         if rotations is not None:
             num_buckets = min(num_buckets, 2 * rotations.shape[-1])
     if num_buckets < 1 or (num_buckets > 1 and num_buckets % 2):
         raise ValueError(f"num_buckets must be 1 or an even number; got {num_buckets}")
-    if rotations is None:
-        rng = fixed_key() if rng is None else rng
-        columns = max(1, num_buckets // 2)
-        rotations = jax.random.normal(rng, (num_hashes, head_dim, columns))
+    return num_buckets
+
+
+def _check_rotations(rotations: jax.Array, head_dim: int, num_buckets: int) -> None:
     if rotations.ndim != 3 or rotations.shape[1] != head_dim:
         raise ValueError(
             f"rotations must be [rounds, head_dim = {head_dim}, columns]; got {rotations.shape}"
@@ -135,17 +158,33 @@ def reformer_attention(
             f"got {rotations.shape}"
         )
 
-    num_chunks = -(-length // chunk_length)
-    padding = ((0, 0), (0, num_chunks * chunk_length - length))
-    real = jnp.pad(jnp.ones((batch, length), bool) if mask is None else mask, padding)
-    query, value = (
-        jnp.pad(x.astype(jnp.float32), (*padding, (0, 0), (0, 0))) for x in (query, value)
-    )
+
+def _attend_in_chunks(
+    query: jax.Array,
+    value: jax.Array,
+    real: jax.Array,
+    buckets: jax.Array,
+    chunk_length: int,
+    scale: float,
+) -> jax.Array:
+    """The attention of all rounds of hashing, combined.
+
+    Args:
+      query: float32 [batch, length, heads, head_dim], length a multiple of chunk_length.
+      value: float32, likewise.
+      real: bool [batch, length], True at real tokens.
+      buckets: int [batch, heads, rounds, length]; padding has the greatest.
+      chunk_length: tokens of a chunk.
+      scale: factor of the scores.
+
+    Returns:
+      float32 [batch, length, heads, head_dim].
+    """
+    batch, length, heads, _ = query.shape
+    num_chunks = length // chunk_length
     key = query * jax.lax.rsqrt((query**2).sum(axis=-1, keepdims=True) + _EPSILON)
 
-    # All below is [batch, heads, rounds, ...]. Padding sorts behind every bucket.
-    buckets = hash_buckets(jax.lax.stop_gradient(query), rotations, num_buckets)
-    buckets = jnp.where(real[:, None, None, :], buckets, num_buckets)
+    # All below is [batch, heads, rounds, ...].
     order = jnp.argsort(buckets, axis=-1)  # stable: by position within a bucket
     slots = jnp.argsort(order, axis=-1)  # where the order has put each position
     num_rounds = order.shape[2]
@@ -166,7 +205,7 @@ def reformer_attention(
     attends = same_bucket & (behind >= 0) & (behind <= 1)  # [..., chunk, keys, all rounds]
     count = attends.sum(axis=-1)
     here = (attends & jnp.eye(num_rounds, dtype=bool)[:, None, None, None, :]).any(axis=-1)
-    here &= in_chunks(jnp.broadcast_to(real[:, None, :, None], (batch, heads, real.shape[1], 1)))
+    here &= in_chunks(jnp.broadcast_to(real[:, None, :, None], (batch, heads, length, 1)))
     position = order.reshape(*order.shape[:3], num_chunks, chunk_length, 1)
     itself = position == with_previous(position)[..., 0][..., None, :]
 
@@ -191,7 +230,7 @@ def reformer_attention(
 
     of_round = jax.nn.softmax(unsorted(normaliser), axis=2)
     out = (of_round * unsorted(out)).sum(axis=2)
-    return jnp.moveaxis(out, 1, 2)[:, :length].astype(dtype)
+    return jnp.moveaxis(out, 1, 2)
 
 
 def reformer_variables(
