@@ -336,7 +336,7 @@ def test_a_run_of_another_version_is_refused(undisturbed, tmp_path):
     assert content["version"] == skyformer_jax.__version__
     for version in ("0.1.0", None):
         old = {**content, "version": version}
-        path.write_text(json.dumps({k: v for k, v in old.items() if v}))
+        path.write_text(json.dumps({k: v for k, v in old.items() if v is not None}))
         done = run([sys.executable, str(ROOT / "eval.py"), f"--workdir={workdir}"])
         assert done.returncode == 2
         (line,) = done.stderr.strip().splitlines()
