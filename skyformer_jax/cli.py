@@ -1,4 +1,4 @@
-"""What train.py, eval.py and the other command lines share: errors in one line."""
+"""The shared part of train.py, eval.py and the other command lines: errors in one line."""
 
 import errno
 import logging as python_logging
@@ -18,8 +18,8 @@ _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 def _fail(text: str, status: int = 2) -> NoReturn:
     """Prints one line and ends the process at once.
 
-    All of ours is closed by now; where the disk is full, threads and
-    exit handlers of libraries would only add their tracebacks to the line.
+    Our own files are closed by now. On a full disk, threads and exit handlers of libraries would add
+    their tracebacks to the line.
     """
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     sys.stdout.flush()
@@ -28,11 +28,11 @@ def _fail(text: str, status: int = 2) -> NoReturn:
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Absl's flag parsing, config file and overrides included.
+    """Parses a command line by absl, the config file and its overrides included.
 
     Args:
-      values: the flags, which get what argv says.
-      argv: of a command line, the program's name first.
+      values: the flags, which get their values.
+      argv: the command line, the program's name first.
 
     Raises:
       UserError: one line for what is wrong.
@@ -65,11 +65,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _without_late_arrays(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A sys.unraisablehook that leaves one error out of what report tells.
+    """A sys.unraisablehook that calls report for all errors but one kind.
 
-    Where an array of a checkpoint cannot be read or written, Orbax closes its event loop while
-    TensorStore is still at others; of each of these comes a traceback when it arrives, beside the
-    error that matters.
+    If an array of a checkpoint cannot be read or written, Orbax closes its event loop while
+    TensorStore still works on others. Each of these then prints a traceback beside the error that
+    matters.
     """
 
     def hook(unraisable: Any) -> None:

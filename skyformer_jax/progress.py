@@ -1,4 +1,4 @@
-"""What long work tells the person who waits: a bar on a terminal, plain lines in a log."""
+"""The progress of long work: a bar on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ _muted = False
 
 
 def mute() -> None:
-    """Ends all of this in a process that is not the one which speaks for several."""
+    """Silences this module in all but the first of several processes."""
     global _muted
     _muted = True
 
@@ -28,7 +28,7 @@ def say(text: str) -> None:
 
 
 def open_bar(total: int, **options: Any) -> tqdm.tqdm | None:
-    """A bar of that total on a terminal, with further options of tqdm's; None elsewhere."""
+    """A tqdm bar on a terminal, with further options of tqdm; None elsewhere."""
     if _muted or not sys.stderr.isatty():
         return None
     return tqdm.tqdm(total=total, dynamic_ncols=True, file=sys.stderr, **options)
@@ -63,7 +63,7 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Ends the bar where it is."""
         if self._bar is not None:
             self._bar.close()
 

@@ -18,9 +18,11 @@ from skyformer_jax.training.mesh import make_mesh, sequence_axis
 from skyformer_jax.training.optimizer import make_optimizer, make_schedule
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """A run: everything that its steps, its data and its evaluation depend on.
+
+    It is hashable, by identity.
 
     Attributes:
       config: the complete configuration. Nobody changes it.

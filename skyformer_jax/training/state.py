@@ -61,6 +61,7 @@ def init_state(run: Run, seed: int | jax.Array) -> TrainState:
     )
 
 
+@functools.lru_cache(maxsize=8)
 def state_spec(run: Run) -> TrainState:
     """Shapes and dtypes of the state of one model, a TrainState of jax.ShapeDtypeStructs."""
     return jax.eval_shape(functools.partial(init_state, run), run.config.seed)
