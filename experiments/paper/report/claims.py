@@ -4,12 +4,31 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from skyformer_jax.report import statistics
-from skyformer_jax.report.statistics import Estimate, Result
+from experiments.paper.report import statistics
+from experiments.paper.report.statistics import Estimate, Result
 
 CONFIRMED, NOT_CONFIRMED, NOT_RUN = "confirmed", "not confirmed", "not yet run"
 # Points of accuracy by which one may be behind another and still match it.
 _MARGIN = 1.0
+
+# Whether a result bears a claim out, and the figures that decide; None if it lacks what is needed.
+Decide = Callable[[Result], tuple[bool, str] | None]
+
+
+class Claim(NamedTuple):
+    """A claim of the paper.
+
+    Attributes:
+      text: in words.
+      rule: when it counts as confirmed.
+      result: name of the result that decides, without .json.
+      decide: decides by it.
+    """
+
+    text: str
+    rule: str
+    result: str
+    decide: Decide
 
 
 class Verdict(NamedTuple):
@@ -30,28 +49,12 @@ class Verdict(NamedTuple):
     evidence: str
 
 
-class Claim(NamedTuple):
-    """A claim of the paper.
-
-    Attributes:
-      text: in words.
-      rule: when it counts as confirmed.
-      results: names of the results that it needs.
-      decide: of these results, whether it holds, and the evidence; None if they lack what it needs.
-    """
-
-    text: str
-    rule: str
-    results: tuple[str, ...]
-    decide: Callable[..., tuple[bool, str] | None]
-
-
 def _percent_points(difference: Estimate) -> str:
     error = "" if difference.error is None else f" ± {difference.error:.2f}"
     return f"{difference.value:+.2f}{error}"
 
 
-def _at_least_matches(name: str, other: str) -> Callable[[Result], tuple[bool, str] | None]:
+def _at_least_matches(name: str, other: str) -> Decide:
     def decide(table1: Result) -> tuple[bool, str] | None:
         differences = {
             config: statistics.minus(of_task[name], of_task[other])
@@ -86,31 +89,31 @@ def _best_average(table1: Result) -> tuple[bool, str] | None:
     return ranked[0] == "skyformer", f"{evidence} (mean of {', '.join(accuracies)})"
 
 
-def _stability(
-    name: str, holds: Callable[[float], bool]
-) -> Callable[[Result], tuple[bool, str] | None]:
+def _listed(ratios: dict[str, float]) -> str:
+    return ", ".join(f"{config} {ratio:.2f}" for config, ratio in ratios.items())
+
+
+def _stability(name: str, low: float, high: float) -> Decide:
     def decide(stability: Result) -> tuple[bool, str] | None:
-        ratios = {
-            config: of_config[name]
-            for config, of_config in statistics.instability_ratios(stability).items()
-            if name in of_config
-        }
+        ratios, noisy = (
+            {
+                config: of_config[name].value
+                for config, of_config in statistics.instability_ratios(stability, field).items()
+                if name in of_config
+            }
+            for field in ("instability", "instability_with_noise")
+        )
         if not ratios:
             return None
-        noisy = statistics.instability_ratios(stability, "instability_with_noise")
-        evidence = ", ".join(f"{config} {ratio.value:.2f}" for config, ratio in ratios.items())
-        with_noise = ", ".join(f"{config} {noisy[config][name].value:.2f}" for config in ratios)
         return (
-            all(holds(ratio.value) for ratio in ratios.values()),
-            f"{evidence} of softmax's; with the noise of training in f {with_noise}",
+            all(low < ratio < high for ratio in ratios.values()),
+            f"{_listed(ratios)} of softmax's; with the noise of training in f {_listed(noisy)}",
         )
 
     return decide
 
 
-def _cheaper(
-    name: str, other: str, field: str, what: str
-) -> Callable[[Result], tuple[bool, str] | None]:
+def _cheaper(name: str, other: str, field: str, what: str) -> Decide:
     def decide(table2: Result) -> tuple[bool, str] | None:
         ratios = {
             config: of_config[name] / of_config[other]
@@ -119,16 +122,15 @@ def _cheaper(
         }
         if not ratios:
             return None
-        evidence = ", ".join(f"{config} {ratio:.2f}" for config, ratio in ratios.items())
-        return all(ratio < 1 for ratio in ratios.values()), f"{what} over {other}'s: {evidence}"
+        less = all(ratio < 1 for ratio in ratios.values())
+        return less, f"{what} over {other}'s: {_listed(ratios)}"
 
     return decide
 
 
 def _error_falls(figure1: Result) -> tuple[bool, str] | None:
-    panels = statistics.spectral_errors(figure1)
     falls, texts = [], []
-    for (weights, length), of_name in panels.items():
+    for (weights, length), of_name in statistics.spectral_errors(figure1).items():
         errors = [error for _, error in sorted(of_name.get("skyformer", {}).items())]
         if len(errors) > 1:
             falls.append(all(b < a for a, b in itertools.pairwise(errors)))
@@ -137,21 +139,20 @@ def _error_falls(figure1: Result) -> tuple[bool, str] | None:
 
 
 def _least_error(figure1: Result) -> tuple[bool, str] | None:
-    best, count, winners = 0, 0, {}
+    winners: list[str] = []
     for (_, length), of_name in statistics.spectral_errors(figure1).items():
         for num_features in figure1["features"]:
-            if num_features >= length:  # most are exact
-                continue
             errors = {n: e[num_features] for n, e in of_name.items() if num_features in e}
-            if "skyformer" in errors and len(errors) > 1:
-                winner = min(errors, key=errors.get)
-                best, count = best + (winner == "skyformer"), count + 1
-                winners[winner] = winners.get(winner, 0) + 1
-    if not count:
+            # With as many features as tokens most are exact.
+            if num_features < length and "skyformer" in errors and len(errors) > 1:
+                winners.append(min(errors, key=errors.get))
+    if not winners:
         return None
-    ranked = sorted(winners.items(), key=lambda item: -item[1])
-    return best == count, f"least error in so many of {count} settings: " + ", ".join(
-        f"{name} {number}" for name, number in ranked
+    ranked = sorted(dict.fromkeys(winners), key=lambda name: -winners.count(name))
+    evidence = ", ".join(f"{name} {winners.count(name)}" for name in ranked)
+    return (
+        set(winners) == {"skyformer"},
+        f"least error in so many of {len(winners)} settings: {evidence}",
     )
 
 
@@ -172,90 +173,93 @@ def _sooner(figure2: Result) -> tuple[bool, str] | None:
 
 
 _ALL_TASKS = "in every task measured"
+_BELOW_1 = f"instability ratio below 1 {_ALL_TASKS}"
 _MATCHES = f"the mean difference over the tasks is above -{_MARGIN:g} point by two standard errors"
+_LESS_TIME = f"less time a step {_ALL_TASKS}"
+_TIME = ("seconds_per_step", "time")
 CLAIMS = (
     Claim(
         "Kernelized attention is more stable than softmax",
-        f"instability ratio below 1 {_ALL_TASKS}",
-        ("stability",),
-        _stability("kernelized", lambda ratio: ratio < 1),
+        _BELOW_1,
+        "stability",
+        _stability("kernelized", 0, 1),
     ),
     Claim(
         "Skyformer is more stable than softmax",
-        f"instability ratio below 1 {_ALL_TASKS}",
-        ("stability",),
-        _stability("skyformer", lambda ratio: ratio < 1),
+        _BELOW_1,
+        "stability",
+        _stability("skyformer", 0, 1),
     ),
     Claim(
         "Nystromformer is as unstable as softmax",
         f"instability ratio between 0.9 and 1.1 {_ALL_TASKS}",
-        ("stability",),
-        _stability("nystromformer", lambda ratio: 0.9 < ratio < 1.1),
+        "stability",
+        _stability("nystromformer", 0.9, 1.1),
     ),
     Claim(
         "Kernelized attention at least matches softmax's accuracy",
         _MATCHES,
-        ("table1",),
+        "table1",
         _at_least_matches("kernelized", "softmax"),
     ),
     Claim(
         "Skyformer at least matches softmax's accuracy",
         _MATCHES,
-        ("table1",),
+        "table1",
         _at_least_matches("skyformer", "softmax"),
     ),
     Claim(
         "Skyformer loses nothing against kernelized attention",
         _MATCHES,
-        ("table1",),
+        "table1",
         _at_least_matches("skyformer", "kernelized"),
     ),
     Claim(
         "Skyformer has the best average accuracy of the nine",
         "its mean over the tasks is the highest",
-        ("table1",),
+        "table1",
         _best_average,
     ),
     Claim(
         "Skyformer is faster than softmax",
-        f"less time a step {_ALL_TASKS}",
-        ("table2",),
-        _cheaper("skyformer", "softmax", "seconds_per_step", "time"),
+        _LESS_TIME,
+        "table2",
+        _cheaper("skyformer", "softmax", *_TIME),
     ),
     Claim(
         "Skyformer needs less memory than softmax",
         f"less memory of a step {_ALL_TASKS}",
-        ("table2",),
+        "table2",
         _cheaper("skyformer", "softmax", "bytes", "memory"),
     ),
     Claim(
         "Kernelized attention is faster than softmax",
-        f"less time a step {_ALL_TASKS}",
-        ("table2",),
-        _cheaper("kernelized", "softmax", "seconds_per_step", "time"),
+        _LESS_TIME,
+        "table2",
+        _cheaper("kernelized", "softmax", *_TIME),
     ),
     Claim(
         "Nystromformer is faster than Skyformer",
-        f"less time a step {_ALL_TASKS}",
-        ("table2",),
-        _cheaper("nystromformer", "skyformer", "seconds_per_step", "time"),
+        _LESS_TIME,
+        "table2",
+        _cheaper("nystromformer", "skyformer", *_TIME),
     ),
     Claim(
         "Skyformer reaches softmax's best validation accuracy in less time",
         f"less training time {_ALL_TASKS}, on the means over the seeds",
-        ("figure2",),
+        "figure2",
         _sooner,
     ),
     Claim(
         "Skyformer's error falls with the number of features",
         "it falls from each number to the next, for all lengths and weights",
-        ("figure1",),
+        "figure1",
         _error_falls,
     ),
     Claim(
         "Skyformer's error is the least of all approximations",
         "for all weights, lengths and numbers of features below the length",
-        ("figure1",),
+        "figure1",
         _least_error,
     ),
 )
@@ -265,12 +269,14 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
     """All claims, by the results that there are, {name of the file without .json: content}."""
     verdicts = []
     for claim in CLAIMS:
-        there = [results.get(name) for name in claim.results]
-        decided = None if None in there else claim.decide(*there)
-        status = NOT_RUN if decided is None else CONFIRMED if decided[0] else NOT_CONFIRMED
-        evidence = "" if decided is None else decided[1]
-        reduced = decided is not None and any(map(is_reduced, there))
-        verdicts.append(Verdict(claim.text, claim.rule, status, reduced, evidence))
+        result = results.get(claim.result)
+        decided = None if result is None else claim.decide(result)
+        if decided is None:
+            verdicts.append(Verdict(claim.text, claim.rule, NOT_RUN, False, ""))
+        else:
+            status = CONFIRMED if decided[0] else NOT_CONFIRMED
+            reduced = is_reduced(result)
+            verdicts.append(Verdict(claim.text, claim.rule, status, reduced, decided[1]))
     return verdicts
 
 
@@ -282,6 +288,7 @@ def is_reduced(result: Result) -> bool:
     rows = result.get("cells", result.get("rows", []))
     return (
         result.get("small", False)
+        or result.get("variant") == "small"
         or any(row.get("departures") for row in rows)
         or bool(result.get("training", {}).get("departures"))
         or any(row["examples"] < row["batch_size"] for row in rows if "instability" in row)
