@@ -16,8 +16,8 @@ from experiments.paper import grid
 from experiments.paper.grid import parse_config
 from skyformer_jax.attention import NAMES, softmax_attention
 from skyformer_jax.errors import UserError
-from skyformer_jax.models import build_model
-from skyformer_jax.training import checkpoints, evaluation, steps
+from skyformer_jax.training import checkpoints
+from skyformer_jax.training.state import state_spec
 
 grid_flags = import_script("paper.grid_flags")
 cell_rows = import_script("paper.cell_rows")
@@ -118,9 +118,9 @@ def test_first_steps_are_those_of_a_run(tmp_path, data_dir):
     overrides = [f"data.dir={data_dir}", "train.num_steps=3", "train.eval_every=3"]
     overrides += ["train.warmup_steps=1", "parallel.data=1"]
     (cell,) = grid.make_grid(["quickstart"], ["performer"], ["1"], "", overrides, tmp_path)
-    config = parse_config(cell.arguments)
-    split = evaluation.load_split(config, "train")
-    found, where = first_steps.train(config, split, 3, tmp_path)
+    of_cell = first_steps.one_device_run(parse_config(cell.arguments))
+    split = of_cell.load_split("train")
+    found, where = first_steps.train(of_cell, split, 3, tmp_path)
     # The same compiler's options, as Adam's first steps magnify rounding; one device.
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     subprocess.run(
@@ -129,18 +129,16 @@ def test_first_steps_are_those_of_a_run(tmp_path, data_dir):
         env={**os.environ, "XLA_FLAGS": flags},
         check=True,
     )
-    model = build_model(config)
-    abstract = steps.abstract_state(config, model, steps.make_optimizer(config))
-    run, _ = checkpoints.restore(tmp_path / "run" / "checkpoints", 3, abstract)
+    run, _ = checkpoints.restore(tmp_path / "run" / "checkpoints", 3, state_spec(of_cell))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[-1], run.variables)
-    again, kept = first_steps.train(config, None, 2, tmp_path)  # read, without any example
+    again, kept = first_steps.train(of_cell, None, 2, tmp_path)  # read, without any example
     assert kept == where and len(again) == 3
     jax.tree.map(np.testing.assert_array_equal, again, found[:3])
     # What another start led to is not taken over.
     kept = dict(np.load(tmp_path / "first_steps.npz"))
     kept["params/head_out/bias"][0] += 1e-3
     np.savez(tmp_path / "first_steps.npz", **kept)
-    anew, _ = first_steps.train(config, split, 3, tmp_path)
+    anew, _ = first_steps.train(of_cell, split, 3, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, anew, found)
 
 

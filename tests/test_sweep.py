@@ -15,9 +15,9 @@ import pytest
 from test_runs import TINY
 
 from experiments.paper import cell_results, grid, slurm, workers
-from skyformer_jax.config import read
 from skyformer_jax.errors import UserError
-from skyformer_jax.training.evaluation import config_digest, wilson_interval
+from skyformer_jax.training.config import read
+from skyformer_jax.training.results import config_digest, wilson_interval
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import skyformer_jax.config
 from experiments.paper.grid import Cell
 from experiments.records import as_read, read_json
 from skyformer_jax.errors import UserError
 from skyformer_jax.training import checkpoints
-from skyformer_jax.training.evaluation import config_digest
+from skyformer_jax.training import config as configs
+from skyformer_jax.training.results import config_digest
 
 TRAINABLE = ("unfinished", "failed")  # statuses; the others are finished and refused
 
@@ -30,8 +30,8 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result = read_json(path)
-    saved = skyformer_jax.config.read(cell.workdir / "config.json")
-    different = skyformer_jax.config.differences(skyformer_jax.config.to_dict(saved), cell.asked)
+    saved = configs.read(cell.workdir / "config.json")
+    different = configs.differences(configs.to_dict(saved), cell.asked)
     # The digest is of what was evaluated, should config.json be of a later attempt.
     if different or result.get("config_digest") != config_digest(saved):
         raise UserError(

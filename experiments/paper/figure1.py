@@ -47,16 +47,18 @@ from absl import flags
 
 from configs import text
 from experiments.paper import analysis, grid
-from experiments.paper.first_steps import model_inputs
+from experiments.paper.first_steps import model_inputs, one_device_run
 from experiments.paper.report import pictures
 from experiments.records import Row, provenance, resume, write_json
 from skyformer_jax import cli, training
 from skyformer_jax.attention import ATTENTIONS
-from skyformer_jax.data.batches import Examples, make_batch
+from skyformer_jax.data.batches import make_batch
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
-from skyformer_jax.models import build_model
 from skyformer_jax.progress import say, track
-from skyformer_jax.training import checkpoints, evaluation, steps
+from skyformer_jax.training import checkpoints
+from skyformer_jax.training.run import Run
+from skyformer_jax.training.state import init_states, state_spec, take
 
 _SMALL = flags.DEFINE_bool("small", False, "The reduced setting for a CPU: a smaller model.")
 _LENGTHS = flags.DEFINE_list("lengths", "128,256,512,1024,2048,4096", "Tokens of a sequence.")
@@ -90,7 +92,7 @@ def approximations(num_features: int, length: int) -> dict[str, Attend]:
     }
 
 
-def texts(config: Any, split: Examples, length: int) -> tuple[jax.Array, jax.Array]:
+def texts(run: Run, split: Examples, length: int) -> tuple[jax.Array, jax.Array]:
     """The first reviews that have the length, cut there: tokens and mask, without padding.
 
     Raises:
@@ -102,7 +104,7 @@ def texts(config: Any, split: Examples, length: int) -> tuple[jax.Array, jax.Arr
             f"--lengths: only {len(rows)} validation reviews have {length} bytes, of "
             f"--examples={_EXAMPLES.value}; ask for shorter or fewer ones"
         )
-    return model_inputs(config, make_batch(split.cut(length), rows, length))
+    return model_inputs(run, make_batch(split.cut(length), rows, length))
 
 
 def layer_inputs(model: Any, variables: Any, tokens: jax.Array, mask: jax.Array) -> list[Arrays]:
@@ -172,12 +174,9 @@ def trained_model(cell: grid.Cell) -> tuple[Any, Any, dict[str, Any]]:
     result = training.train(config, cell.workdir)
     if result is None:
         sys.exit(1)  # stopped by a signal, and said so
-    model = build_model(config)
-    state, _ = checkpoints.restore(
-        cell.workdir / "checkpoints",
-        result["checkpoint"],
-        steps.abstract_state(config, model, steps.make_optimizer(config)),
-    )
+    run = one_device_run(config)
+    folder = cell.workdir / "checkpoints"
+    state, _ = checkpoints.restore(folder, result["checkpoint"], state_spec(run))
     about = {
         "steps": config.train.num_steps,
         "batch_size": config.train.batch_size,
@@ -185,17 +184,15 @@ def trained_model(cell: grid.Cell) -> tuple[Any, Any, dict[str, Any]]:
         **{key: result[key] for key in ("checkpoint", "accuracy", "data")},
         "departures": cell.departures,
     }
-    return model, state.variables, about
+    return run.model, state.variables, about
 
 
 def initialised_model(seed: int) -> tuple[Any, Any]:
     """The model of the full setting before training, and its variables."""
     config = text.get_config("softmax")
-    model = build_model(config)
-    init = jax.jit(steps.init_state, static_argnums=(1, 2, 3))
-    return model, init(
-        seed, model, steps.make_optimizer(config), steps.token_shape(config)
-    ).variables
+    config.seed = seed
+    run = one_device_run(config)
+    return run.model, take(init_states(run).variables, 0)
 
 
 def _numbers(flag: flags.FlagHolder, least: int) -> list[int]:
@@ -223,7 +220,8 @@ def main() -> None:
     config = grid.parse_config(cell.arguments)
     config.data.length = max(lengths)
     config.model.max_length = max(config.model.max_length, *lengths)
-    validation = evaluation.load_split(config, "validation")
+    run = one_device_run(config)
+    validation = run.load_split("validation")
 
     header = {
         "what": "spectral norm of the error of approximations of softmax attention over that of "
@@ -246,7 +244,7 @@ def main() -> None:
             if length > model.max_length:
                 say(f"{weights} weights: no positions beyond {model.max_length}: not {length}")
                 continue
-            inputs = layer_inputs(model, variables, *texts(config, validation, length))
+            inputs = layer_inputs(model, variables, *texts(run, validation, length))
             found = measure(inputs, features, f"{weights} weights, {length} tokens")
             rows += [{"weights": weights, "length": length, **row} for row in found]
             result = {**header, "rows": rows}

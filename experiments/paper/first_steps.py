@@ -9,39 +9,45 @@ import jax
 import ml_collections
 import numpy as np
 
-import skyformer_jax.config
 from experiments.paper import grid
 from experiments.records import as_read, provenance, replacing
-from skyformer_jax.data.batches import Batch, Examples, stacked, training_batches
-from skyformer_jax.models import build_model
+from skyformer_jax.data.batches import Batch, stack_batches, training_batches
+from skyformer_jax.data.examples import Examples
 from skyformer_jax.progress import say, track
-from skyformer_jax.training import compilation, steps
+from skyformer_jax.training import compilation_cache, step
+from skyformer_jax.training import config as configs
 from skyformer_jax.training import mesh as meshes
+from skyformer_jax.training.run import Run, make_run
+from skyformer_jax.training.sharded_step import make_train_step
+from skyformer_jax.training.state import init_states, take
 
-Config = ml_collections.ConfigDict
+
+def one_device_run(config: ml_collections.ConfigDict) -> Run:
+    """The run of a config that has been checked, on the first device alone."""
+    compilation_cache.use_cache(config.compilation_cache)
+    return make_run(config, meshes.make_mesh(1, 1, jax.devices()[:1]))
 
 
-def first_batches(config: Config, split: Examples, num_steps: int) -> list[Batch]:
+def first_batches(run: Run, split: Examples, num_steps: int) -> list[Batch]:
     """The batches of the first steps, as training reads them."""
-    batches = training_batches(
-        split, config.train.batch_size, config.model.max_length, seed=config.seed
-    )
+    train, max_length = run.config.train, run.config.model.max_length
+    batches = training_batches(split, train.batch_size, max_length, seed=run.config.seed)
     return [next(batches) for _ in range(num_steps)]
 
 
-def model_inputs(config: Config, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The tokens, int, and the mask, bool, that the model gets of a batch; shapes as its tokens."""
+def model_inputs(run: Run, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The tokens, int32, and the mask, bool, of a batch; both [batch, length] as its tokens."""
     positions = np.arange(batch.tokens.shape[-1])
-    return steps.reading_of(config)(batch.tokens, batch.length, positions)
+    return step.tokens_and_mask(run, batch.tokens, batch.length, positions)
 
 
 def train(
-    config: Config, split: Examples | None, num_steps: int, folder: Path
+    run: Run, split: Examples | None, num_steps: int, folder: Path
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Trains, on one device, or reads what an earlier call kept.
+    """Takes the first steps of a run, or reads those that an earlier call kept.
 
     Args:
-      config: of the run, whose schedule is that of all its steps.
+      run: of one seed; its schedule is that of all its steps.
       split: the training examples.
       num_steps: steps to take.
       folder: gets first_steps.npz.
@@ -49,16 +55,10 @@ def train(
     Returns:
       The model's variables before the first step and after each, and the provenance of the steps.
     """
-    compilation.use_cache(config.compilation_cache)
-    model, optimizer = build_model(config), steps.make_optimizer(config)
-    mesh = meshes.make_mesh(1, 1, jax.devices()[:1])
-    state = jax.jit(steps.init_states, static_argnums=(1, 2, 3))(
-        [config.seed], model, optimizer, steps.token_shape(config)
-    )
-    state = jax.device_put(state, meshes.replicated(mesh))
-    found = [steps.take(jax.device_get(state.variables), 0)]
+    states = init_states(run)
+    found = [take(jax.device_get(states.variables), 0)]
 
-    setting = grid.setting_of(skyformer_jax.config.stored(config)) | {"seed": config.seed}
+    setting = grid.setting_of(configs.stored(run.config)) | {"seed": run.config.seed}
     path = folder / "first_steps.npz"
     if path.exists():
         kept, header = _read(path)
@@ -68,11 +68,11 @@ def train(
                 return kept[: num_steps + 1], header["provenance"]
             say(f"{folder.name}: kept by code that starts otherwise: begun anew")
 
-    step = steps.train_step_of(config, model, optimizer, mesh)
-    batches = first_batches(config, split, num_steps)
+    train_step = make_train_step(run)
+    batches = first_batches(run, split, num_steps)
     for batch in track(batches, num_steps, f"{folder.name}, training", "steps"):
-        state, _ = step(state, stacked([iter([batch])], 1))
-        found.append(steps.take(jax.device_get(state.variables), 0))
+        states, _ = train_step(states, meshes.shard_batch(stack_batches([batch]), run.mesh, axis=1))
+        found.append(take(jax.device_get(states.variables), 0))
     header = {"config": setting, "steps": num_steps, "provenance": provenance(1)}
     stacks = jax.tree.map(lambda *x: np.stack(x), *found)
     with replacing(path) as part, part.open("wb") as file:
@@ -87,7 +87,7 @@ def _read(path: Path) -> tuple[list[Any], dict[str, Any]]:
         header = json.loads(str(kept["header"]))
         flat = {name: kept[name] for name in kept.files if name != "header"}
     stacks = {"fixed": {}, **flax.traverse_util.unflatten_dict(flat, sep="/")}
-    return [steps.take(stacks, i) for i in range(header["steps"] + 1)], header
+    return [take(stacks, i) for i in range(header["steps"] + 1)], header
 
 
 def _close(a: Any, b: Any) -> bool:

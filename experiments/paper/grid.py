@@ -15,15 +15,14 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-import skyformer_jax.config
 from skyformer_jax import attention, cli
-from skyformer_jax.config import one_of
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import UserError, one_of
+from skyformer_jax.training import config as configs
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = tuple(sorted(path.stem for path in ROOT.glob("configs/*.py") if path.stem != "common"))
 # Fields begin so that do not change what is computed, or that are not of the setting.
-NOT_SETTING = (*skyformer_jax.config.MEANS, "data.source", "seed")
+NOT_SETTING = (*configs.MUTABLE_FIELDS, "data.source", "seed")
 # A config that is reduced by itself, and what it is a reduction of.
 _FULL = {"quickstart": "listops"}
 _SHORTER = {
@@ -143,10 +142,10 @@ def _make_cell(
     config = parse_config(arguments)
     if (config.attention.name, config.seed, config.num_seeds) != (attention_name, seed, 1):
         raise UserError("--set cannot set attention.name, seed or num_seeds: each cell has its own")
-    skyformer_jax.config.check(config, num_devices=1)
+    configs.check(config, num_devices=1)
     get_full = importlib.import_module(f"configs.{_FULL.get(config_name, config_name)}").get_config
     full = get_full(name if variant == "paper" else attention_name)
-    asked = skyformer_jax.config.stored(config)
+    asked = configs.stored(config)
     folder = "-".join(filter(None, (config_name, attention_name, variant, f"seed{seed}")))
     return Cell(
         config=config_name,
@@ -155,7 +154,7 @@ def _make_cell(
         workdir=directory / folder,
         arguments=arguments,
         asked=asked,
-        departures=_departures(skyformer_jax.config.to_dict(full), asked),
+        departures=_departures(configs.to_dict(full), asked),
     )
 
 
@@ -169,7 +168,7 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 def setting_of(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a stored config, {"train.num_steps": 100, ...}, that are of its setting."""
-    flat = skyformer_jax.config.flatten(config)
+    flat = configs.flatten(config)
     return {field: value for field, value in flat.items() if not field.startswith(NOT_SETTING)}
 
 

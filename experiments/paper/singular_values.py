@@ -30,8 +30,6 @@ from experiments.paper.report import pictures
 from experiments.records import Row
 from skyformer_jax import cli
 from skyformer_jax.data.batches import make_batch
-from skyformer_jax.models import build_model
-from skyformer_jax.training import evaluation
 
 grid_flags.set_defaults(dir="runs/first_steps", out="results/singular_values.json")
 flags.adopt_module_key_flags(grid_flags)
@@ -41,18 +39,16 @@ _EXAMPLES = flags.DEFINE_integer("examples", 16, "Of the validation split.", low
 
 def measure(cell: Cell) -> Row:
     """The singular values of a cell, and what they are of."""
-    config = parse_config(cell.arguments)
-    split = evaluation.load_split(config, "train")
-    weights, where = first_steps.train(config, split, _STEPS.value, cell.workdir)
-    model = build_model(config)
-    validation = evaluation.load_split(config, "validation")
+    run = first_steps.one_device_run(parse_config(cell.arguments))
+    weights, where = first_steps.train(run, run.load_split("train"), _STEPS.value, cell.workdir)
+    validation = run.load_split("validation")
     rows = np.arange(min(_EXAMPLES.value, len(validation)))
-    batch = make_batch(validation, rows, config.model.max_length)
-    tokens, mask = first_steps.model_inputs(config, batch)
+    batch = make_batch(validation, rows, run.config.model.max_length)
+    tokens, mask = first_steps.model_inputs(run, batch)
 
     @jax.jit
     def attend(variables: object, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return analysis.outputs_of("attention_layer", model, variables, tokens, mask)[-1]
+        return analysis.outputs_of("attention_layer", run.model, variables, tokens, mask)[-1]
 
     def spectrum(variables: object) -> list[float]:
         values = []

@@ -35,8 +35,6 @@ from experiments.paper.grid import Cell, parse_config
 from experiments.paper.report import pictures
 from experiments.records import Row
 from skyformer_jax import cli
-from skyformer_jax.models import build_model
-from skyformer_jax.training import evaluation
 
 grid_flags.set_defaults(
     attentions="softmax,kernelized,nystromformer,skyformer",
@@ -51,15 +49,17 @@ _EXAMPLES = flags.DEFINE_integer("examples", 0, "Of each batch; 0: all.", lower_
 def measure(cell: Cell) -> Row:
     """The scores of a cell's first steps, and what they are of."""
     config = parse_config(cell.arguments)
-    split = evaluation.load_split(config, "train")
-    weights, where = first_steps.train(config, split, _STEPS.value, cell.workdir)
-    model = build_model(config)
+    run = first_steps.one_device_run(config)
+    split = run.load_split("train")
+    weights, where = first_steps.train(run, split, _STEPS.value, cell.workdir)
     scores = []
-    for i, batch in enumerate(first_steps.first_batches(config, split, _STEPS.value)):
+    for i, batch in enumerate(first_steps.first_batches(run, split, _STEPS.value)):
         some = jax.tree.map(lambda x: x[: _EXAMPLES.value or len(x)], batch)
-        tokens, mask = first_steps.model_inputs(config, some)
+        tokens, mask = first_steps.model_inputs(run, some)
         rng = jax.random.fold_in(jax.random.key(config.seed), i)
-        scores.append(analysis.instability(model, weights[i], weights[i + 1], tokens, mask, rng))
+        scores.append(
+            analysis.instability(run.model, weights[i], weights[i + 1], tokens, mask, rng)
+        )
     return {
         "learning_rate": config.train.learning_rate,
         "warmup_steps": config.train.warmup_steps,
