@@ -11,8 +11,10 @@ CONFIRMED, NOT_CONFIRMED, NOT_RUN = "confirmed", "not confirmed", "not yet run"
 # Points of accuracy by which one may be behind another and still match it.
 _MARGIN = 1.0
 
+_ALL_TASKS = "in every task measured"
+
 # Whether a result bears a claim out, and the figures that decide; None if it lacks what is needed.
-Decide = Callable[[Result], tuple[bool, str] | None]
+Decision = tuple[bool, str] | None
 
 
 class Claim(NamedTuple):
@@ -28,15 +30,15 @@ class Claim(NamedTuple):
     text: str
     rule: str
     result: str
-    decide: Decide
+    decide: Callable[[Result], Decision]
 
 
 class Verdict(NamedTuple):
     """What became of a claim.
 
     Attributes:
-      claim: in words.
-      rule: when it counts as confirmed.
+      claim: its text.
+      rule: its rule.
       status: CONFIRMED, NOT_CONFIRMED or NOT_RUN.
       reduced: whether the runs that decided it are reduced ones.
       evidence: the figures that decided, in words.
@@ -54,8 +56,10 @@ def _percent_points(difference: Estimate) -> str:
     return f"{difference.value:+.2f}{error}"
 
 
-def _at_least_matches(name: str, other: str) -> Decide:
-    def decide(table1: Result) -> tuple[bool, str] | None:
+def _accuracy(text: str, name: str, other: str) -> Claim:
+    """The claim that an attention is at least as accurate as another."""
+
+    def decide(table1: Result) -> Decision:
         differences = {
             config: statistics.minus(of_task[name], of_task[other])
             for config, of_task in statistics.accuracies(table1).items()
@@ -68,10 +72,12 @@ def _at_least_matches(name: str, other: str) -> Decide:
         lower = mean.value - 2 * (mean.error or 0)
         return lower > -_MARGIN, f"mean {_percent_points(mean)} points; {tasks}"
 
-    return decide
+    mean = "the mean difference over the tasks"
+    rule = f"{mean} is above -{_MARGIN:g} point by two standard errors"
+    return Claim(text, rule, "table1", decide)
 
 
-def _best_average(table1: Result) -> tuple[bool, str] | None:
+def _best_average(table1: Result) -> Decision:
     accuracies = statistics.accuracies(table1)
     everywhere = [
         name
@@ -93,8 +99,10 @@ def _listed(ratios: dict[str, float]) -> str:
     return ", ".join(f"{config} {ratio:.2f}" for config, ratio in ratios.items())
 
 
-def _stability(name: str, low: float, high: float) -> Decide:
-    def decide(stability: Result) -> tuple[bool, str] | None:
+def _stability(text: str, name: str, low: float = 0.0, high: float = 1.0) -> Claim:
+    """The claim that an attention's instability ratio lies between two bounds."""
+
+    def decide(stability: Result) -> Decision:
         ratios, noisy = (
             {
                 config: of_config[name].value
@@ -110,11 +118,15 @@ def _stability(name: str, low: float, high: float) -> Decide:
             f"{_listed(ratios)} of softmax's; with the noise of training in f {_listed(noisy)}",
         )
 
-    return decide
+    bounds = f"between {low:g} and {high:g}" if low else f"below {high:g}"
+    return Claim(text, f"instability ratio {bounds} {_ALL_TASKS}", "stability", decide)
 
 
-def _cheaper(name: str, other: str, field: str, what: str) -> Decide:
-    def decide(table2: Result) -> tuple[bool, str] | None:
+def _cheaper(text: str, name: str, other: str, what: str = "time") -> Claim:
+    """The claim that an attention needs less time or memory than another."""
+    field = {"time": "seconds_per_step", "memory": "bytes"}[what]
+
+    def decide(table2: Result) -> Decision:
         ratios = {
             config: of_config[name] / of_config[other]
             for config, of_config in statistics.cost_ratios(table2, field).items()
@@ -125,10 +137,11 @@ def _cheaper(name: str, other: str, field: str, what: str) -> Decide:
         less = all(ratio < 1 for ratio in ratios.values())
         return less, f"{what} over {other}'s: {_listed(ratios)}"
 
-    return decide
+    per_step = "a step" if what == "time" else "of a step"
+    return Claim(text, f"less {what} {per_step} {_ALL_TASKS}", "table2", decide)
 
 
-def _error_falls(figure1: Result) -> tuple[bool, str] | None:
+def _error_falls(figure1: Result) -> Decision:
     falls, texts = [], []
     for (weights, length), of_name in statistics.spectral_errors(figure1).items():
         errors = [error for _, error in sorted(of_name.get("skyformer", {}).items())]
@@ -138,7 +151,7 @@ def _error_falls(figure1: Result) -> tuple[bool, str] | None:
     return (all(falls), "; ".join(texts)) if falls else None
 
 
-def _least_error(figure1: Result) -> tuple[bool, str] | None:
+def _least_error(figure1: Result) -> Decision:
     winners: list[str] = []
     for (_, length), of_name in statistics.spectral_errors(figure1).items():
         for num_features in figure1["features"]:
@@ -156,7 +169,7 @@ def _least_error(figure1: Result) -> tuple[bool, str] | None:
     )
 
 
-def _sooner(figure2: Result) -> tuple[bool, str] | None:
+def _sooner(figure2: Result) -> Decision:
     sooner, texts = [], []
     for config, of_config in statistics.mean_curves(figure2).items():
         if not {"skyformer", "softmax"} <= of_config.keys():
@@ -172,78 +185,23 @@ def _sooner(figure2: Result) -> tuple[bool, str] | None:
     return (all(sooner), "; ".join(texts)) if sooner else None
 
 
-_ALL_TASKS = "in every task measured"
-_BELOW_1 = f"instability ratio below 1 {_ALL_TASKS}"
-_MATCHES = f"the mean difference over the tasks is above -{_MARGIN:g} point by two standard errors"
-_LESS_TIME = f"less time a step {_ALL_TASKS}"
-_TIME = ("seconds_per_step", "time")
 CLAIMS = (
-    Claim(
-        "Kernelized attention is more stable than softmax",
-        _BELOW_1,
-        "stability",
-        _stability("kernelized", 0, 1),
-    ),
-    Claim(
-        "Skyformer is more stable than softmax",
-        _BELOW_1,
-        "stability",
-        _stability("skyformer", 0, 1),
-    ),
-    Claim(
-        "Nystromformer is as unstable as softmax",
-        f"instability ratio between 0.9 and 1.1 {_ALL_TASKS}",
-        "stability",
-        _stability("nystromformer", 0.9, 1.1),
-    ),
-    Claim(
-        "Kernelized attention at least matches softmax's accuracy",
-        _MATCHES,
-        "table1",
-        _at_least_matches("kernelized", "softmax"),
-    ),
-    Claim(
-        "Skyformer at least matches softmax's accuracy",
-        _MATCHES,
-        "table1",
-        _at_least_matches("skyformer", "softmax"),
-    ),
-    Claim(
-        "Skyformer loses nothing against kernelized attention",
-        _MATCHES,
-        "table1",
-        _at_least_matches("skyformer", "kernelized"),
-    ),
+    _stability("Kernelized attention is more stable than softmax", "kernelized"),
+    _stability("Skyformer is more stable than softmax", "skyformer"),
+    _stability("Nystromformer is as unstable as softmax", "nystromformer", 0.9, 1.1),
+    _accuracy("Kernelized attention at least matches softmax's accuracy", "kernelized", "softmax"),
+    _accuracy("Skyformer at least matches softmax's accuracy", "skyformer", "softmax"),
+    _accuracy("Skyformer loses nothing against kernelized attention", "skyformer", "kernelized"),
     Claim(
         "Skyformer has the best average accuracy of the nine",
         "its mean over the tasks is the highest",
         "table1",
         _best_average,
     ),
-    Claim(
-        "Skyformer is faster than softmax",
-        _LESS_TIME,
-        "table2",
-        _cheaper("skyformer", "softmax", *_TIME),
-    ),
-    Claim(
-        "Skyformer needs less memory than softmax",
-        f"less memory of a step {_ALL_TASKS}",
-        "table2",
-        _cheaper("skyformer", "softmax", "bytes", "memory"),
-    ),
-    Claim(
-        "Kernelized attention is faster than softmax",
-        _LESS_TIME,
-        "table2",
-        _cheaper("kernelized", "softmax", *_TIME),
-    ),
-    Claim(
-        "Nystromformer is faster than Skyformer",
-        _LESS_TIME,
-        "table2",
-        _cheaper("nystromformer", "skyformer", *_TIME),
-    ),
+    _cheaper("Skyformer is faster than softmax", "skyformer", "softmax"),
+    _cheaper("Skyformer needs less memory than softmax", "skyformer", "softmax", "memory"),
+    _cheaper("Kernelized attention is faster than softmax", "kernelized", "softmax"),
+    _cheaper("Nystromformer is faster than Skyformer", "nystromformer", "skyformer"),
     Claim(
         "Skyformer reaches softmax's best validation accuracy in less time",
         f"less training time {_ALL_TASKS}, on the means over the seeds",
