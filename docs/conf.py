@@ -7,6 +7,7 @@ before each build, with its relative links put right; git ignores the copies. No
 import json
 import posixpath
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sphinx.util import inspect
 
 _DOCS = Path(__file__).parent
 _ROOT = _DOCS.parent
+sys.path.insert(0, str(_ROOT))  # experiments/ is not installed
 _COPIES = {
     "results/REPORT.md": "docs/project/results.md",
     "CHANGELOG.md": "docs/project/changelog.md",

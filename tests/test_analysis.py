@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_model import tiny_config
 
-from skyformer_jax import analysis
+from experiments.paper import analysis
 from skyformer_jax.attention import softmax_attention
 from skyformer_jax.models import build_model
 

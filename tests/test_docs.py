@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.paper.report import tables
 from skyformer_jax import attention
-from skyformer_jax.report import tables
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from test_experiments import HEADER
 
+from experiments.paper import published
+from experiments.paper.report import __main__ as report
+from experiments.paper.report import claims, pictures, statistics, tables
 from skyformer_jax.attention import NAMES
 from skyformer_jax.errors import UserError
-from skyformer_jax.report import __main__ as report
-from skyformer_jax.report import claims, paper, pictures, statistics, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 ORIGIN = {**HEADER, "versions": {"jax": "0.10.2"}}
@@ -57,9 +58,9 @@ def test_what_the_paper_printed():
     averages = "57.37 58.56 58.93 54.69 53.73 58.00 58.99 59.05 59.39"
     order = "softmax kernelized nystromformer linformer informer performer reformer bigbird"
     for name, average in zip([*order.split(), "skyformer"], averages.split(), strict=True):
-        mean = np.mean(list(paper.ACCURACY[name].values()))
+        mean = np.mean(list(published.ACCURACY[name].values()))
         np.testing.assert_allclose(mean, float(average), atol=0.0051)
-    for table in (paper.ACCURACY, paper.HOURS, paper.MEMORY):
+    for table in (published.ACCURACY, published.HOURS, published.MEMORY):
         assert set(table) == set(NAMES)
 
 
@@ -189,9 +190,9 @@ def test_the_table_shows_every_figure():
 def test_nothing_measured_is_nothing_claimed():
     text = report.render({})
     assert text.count("**not yet run**") == len(claims.CLAIMS)
-    assert text.count("Not yet run: `python experiments/") == len(report.SECTIONS)
+    assert text.count("Not yet run: `python -m experiments.paper.") == len(report.SECTIONS)
     for name in report.SECTIONS:
-        assert (ROOT / "experiments" / f"{name}.py").exists()
+        assert (ROOT / "experiments/paper" / f"{name}.py").exists()
     assert "confirmed**" not in text
 
 
@@ -211,7 +212,7 @@ def test_pictures(name, tmp_path):
 
 def test_the_command_and_its_errors(tmp_path):
     def call(folder):
-        command = [sys.executable, "-m", "skyformer_jax.report", f"--results={folder}"]
+        command = [sys.executable, "-m", "experiments.paper.report", f"--results={folder}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
 

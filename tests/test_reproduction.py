@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from scripts import import_script
 
-from experiments import grid
-from experiments.grid import parse_config
+from experiments.paper import grid
+from experiments.paper.grid import parse_config
 from skyformer_jax.attention import NAMES, softmax_attention
 from skyformer_jax.errors import UserError
-from skyformer_jax.models import build_model
-from skyformer_jax.training import checkpoints, evaluation, steps
+from skyformer_jax.training import checkpoints
+from skyformer_jax.training.state import state_spec
 
-grid_flags = import_script("grid_flags")
-cell_rows = import_script("cell_rows")
-first_steps = import_script("first_steps")
+grid_flags = import_script("paper.grid_flags")
+cell_rows = import_script("paper.cell_rows")
+first_steps = import_script("paper.first_steps")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -89,7 +89,7 @@ def test_the_small_grid(monkeypatch):
 
 
 def test_figure1_measures_each_approximation(monkeypatch):
-    figure1 = import_script("figure1")
+    figure1 = import_script("paper.figure1")
     give(monkeypatch, figure1, _DRAWS=2)
     all_of_them = figure1.approximations
     assert set(all_of_them(8, 16)) == set(NAMES) - {"softmax", "kernelized", "reformer"}
@@ -101,7 +101,7 @@ def test_figure1_measures_each_approximation(monkeypatch):
     rows = figure1.measure(inputs, [8], "test")
     found = {(row["attention"], row["num_features"]): row for row in rows}
     exact = np.asarray(softmax_attention(*inputs[0]))[0]
-    out = np.asarray(figure1.approximations(8, 16)["nystromformer"](*inputs[0], None))[0]
+    out = np.asarray(figure1.approximations(8, 16)["nystromformer"](*inputs[0], rng=None))[0]
     errors = [
         np.linalg.svd((out - exact)[:, head], compute_uv=False)[0]
         / np.linalg.svd(exact[:, head], compute_uv=False)[0]
@@ -118,9 +118,9 @@ def test_first_steps_are_those_of_a_run(tmp_path, data_dir):
     overrides = [f"data.dir={data_dir}", "train.num_steps=3", "train.eval_every=3"]
     overrides += ["train.warmup_steps=1", "parallel.data=1"]
     (cell,) = grid.make_grid(["quickstart"], ["performer"], ["1"], "", overrides, tmp_path)
-    config = parse_config(cell.arguments)
-    split = evaluation.load_split(config, "train")
-    found, where = first_steps.train(config, split, 3, tmp_path)
+    of_cell = first_steps.one_device_run(parse_config(cell.arguments))
+    split = of_cell.load_split("train")
+    found, where = first_steps.train(of_cell, split, 3, tmp_path)
     # The same compiler's options, as Adam's first steps magnify rounding; one device.
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     subprocess.run(
@@ -129,24 +129,23 @@ def test_first_steps_are_those_of_a_run(tmp_path, data_dir):
         env={**os.environ, "XLA_FLAGS": flags},
         check=True,
     )
-    model = build_model(config)
-    abstract = steps.abstract_state(config, model, steps.make_optimizer(config))
-    run, _ = checkpoints.restore(tmp_path / "run" / "checkpoints", 3, abstract)
+    run, _ = checkpoints.restore(tmp_path / "run" / "checkpoints", 3, state_spec(of_cell))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[-1], run.variables)
-    again, kept = first_steps.train(config, None, 2, tmp_path)  # read, without any example
+    again, kept = first_steps.train(of_cell, None, 2, tmp_path)  # read, without any example
     assert kept == where and len(again) == 3
     jax.tree.map(np.testing.assert_array_equal, again, found[:3])
     # What another start led to is not taken over.
     kept = dict(np.load(tmp_path / "first_steps.npz"))
     kept["params/head_out/bias"][0] += 1e-3
     np.savez(tmp_path / "first_steps.npz", **kept)
-    anew, _ = first_steps.train(config, split, 3, tmp_path)
+    anew, _ = first_steps.train(of_cell, split, 3, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, anew, found)
 
 
 def run(script, *arguments):
-    command = [sys.executable, f"experiments/{script}.py", *map(str, arguments)]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", f"experiments.paper.{script}", *map(str, arguments)]
+    # Without the repository's commit: a result of uncommitted changes would be begun anew.
+    environment = {**os.environ, "XLA_FLAGS": "", "GIT_DIR": os.devnull}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
@@ -168,17 +167,17 @@ def test_the_commands(tmp_path, data_dir):
     run("table1", *common, *tiny, out("table1"))
     assert "2 of 2 cells are finished" in run("table1", *common, *tiny, out("table1")).stderr
     run("figure2", *common, *tiny, "--rounds=2", out("figure2"))
-    run("table2", *common, *tiny, "--rounds=2", "--variant=small", out("table2"))
+    run("table2", *common, *tiny, "--rounds=2", "--small_batches", out("table2"))
     assert "listops is there" in (
-        run("table2", *common, *tiny, "--rounds=2", "--variant=small", out("table2")).stderr
+        run("table2", *common, *tiny, "--rounds=2", "--small_batches", out("table2")).stderr
     )
     subprocess.run(
-        [sys.executable, "-m", "skyformer_jax.report", f"--results={tmp_path / 'results'}"],
+        [sys.executable, "-m", "experiments.paper.report", f"--results={tmp_path / 'results'}"],
         cwd=ROOT,
         check=True,
     )
     report = (tmp_path / "results" / "REPORT.md").read_text()
-    assert report.count("Not yet run: `python experiments/") == 1  # figure1
+    assert report.count("Not yet run: `python -m experiments.paper.") == 1  # figure1
     for name in ("stability", "singular_values", "table1", "figure2", "table2"):
         assert (tmp_path / "results" / f"{name}.png").stat().st_size > 10_000
     curves = json.loads((tmp_path / "results" / "figure2.json").read_text())["rows"]

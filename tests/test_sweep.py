@@ -12,15 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import import_script
 from test_runs import TINY
 
-from experiments import grid
-from skyformer_jax.config import read
+from experiments.paper import cell_results, grid, slurm, workers
 from skyformer_jax.errors import UserError
-from skyformer_jax.training.evaluation import config_digest, wilson_interval
-
-sweep = import_script("sweep")
+from skyformer_jax.training.config import read
+from skyformer_jax.training.results import config_digest, wilson_interval
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
@@ -102,21 +99,21 @@ def test_what_cannot_work_is_said_before_anything_starts(tmp_path, options, mess
 def test_only_results_of_the_very_config_count(tmp_path):
     (cell,) = make(tmp_path, ["text"], seeds="0")
     (other,) = make(tmp_path, ["text"], seeds="0", overrides=["train.learning_rate=0.5"])
-    row = grid.read_cell(cell)
+    row = cell_results.read_cell(cell)
     assert (row["status"], row["accuracy"], row["num_steps"]) == ("unfinished", None, 50_000)
     fields = set(row)
 
     finish(cell, 0.625)
-    row = grid.read_cell(cell)
+    row = cell_results.read_cell(cell)
     assert (row["status"], row["accuracy"], row["checkpoint"]) == ("finished", 0.625, 700)
     assert (row["validation_accuracy"], row["data"]["checksum"]) == (0.635, "c0ffee")
     assert set(row) == fields
     json.dumps(row, allow_nan=False)
     (moved,) = make(tmp_path, ["text"], seeds="0", overrides=["data.dir=moved"])
-    assert grid.read_cell(moved)["status"] == "finished"
+    assert cell_results.read_cell(moved)["status"] == "finished"
 
     def refused(message, cell=cell):
-        row = grid.read_cell(cell)
+        row = cell_results.read_cell(cell)
         assert (row["status"], row["accuracy"]) == ("refused", None)
         assert message in row["error"] and "\n" not in row["error"]
         assert set(row) == fields
@@ -132,7 +129,7 @@ def test_only_results_of_the_very_config_count(tmp_path):
     (cell.workdir / "config.json").unlink()
     refused("config.json is missing")
     (cell.workdir / "eval_test.json").unlink()
-    assert grid.read_cell(cell)["status"] == "unfinished"
+    assert cell_results.read_cell(cell)["status"] == "unfinished"
 
 
 def test_table_and_summary(tmp_path):
@@ -142,8 +139,8 @@ def test_table_and_summary(tmp_path):
         found = accuracies.get(f"{cell.config}-{cell.attention}", ())
         if cell.seed < len(found):
             finish(cell, found[cell.seed], checksum=f"{cell.seed // 2}")
-    rows = [grid.read_cell(cell) for cell in cells]
-    summary = {f"{row['config']}-{row['attention']}": row for row in grid.summarise(rows)}
+    rows = [cell_results.read_cell(cell) for cell in cells]
+    summary = {f"{row['config']}-{row['attention']}": row for row in cell_results.summarise(rows)}
     assert len(summary) == 4
     for name, found in accuracies.items():
         row = summary[name]
@@ -154,7 +151,7 @@ def test_table_and_summary(tmp_path):
             row["standard_error"], np.std(found, ddof=1) / np.sqrt(len(found))
         )
     assert summary["text-skyformer"]["mean"] is None
-    assert grid.table(rows).splitlines() == [
+    assert cell_results.table(rows).splitlines() == [
         "| | listops | text |",
         "|---|---|---|",
         "| `softmax` | - | 55.17 ± 6.53 |",
@@ -165,30 +162,30 @@ def test_table_and_summary(tmp_path):
         "text: WARNING: its cells were evaluated on different data",
     ]
     one = [row for row in rows if row["seed"] == 0]
-    assert "| `softmax` | - | 50.00 |" in grid.table(one)
+    assert "| `softmax` | - | 50.00 |" in cell_results.table(one)
     (small,) = make(tmp_path, ["text"], seeds="0", variant="small")
-    said = grid.table([grid.read_cell(small)]).splitlines()[-1]
+    said = cell_results.table([cell_results.read_cell(small)]).splitlines()[-1]
     assert said.startswith("text: 1,000 steps of 32; departs from the full setting in data.length")
 
 
 def test_seeds_of_elsewhere_are_kept_if_of_the_same_setting(tmp_path):
     here, path = make(tmp_path / "here", seeds="1"), tmp_path / "out.json"
-    assert grid.read_others(path, here) == []
+    assert cell_results.read_others(path, here) == []
 
     def refused(message, cells=here):
         with pytest.raises(UserError, match=message):
-            grid.read_others(path, cells)
+            cell_results.read_others(path, cells)
 
     def earlier(**options):
         cells = make(tmp_path / "elsewhere", overrides=["text:train.num_steps=90"], **options)
         for cell in cells[1:]:
             finish(cell, 0.25)
-        path.write_text(json.dumps({"cells": [grid.read_cell(cell) for cell in cells]}))
+        path.write_text(json.dumps({"cells": [cell_results.read_cell(cell) for cell in cells]}))
 
     earlier(seeds="012")
     refused("text softmax, seed 0, of another setting")
     same = make(tmp_path / "here", seeds="1", overrides=["text:train.num_steps=90"])
-    rows = grid.read_others(path, same)
+    rows = cell_results.read_others(path, same)
     assert [(row["config"], row["seed"]) for row in rows] == [
         ("text", 0),
         ("listops", 2),
@@ -227,8 +224,8 @@ shutil.move(workdir / "result", workdir / "eval_test.json")
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
     """Four cells, trained by the stub, which is told to finish them."""
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    monkeypatch.setattr(sweep, "_SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(workers, "ROOT", tmp_path)
+    monkeypatch.setattr(workers, "_SECONDS_BETWEEN_LOOKS", 0.02)
     (tmp_path / "train.py").write_text(STUB)
     cells = make(tmp_path / "sweep")
     for cell in cells:
@@ -242,10 +239,11 @@ def tell(cell, what):
     (cell.workdir / "do.json").write_text(json.dumps(what))
 
 
-def train(cells, workers=2, signals=(), then=None):
+def train(cells, num_workers=2, signals=(), then=None):
     """Trains to the end and returns which ended; then(signals) is called between the looks."""
     ended, signals = [], list(signals)
-    for some in sweep.train_cells(cells, sweep.make_environments(workers, []), HERE, signals):
+    environments = workers.make_environments(num_workers, [])
+    for some in workers.train_cells(cells, environments, HERE, signals):
         ended += some
         if then:
             then(signals)
@@ -256,14 +254,14 @@ def test_failures_are_recorded_and_tried_again(cells):
     tell(cells[0], "fail")
     tell(cells[1], "crash")
     assert set(map(id, train(cells))) == set(map(id, cells))
-    rows = [grid.read_cell(cell) for cell in cells]
+    rows = [cell_results.read_cell(cell) for cell in cells]
     assert [row["status"] for row in rows] == ["failed", "failed", "finished", "finished"]
     assert rows[0]["error"] == "the disk is full"
     assert rows[1]["error"] == "killed by SIGKILL after: KeyError: 3"
     assert (rows[2]["provenance"], rows[2]["attempts"]) == (HERE, 1)
     tell(cells[0], "finish")
     train(cells[:1])
-    row = grid.read_cell(cells[0])
+    row = cell_results.read_cell(cells[0])
     assert (row["status"], row["error"], row["attempts"]) == ("finished", None, 2)
     assert row["seconds"] >= rows[0]["seconds"]
 
@@ -278,7 +276,7 @@ def test_a_signal_lets_the_running_cells_save(cells):
             signals += [signal.SIGTERM] * 2
 
     assert set(map(id, train(cells, then=stop))) == set(map(id, cells[:2]))
-    assert {grid.read_cell(cell)["status"] for cell in cells} == {"unfinished"}
+    assert {cell_results.read_cell(cell)["status"] for cell in cells} == {"unfinished"}
     for cell in cells[:2]:
         assert (cell.workdir / "train.log").read_text() == "stopped after step 3; saved.\n"
     assert not (cells[2].workdir / "train.log").exists()
@@ -293,7 +291,7 @@ def test_a_cell_that_another_process_trains_is_waited_for(cells, capsys):
             fcntl.flock(lock, fcntl.LOCK_EX)
 
             def look(signals, looks=looks, lock=lock, finishes=finishes):
-                looks.append(grid.read_cell(cell)["status"])
+                looks.append(cell_results.read_cell(cell)["status"])
                 if len(looks) == 5:
                     if finishes:
                         finish(cell, 0.75)
@@ -302,7 +300,7 @@ def test_a_cell_that_another_process_trains_is_waited_for(cells, capsys):
             assert train(cells[:1], then=look) == [cell]
         assert looks[:5] == ["unfinished"] * 5
         assert "another process is training it" in capsys.readouterr().err
-        row = grid.read_cell(cell)
+        row = cell_results.read_cell(cell)
         assert row["accuracy"] == (0.75 if finishes else 0.5)
         assert row["attempts"] == 1  # our own, of the first round
         (cell.workdir / "eval_test.json").unlink()
@@ -310,14 +308,14 @@ def test_a_cell_that_another_process_trains_is_waited_for(cells, capsys):
 
 def test_devices_are_dealt_to_the_workers(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in sweep.make_environments(None, ["2", "5"])] == [
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in workers.make_environments(None, ["2", "5"])] == [
         "2",
         "5",
     ]
-    shared = sweep.make_environments(3, ["2", "5"])
+    shared = workers.make_environments(3, ["2", "5"])
     assert [e["CUDA_VISIBLE_DEVICES"] for e in shared] == ["2", "5", "2"]
     assert {e["XLA_PYTHON_CLIENT_MEM_FRACTION"] for e in shared} == {"0.450"}
-    assert len(sweep.make_environments(None, [])) == 1
+    assert len(workers.make_environments(None, [])) == 1
 
 
 @pytest.mark.parametrize(
@@ -343,9 +341,9 @@ sys.exit(143)
 """
     )
     command.chmod(0o755)
-    text = sweep.slurm_script([str(command), "--set=a b"], 54, 8, folder, folder)
+    text = slurm.slurm_script([str(command), "--set=a b"], 54, 8, folder, folder)
     assert "#SBATCH --array=0-53%8\n" in text
-    assert "#SBATCH --array=0-53\n" in sweep.slurm_script([], 54, None, folder, folder)
+    assert "#SBATCH --array=0-53\n" in slurm.slurm_script([], 54, None, folder, folder)
     script = tmp_path / "sweep.sh"
     script.write_text(text)
     subprocess.run(["bash", "-n", script], check=True)
@@ -369,8 +367,7 @@ def start(folder, *arguments, seeds="0", script="sweep"):
     del fields["attention.num_landmarks"]
     return subprocess.Popen(
         [
-            sys.executable,
-            str(ROOT / "experiments" / f"{script}.py"),
+            *(sys.executable, "-m", f"experiments.paper.{script}"),
             "--configs=quickstart",
             "--attentions=softmax,skyformer",
             f"--seeds={seeds}",
@@ -382,6 +379,7 @@ def start(folder, *arguments, seeds="0", script="sweep"):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=ROOT,
         env=ENVIRONMENT,
     )
 

@@ -1,15 +1,14 @@
 """Goes over the grid of the flags, one row of a result a cell, and on where it stopped."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments import grid_flags
-from experiments.grid import Cell
-from experiments.provenance import provenance, write_json
+from experiments.paper import grid_flags
+from experiments.paper.grid import Cell
+from experiments.records import Row, as_read, provenance, resume, write_json
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say, track
 
@@ -17,7 +16,7 @@ from skyformer_jax.progress import say, track
 def keep_rows(
     what: str,
     settings: dict[str, Any],
-    measure: Callable[[Cell], dict[str, Any]],
+    measure: Callable[[Cell], Row],
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
     """Measures the cells that the JSON of --out does not have, and writes it after each.
@@ -25,8 +24,8 @@ def keep_rows(
     Args:
       what: is measured.
       settings: beside the flags of the grid; an earlier result of others is begun anew.
-      measure: gives what a cell's row holds beside its setting; a UserError skips the cell, and
-        is its row's "skipped".
+      measure: gives what a cell's row holds beside its setting, "provenance" included; a UserError
+        skips the cell, and is its row's "skipped". It is tried again next time.
       draw: makes the picture of a result at a path.
     """
     path, cells = Path(grid_flags.OUT.value), grid_flags.make_cells()
@@ -36,46 +35,30 @@ def keep_rows(
         "variant": grid_flags.variant(),
         **settings,
     }
-    rows = _read(path, header)
+    kept = [row for row in resume(path, header, any_commit=True) if "skipped" not in row]
+    rows = {_key(row): row for row in kept}
     for cell in track(cells, len(cells), what.partition(" (")[0].partition(",")[0], "cells"):
-        key = (cell.config, cell.attention, cell.seed)
-        if key in rows and rows[key]["departures"] == json.loads(json.dumps(cell.departures)):
-            continue
-        rows[key] = {
+        row = {
             "config": cell.config,
             "attention": cell.attention,
             "seed": cell.seed,
             "batch_size": cell.asked["train"]["batch_size"],
             "length": cell.asked["model"]["max_length"],
-            "departures": json.loads(json.dumps(cell.departures)),
+            "departures": as_read(cell.departures),
         }
+        if rows.get(_key(row), {}).get("departures") == row["departures"]:
+            continue
         try:
-            rows[key] |= measure(cell)
+            row |= measure(cell)
         except UserError as error:
-            rows[key]["skipped"] = str(error)
+            row["skipped"] = str(error)
             say(f"{cell.config}, {cell.attention}: skipped: {error}")
+        rows[_key(row)] = row
         result = {**header, "rows": list(rows.values())}
         write_json(path, result)
         if any("skipped" not in row for row in rows.values()):
             draw(result, path.with_suffix(".png"))
 
 
-def _read(path: Path, header: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The rows of an earlier result of the same settings and versions, but those skipped."""
-    if not path.exists():
-        return {}
-    before = json.loads(path.read_text())
-    # Each row has the commit that it was measured with.
-    different = [
-        name
-        for name, value in header.items()
-        if name != "commit" and before.get(name) != json.loads(json.dumps(value))
-    ]
-    if different:
-        say(f"{path} is of other {', '.join(different)}: begun anew")
-        return {}
-    return {
-        (row["config"], row["attention"], row["seed"]): row
-        for row in before["rows"]
-        if "skipped" not in row
-    }
+def _key(row: Row) -> tuple[str, str, int]:
+    return row["config"], row["attention"], row["seed"]

@@ -1,7 +1,7 @@
 """Error of each approximation against exact softmax attention, the paper's figure 1.
 
-    python experiments/figure1.py                          # on an accelerator
-    python experiments/figure1.py --small --set=data.source=DIR
+    python -m experiments.paper.figure1                          # on an accelerator
+    python -m experiments.paper.figure1 --small --set=data.source=DIR
 
 Queries, keys and values are those of the layers of a Text model with softmax attention, on reviews
 of at least as many bytes as a length asks for, cut there: of the model as it is initialised, and of
@@ -9,7 +9,7 @@ one that is trained here (into --dir; it goes on where it stopped). Each approxi
 the attention of the same arrays, with as many features as asked for:
 
     skyformer      landmarks; its method applied to the softmax kernel, as in the paper, see
-                   skyformer_jax/analysis.py
+                   analysis.py
     nystromformer  landmarks (without its convolution)
     linformer      rows of its projections, random as at the start of training
     performer      random features
@@ -20,8 +20,8 @@ the attention of the same arrays, with as many features as asked for:
 Reformer is left out: it attends with one array as queries and keys, so that exact attention is not
 its limit. What is random is drawn --draws times.
 
---small trains a smaller model: texts of 256 bytes, one layer, 800 steps of 32; --lengths beyond a
-trained model's are measured with initialised weights alone, as the table of positions ends there.
+--lengths beyond a trained model's, which with --small is 256, are measured with initialised weights
+alone, as the table of positions ends there.
 
 Writes --out after each length, with provenance, and the picture beside it:
 
@@ -35,32 +35,32 @@ Writes --out after each length, with provenance, and the picture beside it:
 Started again, it goes on with the lengths that are missing.
 """
 
-import json
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np
 from absl import flags
 
 from configs import text
-from experiments.grid import Cell, make_grid, parse_config
-from experiments.provenance import provenance, write_json
-from skyformer_jax import analysis, cli, training
+from experiments.paper import analysis, grid
+from experiments.paper.first_steps import model_inputs, one_device_run
+from experiments.paper.report import pictures
+from experiments.records import Row, provenance, resume, write_json
+from skyformer_jax import cli, training
 from skyformer_jax.attention import ATTENTIONS
 from skyformer_jax.data.batches import make_batch
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
-from skyformer_jax.models import build_model
 from skyformer_jax.progress import say, track
-from skyformer_jax.report import pictures
-from skyformer_jax.training import checkpoints, evaluation, steps
+from skyformer_jax.training import checkpoints
+from skyformer_jax.training.run import Run
+from skyformer_jax.training.state import init_states, state_spec, take
 
-_SMALL = flags.DEFINE_bool("small", False, "A shorter model, for a CPU; see above.")
+_SMALL = flags.DEFINE_bool("small", False, "The reduced setting for a CPU: a smaller model.")
 _LENGTHS = flags.DEFINE_list("lengths", "128,256,512,1024,2048,4096", "Tokens of a sequence.")
 _FEATURES = flags.DEFINE_list("features", "16,32,64,128,256", "Numbers of features.")
 _EXAMPLES = flags.DEFINE_integer("examples", 4, "Reviews of each length.", lower_bound=1)
@@ -70,43 +70,29 @@ _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE, an override of the con
 _DIR = flags.DEFINE_string("dir", "runs/figure1", "Folder of the trained model.")
 _OUT = flags.DEFINE_string("out", "results/figure1.json", "JSON to write; the plot has .png.")
 
-_SHORTER = (
-    *("data.length=256", "model.max_length=256", "model.num_layers=1", "train.batch_size=32"),
-    *("train.num_steps=800", "train.learning_rate=1e-3", "train.warmup_steps=80"),
-    "train.eval_every=160",
-)
-
 _DETERMINISTIC = ("nystromformer",)
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Attend = Callable[..., jax.Array]
 
 
 def approximations(num_features: int, length: int) -> dict[str, Attend]:
-    """Each approximation with so many features, of query, key, value and a random key."""
-
-    def option(name: str, **options: Any) -> Attend:
-        return lambda query, key, value, rng: ATTENTIONS[name](
-            query, key, value, rng=rng, **options
-        )
-
-    found = {
-        "skyformer": lambda query, key, value, rng: analysis.skyformer_of_softmax(
-            query, key, value, rng=rng, num_landmarks=num_features
-        ),
-        "nystromformer": option("nystromformer", num_landmarks=num_features),
-        "linformer": option("linformer", num_features=num_features),
-        "performer": option("performer", num_features=num_features),
-        "informer": option(
-            "informer", num_active_queries=num_features, num_sampled_keys=num_features
-        ),
+    """Each approximation with so many features, of query, key, value and rng."""
+    options = {
+        "nystromformer": {"num_landmarks": num_features},
+        "linformer": {"num_features": num_features},
+        "performer": {"num_features": num_features},
+        "informer": {"num_active_queries": num_features, "num_sampled_keys": num_features},
     }
     block_size = num_features // 8
     if length >= 8 * block_size:
-        found["bigbird"] = option("bigbird", block_size=block_size)
-    return found
+        options["bigbird"] = {"block_size": block_size}
+    skyformer = functools.partial(analysis.skyformer_of_softmax, num_landmarks=num_features)
+    return {"skyformer": skyformer} | {
+        name: functools.partial(ATTENTIONS[name], **of_name) for name, of_name in options.items()
+    }
 
 
-def texts(split: Examples, length: int) -> tuple[np.ndarray, np.ndarray]:
+def texts(run: Run, split: Examples, length: int) -> tuple[jax.Array, jax.Array]:
     """The first reviews that have the length, cut there: tokens and mask, without padding.
 
     Raises:
@@ -118,13 +104,11 @@ def texts(split: Examples, length: int) -> tuple[np.ndarray, np.ndarray]:
             f"--lengths: only {len(rows)} validation reviews have {length} bytes, of "
             f"--examples={_EXAMPLES.value}; ask for shorter or fewer ones"
         )
-    batch = make_batch(split.cut(length), rows, length)
-    return split.tokenizer(batch.tokens), np.ones(batch.tokens.shape, bool)
+    return model_inputs(run, make_batch(split.cut(length), rows, length))
 
 
-def layer_inputs(model: Any, variables: Any, split: Examples, length: int) -> list[Arrays]:
-    """Query, key and value of each layer, for the reviews of that length."""
-    tokens, mask = texts(split, length)
+def layer_inputs(model: Any, variables: Any, tokens: jax.Array, mask: jax.Array) -> list[Arrays]:
+    """Query, key and value, [1, length, heads, head_dim], of each example and layer."""
 
     @jax.jit
     def arrays_of(tokens: jax.Array, mask: jax.Array) -> list[list[jax.Array]]:
@@ -142,7 +126,7 @@ def layer_inputs(model: Any, variables: Any, split: Examples, length: int) -> li
     ]
 
 
-def measure(inputs: list[Arrays], features: list[int], what: str) -> list[dict[str, Any]]:
+def measure(inputs: list[Arrays], features: list[int], what: str) -> list[Row]:
     """The errors of each approximation and number of features on those arrays of one length."""
     length = inputs[0][0].shape[1]
     exact = [np.asarray(jax.jit(ATTENTIONS["softmax"])(*arrays)) for arrays in inputs]
@@ -158,7 +142,7 @@ def measure(inputs: list[Arrays], features: list[int], what: str) -> list[dict[s
         relative = np.array(
             [
                 [
-                    analysis.spectral_error(attend(*arrays, jax.random.key(draw)), reference)
+                    analysis.spectral_error(attend(*arrays, rng=jax.random.key(draw)), reference)
                     for draw in range(draws)
                 ]
                 for arrays, reference in zip(inputs, exact, strict=True)
@@ -184,18 +168,15 @@ def measure(inputs: list[Arrays], features: list[int], what: str) -> list[dict[s
     return rows
 
 
-def trained_model(cell: Cell) -> tuple[Any, Any, dict[str, Any]]:
+def trained_model(cell: grid.Cell) -> tuple[Any, Any, dict[str, Any]]:
     """The model of the cell, trained, its variables and what they are of."""
-    config = parse_config(cell.arguments)
+    config = grid.parse_config(cell.arguments)
     result = training.train(config, cell.workdir)
     if result is None:
         sys.exit(1)  # stopped by a signal, and said so
-    model = build_model(config)
-    state, _ = checkpoints.restore(
-        cell.workdir / "checkpoints",
-        result["checkpoint"],
-        steps.abstract_state(config, model, steps.make_optimizer(config)),
-    )
+    run = one_device_run(config)
+    folder = cell.workdir / "checkpoints"
+    state, _ = checkpoints.restore(folder, result["checkpoint"], state_spec(run))
     about = {
         "steps": config.train.num_steps,
         "batch_size": config.train.batch_size,
@@ -203,17 +184,15 @@ def trained_model(cell: Cell) -> tuple[Any, Any, dict[str, Any]]:
         **{key: result[key] for key in ("checkpoint", "accuracy", "data")},
         "departures": cell.departures,
     }
-    return model, state.variables, about
+    return run.model, state.variables, about
 
 
 def initialised_model(seed: int) -> tuple[Any, Any]:
     """The model of the full setting before training, and its variables."""
     config = text.get_config("softmax")
-    model = build_model(config)
-    init = jax.jit(steps.init_state, static_argnums=(1, 2, 3))
-    return model, init(
-        seed, model, steps.make_optimizer(config), steps.token_shape(config)
-    ).variables
+    config.seed = seed
+    run = one_device_run(config)
+    return run.model, take(init_states(run).variables, 0)
 
 
 def _numbers(flag: flags.FlagHolder, least: int) -> list[int]:
@@ -231,17 +210,18 @@ def _numbers(flag: flags.FlagHolder, least: int) -> list[int]:
 def main() -> None:
     """Trains, if need be, and measures length after length; writes JSON and picture after each."""
     lengths, features = _numbers(_LENGTHS, 16), _numbers(_FEATURES, 8)
-    settings = [*(_SHORTER if _SMALL.value else ()), *_SET.value]
-    (cell,) = make_grid(["text"], ["softmax"], [str(_SEED.value)], "", settings, Path(_DIR.value))
-    trained, variables, about = trained_model(cell)
-    models = {
-        "initialised": initialised_model(_SEED.value),
-        "trained": (trained, variables),
-    }
-    config = parse_config(cell.arguments)
+    small, reduced = ("small", grid.shorter(["text"])) if _SMALL.value else ("", [])
+    settings = [*reduced, *_SET.value]
+    (cell,) = grid.make_grid(
+        ["text"], ["softmax"], [str(_SEED.value)], small, settings, Path(_DIR.value)
+    )
+    *trained, about = trained_model(cell)
+    models = {"initialised": initialised_model(_SEED.value), "trained": trained}
+    config = grid.parse_config(cell.arguments)
     config.data.length = max(lengths)
     config.model.max_length = max(config.model.max_length, *lengths)
-    validation = evaluation.load_split(config, "validation")
+    run = one_device_run(config)
+    validation = run.load_split("validation")
 
     header = {
         "what": "spectral norm of the error of approximations of softmax attention over that of "
@@ -254,11 +234,8 @@ def main() -> None:
         "data": {**about["data"], "checksum": validation.checksum()},
         "training": about,
     }
-    path, rows = Path(_OUT.value), []
-    if path.exists():
-        before = json.loads(path.read_text())
-        if {k: v for k, v in before.items() if k != "rows"} == json.loads(json.dumps(header)):
-            rows = before["rows"]
+    path = Path(_OUT.value)
+    rows = resume(path, header)
     done = {(row["weights"], row["length"]) for row in rows}
     for weights, (model, variables) in models.items():
         for length in lengths:
@@ -267,7 +244,7 @@ def main() -> None:
             if length > model.max_length:
                 say(f"{weights} weights: no positions beyond {model.max_length}: not {length}")
                 continue
-            inputs = layer_inputs(model, variables, validation, length)
+            inputs = layer_inputs(model, variables, *texts(run, validation, length))
             found = measure(inputs, features, f"{weights} weights, {length} tokens")
             rows += [{"weights": weights, "length": length, **row} for row in found]
             result = {**header, "rows": rows}

@@ -1,7 +1,8 @@
 """Hours of 50,000 steps and peak memory, the paper's table 2.
 
-    python experiments/table2.py            # on an accelerator: the full batches
-    python experiments/table2.py --small    # batches of 16,384 tokens, for ratios on a CPU
+    python -m experiments.paper.table2                   # on an accelerator: the full batches
+    python -m experiments.paper.table2 --small_batches   # of 16,384 tokens, for ratios on a CPU
+    python -m experiments.paper.table2 --small           # the reduced setting
 
 A training step of each attention on random tokens at the task's full length, which neither depends
 on: the attentions of a task are compiled ahead of time and take turns in one process, so that their
@@ -12,6 +13,7 @@ caches (docs/speed.md).
 
 Writes --out after each task, beside provenance:
 
+    small whether the batches are those of --small_batches
     rows  config, attention, batch_size, full_batch_size, length, seconds (of each turn),
           seconds_per_step (their median), hours (of 50,000 such steps), bytes, temporaries_bytes,
           compile_seconds; or skipped, the reason
@@ -19,40 +21,37 @@ Writes --out after each task, beside provenance:
 and the picture beside it. Started again, it goes on with the tasks that are missing.
 """
 
-import json
-import math
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 from absl import flags
 
-from experiments import grid_flags
-from experiments.grid import Cell, make_grid, parse_config
-from experiments.provenance import provenance, write_json
+from experiments.paper import grid_flags, published
+from experiments.paper.grid import Cell, parse_config
+from experiments.paper.report import pictures
+from experiments.records import Row, provenance, resume, write_json
 from experiments.timing import measure_steps
 from skyformer_jax import cli
 from skyformer_jax.progress import say
-from skyformer_jax.report import paper, pictures
-from skyformer_jax.training import steps
 
 grid_flags.set_defaults(seeds="0", out="results/table2.json")
 flags.adopt_module_key_flags(grid_flags)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each attention takes.", lower_bound=1)
+_SMALL_BATCHES = flags.DEFINE_bool(
+    "small_batches", False, "Batches of 16,384 tokens, at the same length."
+)
 
-_SMALL_TOKENS = 16_384
+_TOKENS = 16_384
 
 
-def measure(cells: list[Cell], name: str) -> list[dict[str, object]]:
+def measure(cells: list[Cell], name: str) -> list[Row]:
     """The rows of a task."""
     configs = {cell.attention: parse_config(cell.arguments) for cell in cells}
-    full_batch_sizes = {name: config.train.batch_size for name, config in configs.items()}
-    for config in configs.values():
-        if grid_flags.SMALL.value:
-            tokens = math.prod(steps.token_shape(config))
-            config.train.batch_size = max(1, _SMALL_TOKENS // tokens)
+    full_batch_sizes = {attention: config.train.batch_size for attention, config in configs.items()}
+    if _SMALL_BATCHES.value:
+        for config in configs.values():
+            tokens = config.model.num_documents * config.model.max_length
+            config.train.batch_size = max(1, _TOKENS // tokens)
     rows = []
     for attention, found in measure_steps(configs, _ROUNDS.value, name).items():
         config = configs[attention]
@@ -67,48 +66,30 @@ def measure(cells: list[Cell], name: str) -> list[dict[str, object]]:
             rows.append(row | {"skipped": found["skipped"]})
             continue
         seconds = found["median_seconds_per_step"]
-        rows.append(
-            row
-            | {
-                "seconds": found["seconds_per_step"],
-                "seconds_per_step": seconds,
-                "hours": paper.STEPS * seconds / 3600,
-                "bytes": found["bytes"],
-                "temporaries_bytes": found["temporaries_bytes"],
-                "compile_seconds": found["compile_seconds"],
-            }
-        )
+        row |= {
+            "seconds": found["seconds_per_step"],
+            "seconds_per_step": seconds,
+            "hours": published.STEPS * seconds / 3600,
+        }
+        fields = ("bytes", "temporaries_bytes", "compile_seconds")
+        rows.append(row | {field: found[field] for field in fields})
     return rows
 
 
 def main() -> None:
     """Measures task after task; writes JSON and picture after each."""
-    path = Path(grid_flags.OUT.value)
-    cells = make_grid(
-        grid_flags.CONFIGS.value,
-        grid_flags.ATTENTIONS.value,
-        grid_flags.SEEDS.value,
-        grid_flags.VARIANT.value,  # --small is of the batch alone
-        grid_flags.SET.value,
-        Path(grid_flags.DIR.value),
-    )
+    path, cells = Path(grid_flags.OUT.value), grid_flags.make_cells()
     header = {
         "what": "training step of the full model, random tokens at full length",
         **provenance(jax.device_count()),
-        "small": grid_flags.SMALL.value,
-        "variant": grid_flags.VARIANT.value,
-        "overrides": grid_flags.SET.value,
+        "small": _SMALL_BATCHES.value,
+        "variant": grid_flags.variant(),
+        "overrides": grid_flags.overrides(),
         "attentions": grid_flags.ATTENTIONS.value,
         "rounds": _ROUNDS.value,
         "seed": 0,
     }
-    rows = []
-    if path.exists():
-        before = json.loads(path.read_text())
-        if all(before.get(name) == value for name, value in header.items()):
-            rows = before["rows"]
-        else:
-            say(f"{path} is of other code, settings or hardware: begun anew")
+    rows = resume(path, header)
     for name in dict.fromkeys(cell.config for cell in cells):
         if any(row["config"] == name for row in rows):
             say(f"{name} is there")

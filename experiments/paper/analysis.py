@@ -17,7 +17,7 @@ from skyformer_jax.attention import skyformer_attention
 
 # Parameters on which the embedding does not depend.
 _HEAD = ("head_hidden", "head_out")
-# Tokens that instability computes at a time; see training/steps.py.
+# Tokens that embedding_change computes at a time, for the memory.
 _TOKENS = 4096
 
 
@@ -47,8 +47,8 @@ def skyformer_of_softmax(
       **options: of skyformer_attention, but scale.
 
     Returns:
-      As softmax_attention. The approximate sum of a row can come near zero, or below it: nothing is
-      done about that.
+      As softmax_attention. Nothing is done where the approximate sum of a row comes near zero, or
+      below it.
     """
     half_square = 0.5 * key.shape[-1] ** -0.5 * (key.astype(jnp.float32) ** 2).sum(axis=-1)
     if mask is not None:
@@ -79,8 +79,8 @@ def spectral_error(approximation: np.ndarray, exact: np.ndarray) -> np.ndarray:
       float64 [batch, heads].
     """
     error = np.asarray(approximation, np.float64) - np.asarray(exact, np.float64)
-    heads_first = np.moveaxis(error, 2, 1), np.moveaxis(np.asarray(exact), 2, 1)
-    return spectral_norm(heads_first[0]) / spectral_norm(heads_first[1])
+    error, exact = (np.moveaxis(np.asarray(x), 2, 1) for x in (error, exact))
+    return spectral_norm(error) / spectral_norm(exact)
 
 
 def singular_values(outputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -106,7 +106,7 @@ def outputs_of(
     mask: jax.Array,
     rng: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """What the modules of that name return when the model is applied, in their order.
+    """The outputs of all modules of that name when the model is applied, in their order.
 
     Args:
       name: query, key or value (each [batch, length, heads, head_dim]), attention_layer or block_0
@@ -115,8 +115,8 @@ def outputs_of(
       variables: of the model.
       tokens: as the model takes them.
       mask: likewise.
-      rng: a jax.random key for the dropout and the landmarks of training; None: as in evaluation,
-        without either.
+      rng: a jax.random key for the dropout and the landmarks of training; None leaves both out,
+        as in evaluation.
 
     Raises:
       ValueError: if there is no such module.
@@ -139,14 +139,14 @@ def outputs_of(
 
 
 class Change(NamedTuple):
-    """Of a model's embedding of a sequence; how it is taken matters.
+    """How far a model's embedding of a sequence moves; how the embedding is taken matters.
 
     Attributes:
       normed: after the final norm, which is what the head pools; its size is that of one token.
       raw: before it, as the last block returns it. There kernelized attention, whose output is a
         sum over all keys that nothing divides by their number, is larger the longer the sequence.
       with_noise: as normed, with dropout and landmarks as in training, which are drawn anew for
-        the embedding before and for that after. Mostly the size of that noise.
+        the embedding before and for that after. This is mostly the size of that noise.
     """
 
     normed: jax.Array | float
@@ -194,12 +194,7 @@ def embedding_change(
 
 
 def instability(
-    model: nn.Module,
-    before: Any,
-    after: Any,
-    tokens: jax.Array,
-    mask: jax.Array,
-    rng: jax.Array,
+    model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array, rng: jax.Array
 ) -> Change:
     """The instability score of a training step, appendix F of the paper.
 
@@ -207,26 +202,26 @@ def instability(
     but the head's, on which f does not depend.
 
     Args:
-      model: see embedding_change; the others as well.
+      model: as of embedding_change, like the others.
       before: the variables before the step.
-      after: those after it.
+      after: the variables after it.
       tokens: of the step's batch, or of some of its examples.
       mask: likewise.
-      rng: see embedding_change.
+      rng: a jax.random key, for with_noise alone.
 
     Returns:
-      The scores, divided by the number of examples.
+      The scores, means over the examples.
 
     Raises:
       ValueError: if the parameters did not change.
     """
+    old, new = (
+        jax.tree.leaves({k: v for k, v in tree["params"].items() if k not in _HEAD})
+        for tree in (before, after)
+    )
     distance = sum(
-        float(((np.asarray(new, np.float64) - np.asarray(old, np.float64)) ** 2).sum())
-        for name, tree in after["params"].items()
-        if name not in _HEAD
-        for new, old in zip(
-            jax.tree.leaves(tree), jax.tree.leaves(before["params"][name]), strict=True
-        )
+        float(((np.asarray(b, np.float64) - np.asarray(a, np.float64)) ** 2).sum())
+        for a, b in zip(old, new, strict=True)
     )
     if not distance:
         raise ValueError("the parameters are the same before and after")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import grid
+from experiments.paper import grid
 from skyformer_jax import attention
 from skyformer_jax.errors import UserError
 
@@ -14,21 +14,14 @@ CONFIGS = flags.DEFINE_list(
 ATTENTIONS = flags.DEFINE_list("attentions", list(attention.NAMES), "Which.")
 SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Numbers.")
 VARIANT = flags.DEFINE_string("variant", "", "Of the configs: paper or small.")
-SMALL = flags.DEFINE_bool("small", False, "A reduced setting for a CPU; the script says which.")
+SMALL = flags.DEFINE_bool(
+    "small", False, "The reduced setting for a CPU: the variant small, still shorter."
+)
 SET = flags.DEFINE_multi_string(
     "set", [], "[CONFIG:]FIELD=VALUE, an override of all cells or of one config's; repeatable."
 )
 DIR = flags.DEFINE_string("dir", "runs/sweep", "Folder of the cells' folders.")
 OUT = flags.DEFINE_string("out", "results/sweep.json", "File to write.")
-
-# What --small makes of the variant small where it trains to the end: minutes a cell on one core.
-_SHORTER = (
-    *("listops:train.num_steps=800", "listops:train.warmup_steps=80"),
-    "listops:train.eval_every=100",
-    *("text:data.length=256", "text:model.max_length=256"),
-    *("text:train.num_steps=800", "text:train.warmup_steps=80", "text:train.eval_every=160"),
-    *("image:train.num_steps=1000", "image:train.warmup_steps=100", "image:train.eval_every=200"),
-)
 
 
 def set_defaults(**defaults: str) -> None:
@@ -39,8 +32,7 @@ def set_defaults(**defaults: str) -> None:
 
 def overrides() -> list[str]:
     """All overrides, those of --small included, those of --set last."""
-    shorter = _SHORTER if SMALL.value else ()
-    return [x for x in shorter if x.partition(":")[0] in CONFIGS.value] + SET.value
+    return (grid.shorter(CONFIGS.value) if SMALL.value else []) + SET.value
 
 
 def variant() -> str:

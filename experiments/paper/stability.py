@@ -1,19 +1,19 @@
 """The instability score of the paper's appendix F, over the first steps of training.
 
-    python experiments/stability.py --seeds=0
-    python experiments/stability.py --small --configs=listops
+    python -m experiments.paper.stability --seeds=0
+    python -m experiments.paper.stability --small --configs=listops
 
     tau_i = ||f(x_i, W_i) - f(x_i, W_(i-1))||_F^2 / ||W_i - W_(i-1)||_F^2
 
 with f the embedding of the real tokens after the last block and the final norm, x_i the batch of
-step i, W all parameters but the head's (skyformer_jax/analysis.py). The paper gives its mean over
-the first 20 steps as a ratio to softmax's. Training is as configs/ say, dropout included; f is
-evaluated without it, and with the same landmarks before and after the step. As the paper does not
-say whether its f was, there is a second score with dropout and landmarks drawn anew each time.
---examples=N evaluates f on the first N of each batch.
+step i, W all parameters but the head's (analysis.py). The paper gives its mean over the first 20
+steps as a ratio to softmax's. Training is as configs/ say, dropout included; f is evaluated without
+it, and with the same landmarks before and after the step. As the paper does not say whether its f
+was, there is a second score with dropout and landmarks drawn anew each time. --examples=N evaluates
+f on the first N of each batch.
 
 A task whose data are not there is skipped, with a line; so is what an earlier run of this code
-finished. --small takes the variant small of the configs, which needs a minute.
+finished. --small needs a minute.
 
 Writes --out after each cell, beside provenance and what was asked for:
 
@@ -26,21 +26,15 @@ Writes --out after each cell, beside provenance and what was asked for:
 and the picture beside it.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 from absl import flags
 
-from experiments import first_steps, grid_flags
-from experiments.cell_rows import keep_rows
-from experiments.grid import Cell, parse_config
-from skyformer_jax import analysis, cli
-from skyformer_jax.models import build_model
-from skyformer_jax.report import pictures
-from skyformer_jax.training import evaluation
+from experiments.paper import analysis, first_steps, grid_flags
+from experiments.paper.cell_rows import keep_rows
+from experiments.paper.grid import Cell, parse_config
+from experiments.paper.report import pictures
+from experiments.records import Row
+from skyformer_jax import cli
 
 grid_flags.set_defaults(
     attentions="softmax,kernelized,nystromformer,skyformer",
@@ -52,18 +46,20 @@ _STEPS = flags.DEFINE_integer("steps", 20, "Steps of training.", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", 0, "Of each batch; 0: all.", lower_bound=0)
 
 
-def measure(cell: Cell) -> dict[str, object]:
+def measure(cell: Cell) -> Row:
     """The scores of a cell's first steps, and what they are of."""
     config = parse_config(cell.arguments)
-    split = evaluation.load_split(config, "train")
-    weights, where = first_steps.train(config, split, _STEPS.value, cell.workdir)
-    model = build_model(config)
+    run = first_steps.one_device_run(config)
+    split = run.load_split("train")
+    weights, where = first_steps.train(run, split, _STEPS.value, cell.workdir)
     scores = []
-    for i, batch in enumerate(first_steps.first_batches(config, split, _STEPS.value)):
+    for i, batch in enumerate(first_steps.first_batches(run, split, _STEPS.value)):
         some = jax.tree.map(lambda x: x[: _EXAMPLES.value or len(x)], batch)
-        tokens, mask = first_steps.read(config, some)
+        tokens, mask = first_steps.model_inputs(run, some)
         rng = jax.random.fold_in(jax.random.key(config.seed), i)
-        scores.append(analysis.instability(model, weights[i], weights[i + 1], tokens, mask, rng))
+        scores.append(
+            analysis.instability(run.model, weights[i], weights[i + 1], tokens, mask, rng)
+        )
     return {
         "learning_rate": config.train.learning_rate,
         "warmup_steps": config.train.warmup_steps,

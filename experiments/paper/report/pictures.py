@@ -1,58 +1,26 @@
 """The pictures of results: each a function of what a JSON of results/ holds, and of a path.
 
-The scripts of experiments/ draw them as they measure, the report draws them again.
+The scripts of experiments/paper/ draw them as they measure, the report draws them again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from experiments.palette import line_style
+from experiments.paper import published
+from experiments.paper.report.statistics import Result, Row, finished, group, measured
 from skyformer_jax.attention import NAMES
-from skyformer_jax.report import paper
-
-Result = dict[str, Any]
-Rows = list[dict[str, Any]]
-
-# Colours that colour-blind readers tell apart (Okabe and Ito, 2008), and black for what is exact.
-_COLOURS = dict(
-    zip(
-        NAMES,
-        ("#000000", "#999999", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7",
-         "#8B6F3E"),
-        strict=True,
-    )
-)  # fmt: skip
-_MARKERS = dict(zip(NAMES, "osD^v<>Ph", strict=True))
 
 
-def _style(name: str) -> dict[str, Any]:
-    """How an attention's lines look in all pictures."""
-    return {
-        "color": _COLOURS[name],
-        "marker": _MARKERS[name],
-        "ms": 4,
-        "lw": 2 if name == "skyformer" else 1.2,
-        "zorder": 3 if name == "skyformer" else 2,
-    }
-
-
-def _configs(rows: Rows) -> list[str]:
-    """Of the rows, in the paper's order and then the others."""
-    found = list(dict.fromkeys(row["config"] for row in rows))
-    return [c for c in paper.CONFIGS if c in found] + [c for c in found if c not in paper.CONFIGS]
-
-
-def _names(rows: Rows) -> list[str]:
-    found = {row["attention"] for row in rows}
-    return [name for name in NAMES if name in found]
-
-
-def _measured(result: Result) -> Rows:
-    return [row for row in result["rows"] if "skipped" not in row]
+def _by_task(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
+    """{config: {attention: rows}}, the configs in the paper's order and then the others."""
+    found = group(rows, "config", "attention")
+    order = [c for c in published.CONFIGS if c in found]
+    return {config: found[config] for config in [*order, *(c for c in found if c not in order)]}
 
 
 def _panels(
@@ -104,68 +72,60 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _mean(values: Iterable[Sequence[float]]) -> list[float]:
-    """Of lists of one length, place by place."""
+    """The mean of lists of one length, element by element."""
     return [sum(column) / len(column) for column in zip(*values, strict=True)]
 
 
 def stability(result: Result, path: Path) -> None:
     """Instability score of each step, a panel a task, a line an attention, mean of the seeds."""
-    rows = _measured(result)
+    tasks = _by_task(measured(result))
 
     def draw(axis: Axes, config: str) -> None:
-        own = [row for row in rows if row["config"] == config]
-        for name in _names(own):
-            scores = _mean(row["instability"] for row in own if row["attention"] == name)
-            axis.plot(range(1, len(scores) + 1), scores, label=name, **_style(name))
+        for name, rows in tasks[config].items():
+            scores = _mean(row["instability"] for row in rows)
+            axis.plot(range(1, len(scores) + 1), scores, label=name, **line_style(name))
         axis.set(title=config, xlabel="step", yscale="log")
 
-    figure = _panels(_configs(rows), draw)
+    figure = _panels(list(tasks), draw)
     figure.axes[0].set_ylabel("instability score")
     _save(figure, path)
 
 
 def singular_values(result: Result, path: Path) -> None:
     """Singular values over the greatest, a column a task; before training above, after it below."""
-    rows = _measured(result)
-    configs = _configs(rows)
-    whens = {
-        "initial": "before training",
-        "trained": f"after {result['steps']} steps",
-    }
+    tasks = _by_task(measured(result))
+    whens = {"initial": "before training", "trained": f"after {result['steps']} steps"}
     panels = {
-        f"{config}, {text}": (config, when) for when, text in whens.items() for config in configs
+        f"{config}, {text}": (config, when) for when, text in whens.items() for config in tasks
     }
 
     def draw(axis: Axes, title: str) -> None:
         config, when = panels[title]
-        own = [row for row in rows if row["config"] == config]
-        for name in _names(own):
-            values = _mean(row[when] for row in own if row["attention"] == name)
-            axis.plot(
-                range(1, len(values) + 1), values, label=name, **{**_style(name), "marker": ""}
-            )
+        for name, rows in tasks[config].items():
+            values = _mean(row[when] for row in rows)
+            style = {**line_style(name), "marker": ""}
+            axis.plot(range(1, len(values) + 1), values, label=name, **style)
         axis.set(title=title, yscale="log", ylim=(1e-4, 1.5), xlabel="index")
 
     figure = _panels(list(panels), draw, rows=2, height=2.6)
-    for axis in figure.axes[:: len(configs)]:
+    for axis in figure.axes[:: len(tasks)]:
         axis.set_ylabel("singular value over the greatest")
     _save(figure, path)
 
 
 def figure1(result: Result, path: Path) -> None:
     """Relative error against features, a panel for each kind of weights and length."""
-    found = dict.fromkeys((row["weights"], row["length"]) for row in result["rows"])
-    panels = {f"{kind}, n = {length:,}": (kind, length) for kind, length in found}
+    panels = {
+        f"{kind}, n = {length:,}": of_name
+        for kind, of_length in group(result["rows"], "weights", "length", "attention").items()
+        for length, of_name in of_length.items()
+    }
 
     def draw(axis: Axes, title: str) -> None:
-        own = [row for row in result["rows"] if (row["weights"], row["length"]) == panels[title]]
-        for name in _names(own):
-            points = [
-                (row["num_features"], row["relative_error"]["median"])
-                for row in own
-                if row["attention"] == name
-            ]
-            axis.plot(*zip(*points, strict=True), label=name, **_style(name))
+        for name, rows in panels[title].items():
+            features = [row["num_features"] for row in rows]
+            errors = [row["relative_error"]["median"] for row in rows]
+            axis.plot(features, errors, label=name, **line_style(name))
         # What is exact is below the axis.
         axis.set(title=title, xlabel="features", xscale="log", yscale="log", ylim=(3e-4, 3))
         axis.set_xticks(result["features"], result["features"], minor=False)
@@ -180,45 +140,48 @@ def figure1(result: Result, path: Path) -> None:
 
 def table1(result: Result, path: Path) -> None:
     """Test accuracy, a panel a task: every seed, the mean, and the floors as dashed lines."""
-    rows = [row for row in result["cells"] if row["status"] == "finished"]
+    tasks = _by_task(finished(result))
 
     def draw(axis: Axes, config: str) -> None:
-        own = [row for row in rows if row["config"] == config]
-        for place, name in enumerate(reversed(NAMES)):
-            found = [100 * row["accuracy"] for row in own if row["attention"] == name]
-            style = {**_style(name), "ls": "", "ms": 5}
-            axis.plot(found, [place] * len(found), alpha=0.5, **style)
+        for position, name in enumerate(reversed(NAMES)):
+            found = [100 * row["accuracy"] for row in tasks[config].get(name, [])]
+            style = {**line_style(name), "ls": "", "ms": 5}
+            axis.plot(found, [position] * len(found), alpha=0.5, **style)
             if found:
-                axis.plot([sum(found) / len(found)], [place], **{**style, "ms": 9, "marker": "|"})
+                style |= {"ms": 9, "marker": "|"}
+                axis.plot([sum(found) / len(found)], [position], **style)
         _list_names(axis)
-        for floor, accuracy in (own[0]["floors"] if own else {}).items():
+        first = next(iter(tasks[config].values()))[0]
+        for floor, accuracy in first["floors"].items():
             if 100 * accuracy > axis.get_xlim()[0] - 10:
                 axis.axvline(100 * accuracy, ls="--", lw=1, color="gray")
                 axis.set_title(f"dashed: {floor}", fontsize=7, loc="right", color="gray")
         axis.set_title(config, loc="left")
         axis.set_xlabel("test accuracy, %")
 
-    _save(_panels(_configs(rows), draw), path)
+    _save(_panels(list(tasks), draw), path)
 
 
 def table2(result: Result, path: Path) -> None:
     """Seconds of a step above, memory below, over softmax's; a panel a task; the paper's hollow."""
-    rows = _measured(result)
-    configs = _configs(rows)
-    whats = {"time": ("seconds_per_step", paper.HOURS), "memory": ("bytes", paper.MEMORY)}
-    panels = {f"{config}, {what}": (config, what) for what in whats for config in configs}
+    tasks = _by_task(measured(result))
+    whats = {
+        "time": ("seconds_per_step", published.HOURS),
+        "memory": ("bytes", published.MEMORY),
+    }
+    panels = {f"{config}, {what}": (config, what) for what in whats for config in tasks}
 
     def draw(axis: Axes, title: str) -> None:
         config, what = panels[title]
         field, printed = whats[what]
-        own = {row["attention"]: row[field] for row in rows if row["config"] == config}
-        for place, name in enumerate(reversed(NAMES)):
-            style = {**_style(name), "ls": "", "ms": 6}
+        own = {name: rows[0][field] for name, rows in tasks[config].items()}
+        for position, name in enumerate(reversed(NAMES)):
+            style = {**line_style(name), "ls": "", "ms": 6}
             if name in own and "softmax" in own:
-                axis.plot([own[name] / own["softmax"]], [place], **style)
+                axis.plot([own[name] / own["softmax"]], [position], **style)
             if config in printed["softmax"]:
                 ratio = printed[name][config] / printed["softmax"][config]
-                axis.plot([ratio], [place], **{**style, "mfc": "none"})
+                axis.plot([ratio], [position], **{**style, "mfc": "none"})
         _list_names(axis)
         axis.axvline(1, ls="--", lw=1, color="gray")
         axis.set(title=title, xlabel="over softmax's; hollow: paper")
@@ -229,29 +192,24 @@ def table2(result: Result, path: Path) -> None:
 
 def figure2(result: Result, path: Path) -> None:
     """Validation accuracy above, loss below, against time; a column a task; mean of the seeds."""
-    rows = result["rows"]
-    configs = _configs(rows)
+    tasks = _by_task(result["rows"])
     panels = {
-        f"{config}, {what}": (config, what) for what in ("accuracy", "loss") for config in configs
+        f"{config}, {what}": (config, what) for what in ("accuracy", "loss") for config in tasks
     }
-    unit, seconds = ("hours", 3600) if _longest(rows) > 7200 else ("minutes", 60)
+    longest = max(point["seconds"] for row in result["rows"] for point in row["validation"])
+    unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)
 
     def draw(axis: Axes, title: str) -> None:
         config, what = panels[title]
-        own = [row for row in rows if row["config"] == config]
-        for name in _names(own):
-            curves = [row["validation"] for row in own if row["attention"] == name]
+        for name, rows in tasks[config].items():
+            curves = [row["validation"] for row in rows]
             times = _mean([point["seconds"] / seconds for point in curve] for curve in curves)
             values = _mean([point[what] for point in curve] for curve in curves)
-            axis.plot(times, values, label=name, **_style(name))
+            axis.plot(times, values, label=name, **line_style(name))
         axis.set(title=title, xlabel=f"{unit} of training")
         _logarithmic(axis)
 
     figure = _panels(list(panels), draw, rows=2, height=2.7)
     for i, what in enumerate(("validation accuracy", "validation loss, nats")):
-        figure.axes[i * len(configs)].set_ylabel(what)
+        figure.axes[i * len(tasks)].set_ylabel(what)
     _save(figure, path)
-
-
-def _longest(rows: Rows) -> float:
-    return max(point["seconds"] for row in rows for point in row["validation"])

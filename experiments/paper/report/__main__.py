@@ -1,20 +1,20 @@
 """Renders results/REPORT.md and its pictures from the JSON of experiments/, and from that alone.
 
-python -m skyformer_jax.report
-python -m skyformer_jax.report --results=DIR
+python -m experiments.paper.report
+python -m experiments.paper.report --results=DIR
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
 
+from experiments.paper.report import claims, pictures, tables
+from experiments.paper.report.statistics import Result
+from experiments.records import read_json, replacing
 from skyformer_jax import cli
 from skyformer_jax.errors import UserError
-from skyformer_jax.report import claims, pictures, tables
-from skyformer_jax.report.statistics import Result
 
 _RESULTS = flags.DEFINE_string(
     "results", "results", "Folder of the JSON, which gets REPORT.md and the pictures."
@@ -52,9 +52,9 @@ def read_results(folder: Path) -> dict[str, Result]:
     results = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            results[path.stem] = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged: {error}; measure it again") from None
+            results[path.stem] = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; measure it again") from None
     return results
 
 
@@ -68,14 +68,14 @@ def render(results: dict[str, Result]) -> str:
     for name, section in SECTIONS.items():
         sections.append(f"## {section.title}")
         if name not in results:
-            sections.append(f"Not yet run: `python experiments/{name}.py`.")
+            sections.append(f"Not yet run: `python -m experiments.paper.{name}`.")
             continue
         result = results[name]
         try:
             sections += [tables.origin(result), section.table(result)]
         except KeyError as error:
             raise UserError(
-                f"{name}.json has no {error}: an earlier experiments/{name}.py wrote it; "
+                f"{name}.json has no {error}: an earlier experiments/paper/{name}.py wrote it; "
                 "measure it again"
             ) from None
         sections.append(f"![{section.title}]({name}.png)")
@@ -86,10 +86,10 @@ def render(results: dict[str, Result]) -> str:
     )
     parts = [
         "# The paper and this code",
-        "Made by `python -m skyformer_jax.report` from the JSON beside it, and from that alone: do "
-        'not edit. The paper is Chen, Zeng, Ji, Yang, "Skyformer", NeurIPS 2021. Each section '
-        "says how its runs are reduced against the paper's: a reduced run neither confirms nor "
-        "refutes what the paper says of 50,000 steps, only what it says of itself.",
+        "Made by `python -m experiments.paper.report` from the JSON beside it, and from that "
+        'alone: do not edit. The paper is Chen, Zeng, Ji, Yang, "Skyformer", NeurIPS 2021. Each '
+        "section says how its runs are reduced against the paper's: a reduced run neither confirms "
+        "nor refutes what the paper says of 50,000 steps, only what it says of itself.",
         "## Claims of the paper",
         f"In these runs {counts}.",
         tables.markdown(
@@ -121,9 +121,8 @@ def main() -> None:
         if name in results:
             section.draw(results[name], folder / f"{name}.png")
     path = folder / "REPORT.md"
-    part = path.with_suffix(".md.part")
-    part.write_text(text)
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(text)
     print(path)
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from experiments.paper import published
+from experiments.paper.report import statistics
+from experiments.paper.report.statistics import Estimate, Result, finished, group, measured
 from skyformer_jax.attention import NAMES
-from skyformer_jax.report import paper, statistics
-from skyformer_jax.report.statistics import Estimate, Result
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -16,8 +17,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _runs(result: Result) -> list[dict[str, Any]]:
     """The provenance of each finished run, or of the whole where runs have none of their own."""
-    finished = [cell for cell in result.get("cells", []) if cell.get("status") == "finished"]
-    return [cell["provenance"] for cell in finished if cell.get("provenance")] or [result]
+    cells = [cell for cell in result.get("cells", []) if cell.get("status") == "finished"]
+    return [cell["provenance"] for cell in cells if cell.get("provenance")] or [result]
 
 
 def origin(result: Result) -> str:
@@ -48,8 +49,8 @@ def reduction(rows: Sequence[dict[str, Any]], num_seeds: int | None = None) -> s
         for field, (full, here) in row["departures"].items():
             found.setdefault(field, set()).add(f"{_value(full)} → {_value(here)}")
     parts = [f"`{field}` {', '.join(sorted(how))}" for field, how in sorted(found.items())]
-    if num_seeds is not None and num_seeds < paper.SEEDS:
-        parts.append(f"seeds {paper.SEEDS} → {num_seeds}")
+    if num_seeds is not None and num_seeds < published.SEEDS:
+        parts.append(f"seeds {published.SEEDS} → {num_seeds}")
     return "; ".join(parts)
 
 
@@ -75,12 +76,12 @@ def summary(result: Result) -> str:
     It is what the README shows.
     """
     accuracies = statistics.accuracies(result)
-    configs = [c for c in paper.CONFIGS if c in accuracies]
+    configs = [c for c in published.CONFIGS if c in accuracies]
 
     def text(name: str, config: str) -> str:
         found = accuracies[config].get(name)
         ours = "-" if found is None else f"{found.value:.1f} ± {found.error:.1f}"
-        return f"{ours} ({paper.ACCURACY[name][config]:.1f})"
+        return f"{ours} ({published.ACCURACY[name][config]:.1f})"
 
     rows = [[f"`{name}`", *(text(name, config) for config in configs)] for name in NAMES]
     return markdown(["", *configs], rows)
@@ -96,31 +97,30 @@ def table1(result: Result) -> str:
         "is ours alone, as the paper prints none: from the spread between seeds, pooled over the "
         "attentions of a task; where there is one seed, that of a test set of this size.",
     ]
-    for config in [*paper.CONFIGS, *(c for c in accuracies if c not in paper.CONFIGS)]:
-        cells = [cell for cell in result["cells"] if cell["config"] == config]
-        finished = [cell for cell in cells if cell["status"] == "finished"]
-        if not finished:
-            errors = sorted({cell["error"] for cell in cells if cell["error"]})
-            parts.append(f"### {config}\n\nNot yet run. {' '.join(errors)}".rstrip())
+    of_tasks, every_cell = group(finished(result), "config"), group(result["cells"], "config")
+    for config in dict.fromkeys([*published.CONFIGS, *of_tasks]):
+        if config not in of_tasks:
+            errors = {cell["error"] for cell in every_cell.get(config, []) if cell["error"]}
+            parts.append(f"### {config}\n\nNot yet run. {' '.join(sorted(errors))}".rstrip())
             continue
-        own = accuracies[config]
+        own, cells = accuracies[config], of_tasks[config]
         rows = [
             [
                 f"`{name}`",
-                *_compared(own.get(name), paper.ACCURACY[name].get(config), 2),
+                *_compared(own.get(name), published.ACCURACY[name].get(config), 2),
                 str(own[name].count) if name in own else "0",
             ]
             for name in NAMES
         ]
         table = markdown(["", "paper", "ours", "difference", "standard error", "seeds"], rows)
-        floors = ", ".join(f"{name} {100 * x:.1f} %" for name, x in finished[0]["floors"].items())
-        seeds = min(estimate.count for estimate in own.values())
-        data = ", ".join(sorted({cell["data"]["checksum"] for cell in finished}))
+        floors = ", ".join(f"{name} {100 * x:.1f} %" for name, x in cells[0]["floors"].items())
+        data = ", ".join(sorted({cell["data"]["checksum"] for cell in cells}))
         about = (
-            f"Trivial classifiers: {floors}. {finished[0]['examples']:,} test examples of "
-            f"{finished[0]['task']} (data {data})."
+            f"Trivial classifiers: {floors}. {cells[0]['examples']:,} test examples of "
+            f"{cells[0]['task']} (data {data})."
         )
-        parts.append(f"### {config}\n\n{_reduced(reduction(finished, seeds))} {about}\n\n{table}")
+        reduced = reduction(cells, min(estimate.count for estimate in own.values()))
+        parts.append(f"### {config}\n\n{_reduced(reduced)} {about}\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -133,42 +133,34 @@ def table2(result: Result) -> str:
     ]
     times = statistics.cost_ratios(result, "seconds_per_step")
     memories = statistics.cost_ratios(result, "bytes")
-    for config in [c for c in paper.CONFIGS if c in times]:
-        own = {row["attention"]: row for row in result["rows"] if row["config"] == config}
+    of_tasks = group(result["rows"], "config", "attention")
+    for config in [c for c in published.CONFIGS if c in times]:
+        own = {name: rows[0] for name, rows in of_tasks[config].items()}
         rows = []
         for name in NAMES:
             hours, memory = (
                 printed[name][config] / printed["softmax"][config]
-                for printed in (paper.HOURS, paper.MEMORY)
+                for printed in (published.HOURS, published.MEMORY)
             )
-            if name not in times[config]:
-                missing = ["-", "-", f"{hours:.2f}", "-", "-", "-", f"{memory:.2f}", "-"]
-                rows.append([f"`{name}`", *missing])
-                continue
-            error = statistics.time_ratio_error(result, config, name)
-            time = Estimate(times[config][name], error, 1)
-            row = own[name]
-            rows.append(
-                [
-                    f"`{name}`",
-                    f"{row['seconds_per_step']:.4g}",
-                    f"{row['bytes'] / 2**20:,.0f}",
-                    *_compared(time, hours, 2),
-                    *_compared(Estimate(memories[config][name], None, 1), memory, 2)[:2],
+            cost, our_time, our_memory = ["-", "-"], None, None
+            if name in times[config]:
+                cost = [
+                    f"{own[name]['seconds_per_step']:.4g}",
+                    f"{own[name]['bytes'] / 2**20:,.0f}",
                 ]
-            )
-        of_time, of_memory = (
-            ("time: paper", "ours", "difference", "error"),
-            ("memory: paper", "ours"),
-        )
-        table = markdown(["", "s a step", "MiB", *of_time, *of_memory], rows)
-        some = next(iter(own.values()))
-        text = (
-            ""
-            if some["batch_size"] == some["full_batch_size"]
-            else f"batch {some['full_batch_size']} → {some['batch_size']}, and this is not the "
-            "paper's V100"
-        )
+                error = statistics.time_ratio_error(result, config, name)
+                our_time = Estimate(times[config][name], error, 1)
+                our_memory = Estimate(memories[config][name], None, 1)
+            of_memory = _compared(our_memory, memory, 2)[:2]
+            rows.append([f"`{name}`", *cost, *_compared(our_time, hours, 2), *of_memory])
+        of_time = ("time: paper", "ours", "difference", "error")
+        table = markdown(["", "s a step", "MiB", *of_time, "memory: paper", "ours"], rows)
+        some, reduced = next(iter(own.values())), []
+        if result["variant"] == "small":
+            reduced.append("variant small of the configs")
+        if some["batch_size"] != some["full_batch_size"]:
+            reduced.append(f"batch {some['full_batch_size']} → {some['batch_size']}")
+        text = ", ".join([*reduced, "and this is not the paper's V100"]) if reduced else ""
         parts.append(f"### {config}\n\n{_reduced(text)} Length {some['length']:,}.\n\n{table}")
     return "\n\n".join(parts)
 
@@ -183,20 +175,13 @@ def figure1(result: Result) -> str:
         f"{training['batch_size']} (test accuracy {100 * training['accuracy']:.1f} %). "
         + _reduced(reduction([training]).replace("`", ""))
     ]
+    features = result["features"]
     for (weights, length), of_name in statistics.spectral_errors(result).items():
         rows = [
-            [
-                f"`{name}`",
-                *(
-                    f"{of_name[name][d]:.3g}" if d in of_name[name] else "-"
-                    for d in result["features"]
-                ),
-            ]
-            for name in NAMES
-            if name in of_name
+            [f"`{name}`", *(f"{errors[d]:.3g}" if d in errors else "-" for d in features)]
+            for name, errors in of_name.items()
         ]
-        header = [f"{weights}, n = {length:,}", *map(str, result["features"])]
-        parts.append(markdown(header, rows))
+        parts.append(markdown([f"{weights}, n = {length:,}", *map(str, features)], rows))
     return "\n\n".join(parts)
 
 
@@ -208,15 +193,14 @@ def figure2(result: Result) -> str:
     ]
     for config, of_config in statistics.mean_curves(result).items():
         rows = []
-        for name in (n for n in NAMES if n in of_config):
-            curve = of_config[name]
+        for name, curve in of_config.items():
             time, accuracy, loss = max(curve, key=lambda point: point[1])
             texts = (f"{100 * accuracy:.2f}", f"{loss:.4f}", f"{time:,.0f}", f"{curve[-1][0]:,.0f}")
             rows.append([f"`{name}`", *texts])
         table = markdown(["", "best accuracy, %", "loss there", "after s", "s in all"], rows)
         own = [row for row in result["rows"] if row["config"] == config]
-        seeds = len({row["seed"] for row in own})
-        parts.append(f"### {config}\n\n{_reduced(reduction(own, seeds))}\n\n{table}")
+        reduced = reduction(own, len({row["seed"] for row in own}))
+        parts.append(f"### {config}\n\n{_reduced(reduced)}\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -225,28 +209,18 @@ def stability(result: Result) -> str:
     ratios = statistics.instability_ratios(result)
     noisy = statistics.instability_ratios(result, "instability_with_noise")
     rows = []
-    for config in [c for c in paper.CONFIGS if c in ratios]:
+    for config in [c for c in published.CONFIGS if c in ratios]:
         for name, ratio in ratios[config].items():
-            printed = paper.INSTABILITY.get(name, {}).get(config)
-            with_noise = _compared(noisy[config][name], printed, 2)[1:]
-            rows.append(
-                [
-                    config,
-                    f"`{name}`",
-                    *_compared(ratio, printed, 2),
-                    *with_noise,
-                    str(ratio.count),
-                ]
-            )
+            printed = published.INSTABILITY.get(name, {}).get(config)
+            figures = _compared(ratio, printed, 2) + _compared(noisy[config][name], printed, 2)[1:]
+            rows.append([config, f"`{name}`", *figures, str(ratio.count)])
     of_error = ("difference", "standard error")
     columns = ["", "", "paper", "ours", *of_error, "with noise", *of_error, "seeds"]
-    table = markdown(columns, rows)
-    measured = [row for row in result["rows"] if "skipped" not in row]
     notes = [
         f"Mean instability score over the first {result['steps']} steps, as a ratio to softmax's. "
         "The standard error is from the spread between seeds; with one seed, from that of the "
         "ratio from step to step.",
-        _reduced(reduction(measured)),
+        _reduced(reduction(measured(result))),
     ]
     factors = sorted(statistics.noise_of_softmax(result).values())
     if factors:
@@ -257,15 +231,13 @@ def stability(result: Result) -> str:
         )
     if result["examples"]:
         notes.append(f"f is evaluated on the first {result['examples']} examples of each batch.")
-    notes += _skipped(result)
-    return f"{' '.join(notes)}\n\n{table}"
+    return f"{' '.join([*notes, *_skipped(result)])}\n\n{markdown(columns, rows)}"
 
 
 def singular_values(result: Result) -> str:
     """Where the spectrum falls below a tenth and a hundredth, a row an attention and task."""
     rows = []
-    measured = [row for row in result["rows"] if "skipped" not in row]
-    for row in measured:
+    for row in measured(result):
         counts = [
             str(sum(value >= level for value in row[when]))
             for when in ("initial", "trained")
@@ -277,7 +249,7 @@ def singular_values(result: Result) -> str:
         "How many singular values of the second attention layer's output are above a tenth and a "
         f"hundredth of the greatest, before training and after {result['steps']} steps; each the "
         f"mean spectrum of {result['examples']} validation examples. The paper shows a figure.",
-        _reduced(reduction(measured)),
+        _reduced(reduction(measured(result))),
         *_skipped(result),
     ]
     return f"{' '.join(notes)}\n\n{table}"

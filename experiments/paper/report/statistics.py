@@ -2,10 +2,12 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from skyformer_jax.attention import NAMES
 
+Row = dict[str, Any]
 Result = dict[str, Any]
 
 
@@ -24,18 +26,43 @@ class Estimate(NamedTuple):
 
 
 def minus(a: Estimate, b: Estimate) -> Estimate:
-    """The difference of two independent ones."""
+    """The difference of two independent estimates."""
     known = a.error is not None and b.error is not None
     error = math.hypot(a.error, b.error) if known else None
     return Estimate(a.value - b.value, error, min(a.count, b.count))
 
 
 def mean(estimates: list[Estimate]) -> Estimate:
-    """The mean of independent ones."""
+    """The mean of independent estimates."""
     known = all(e.error is not None for e in estimates)
     error = math.hypot(*(e.error for e in estimates)) / len(estimates) if known else None
     value = statistics.fmean(e.value for e in estimates)
     return Estimate(value, error, min(e.count for e in estimates))
+
+
+def finished(result: Result) -> list[Row]:
+    """The finished cells of table1.json."""
+    return [cell for cell in result["cells"] if cell["status"] == "finished"]
+
+
+def measured(result: Result) -> list[Row]:
+    """The rows that were not skipped."""
+    return [row for row in result["rows"] if "skipped" not in row]
+
+
+def group(rows: Iterable[Row], *fields: str) -> dict[Any, Any]:
+    """{value of the first field: {value of the second: ... [rows]}}, as the rows come.
+
+    Attentions are in the order of NAMES.
+    """
+    found: dict[Any, Any] = {}
+    for row in rows:
+        found.setdefault(row[fields[0]], []).append(row)
+    if fields[0] == "attention":
+        found = {name: found[name] for name in NAMES if name in found}
+    if len(fields) == 1:
+        return found
+    return {value: group(own, *fields[1:]) for value, own in found.items()}
 
 
 def accuracies(result: Result) -> dict[str, dict[str, Estimate]]:
@@ -44,20 +71,16 @@ def accuracies(result: Result) -> dict[str, dict[str, Estimate]]:
     The variance between seeds is taken to be the same for all attentions of a task, and pooled over
     them. Where none has two seeds, the error is that of a test set of this size alone.
     """
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for cell in result["cells"]:
-        if cell["status"] == "finished":
-            found.setdefault(cell["config"], {}).setdefault(cell["attention"], []).append(cell)
-    return {config: _of_task(cells) for config, cells in found.items()}
+    of_tasks = group(finished(result), "config", "attention")
+    return {config: _of_task(of_name) for config, of_name in of_tasks.items()}
 
 
-def _of_task(cells: dict[str, list[dict[str, Any]]]) -> dict[str, Estimate]:
+def _of_task(cells: dict[str, list[Row]]) -> dict[str, Estimate]:
     percents = {name: [100 * cell["accuracy"] for cell in own] for name, own in cells.items()}
     squares = sum((x - statistics.fmean(own)) ** 2 for own in percents.values() for x in own)
     freedom = sum(len(own) - 1 for own in percents.values())
     estimates = {}
-    for name in (name for name in NAMES if name in percents):
-        own = percents[name]
+    for name, own in percents.items():
         value = statistics.fmean(own)
         if freedom:
             variance = squares / freedom
@@ -75,22 +98,27 @@ def instability_ratios(
     With several seeds it is the mean of their ratios, and the error is from their spread. With one
     the error is from the spread of the ratio from step to step, as if steps were independent.
     """
-    scores: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for row in result["rows"]:
-        if "skipped" not in row:
-            of_config = scores.setdefault(row["config"], {})
-            of_config.setdefault(row["attention"], {})[row["seed"]] = row[field]
     found: dict[str, dict[str, Estimate]] = {}
-    for config, of_config in scores.items():
-        for name in (n for n in NAMES if n in of_config and n != "softmax"):
-            pairs = [
-                (of_seed, of_config["softmax"][seed])
-                for seed, of_seed in of_config[name].items()
-                if seed in of_config.get("softmax", {})
-            ]
+    for config, of_name in group(measured(result), "config", "attention").items():
+        softmax = {row["seed"]: row[field] for row in of_name.pop("softmax", [])}
+        for name, rows in of_name.items():
+            pairs = [(row[field], softmax[row["seed"]]) for row in rows if row["seed"] in softmax]
             if pairs:
                 found.setdefault(config, {})[name] = _ratio(pairs)
     return found
+
+
+def _ratio(pairs: list[tuple[list[float], list[float]]]) -> Estimate:
+    of_seeds = [statistics.fmean(a) / statistics.fmean(b) for a, b in pairs]
+    ratios = of_seeds
+    if len(of_seeds) == 1:
+        ((ours, softmax),) = pairs
+        ratios = [a / b for a, b in zip(ours, softmax, strict=True)]
+    return Estimate(statistics.fmean(of_seeds), _error_of_mean(ratios), len(of_seeds))
+
+
+def _error_of_mean(values: list[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def noise_of_softmax(result: Result) -> dict[str, float]:
@@ -101,61 +129,41 @@ def noise_of_softmax(result: Result) -> dict[str, float]:
     return {
         row["config"]: statistics.fmean(row["instability_with_noise"])
         / statistics.fmean(row["instability"])
-        for row in result["rows"]
-        if "skipped" not in row and row["attention"] == "softmax"
+        for row in measured(result)
+        if row["attention"] == "softmax"
     }
-
-
-def _ratio(pairs: list[tuple[list[float], list[float]]]) -> Estimate:
-    of_seeds = [statistics.fmean(a) / statistics.fmean(b) for a, b in pairs]
-    spread = of_seeds
-    if len(of_seeds) == 1:
-        ((ours, softmax),) = pairs
-        spread = [a / b for a, b in zip(ours, softmax, strict=True)]
-    error = statistics.stdev(spread) / math.sqrt(len(spread)) if len(spread) > 1 else None
-    return Estimate(statistics.fmean(of_seeds), error, len(of_seeds))
 
 
 def cost_ratios(result: Result, field: str) -> dict[str, dict[str, float]]:
     """A field of table2.json over softmax's, {config: {attention: ratio}}."""
-    values: dict[str, dict[str, float]] = {}
-    for row in result["rows"]:
-        if "skipped" not in row:
-            values.setdefault(row["config"], {})[row["attention"]] = row[field]
     return {
-        config: {name: own[name] / own["softmax"] for name in NAMES if name in own}
-        for config, own in values.items()
+        config: {name: rows[0][field] / own["softmax"][0][field] for name, rows in own.items()}
+        for config, own in group(measured(result), "config", "attention").items()
         if "softmax" in own
     }
 
 
 def time_ratio_error(result: Result, config: str, name: str) -> float | None:
-    """Standard error of a ratio of times, from the turns' own ratios."""
-    turns = {
-        row["attention"]: row["seconds"]
-        for row in result["rows"]
-        if row["config"] == config and "skipped" not in row
-    }
-    ratios = [a / b for a, b in zip(turns[name], turns["softmax"], strict=False)]
-    return statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else None
+    """Standard error of a ratio of times to softmax's, from the turns' own ratios."""
+    own = group(measured(result), "config", "attention")[config]
+    turns, of_softmax = own[name][0]["seconds"], own["softmax"][0]["seconds"]
+    return _error_of_mean([a / b for a, b in zip(turns, of_softmax, strict=False)])
 
 
 def spectral_errors(result: Result) -> dict[tuple[str, int], dict[str, dict[int, float]]]:
     """Medians of figure1.json, {(weights, length): {attention: {features: relative error}}}."""
-    found: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
-    for row in result["rows"]:
-        panel = found.setdefault((row["weights"], row["length"]), {})
-        of_name = panel.setdefault(row["attention"], {})
-        of_name[row["num_features"]] = row["relative_error"]["median"]
-    return found
+    return {
+        (weights, length): {
+            name: {row["num_features"]: row["relative_error"]["median"] for row in rows}
+            for name, rows in of_name.items()
+        }
+        for weights, of_length in group(result["rows"], "weights", "length", "attention").items()
+        for length, of_name in of_length.items()
+    }
 
 
 def mean_curves(result: Result) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
     """figure2.json, {config: {attention: [(seconds, accuracy, loss)]}}, means over the seeds."""
-    curves: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
-    for row in result["rows"]:
-        of_config = curves.setdefault(row["config"], {})
-        of_config.setdefault(row["attention"], []).append(row["validation"])
     return {
         config: {
             name: [
@@ -163,9 +171,9 @@ def mean_curves(result: Result) -> dict[str, dict[str, list[tuple[float, float, 
                     statistics.fmean(point[key] for point in points)
                     for key in ("seconds", "accuracy", "loss")
                 )
-                for points in zip(*of_seeds, strict=True)
+                for points in zip(*(row["validation"] for row in rows), strict=True)
             ]
-            for name, of_seeds in of_config.items()
+            for name, rows in of_name.items()
         }
-        for config, of_config in curves.items()
+        for config, of_name in group(result["rows"], "config", "attention").items()
     }

@@ -1,0 +1,32 @@
+"""The colour and the marker of each attention, the same in all pictures."""
+
+from typing import Any
+
+# Colours that colour-blind readers tell apart (Okabe and Ito, 2008), and black for what is exact.
+STYLES = {
+    "softmax": ("#000000", "o"),
+    "kernelized": ("#999999", "s"),
+    "skyformer": ("#D55E00", "D"),
+    "nystromformer": ("#0072B2", "^"),
+    "linformer": ("#56B4E9", "v"),
+    "informer": ("#009E73", "<"),
+    "performer": ("#E69F00", ">"),
+    "reformer": ("#CC79A7", "P"),
+    "bigbird": ("#8B6F3E", "h"),
+    # Other implementations of two of them, which experiments/benchmarks/ measures.
+    "kernelized-dense": ("#5B2A86", "*"),
+    "flash": ("#8A9A00", "X"),
+}
+
+
+def line_style(name: str) -> dict[str, Any]:
+    """Options of matplotlib's `plot` for the line of an attention; Skyformer's stands out."""
+    color, marker = STYLES[name]
+    ours = name == "skyformer"
+    return {
+        "color": color,
+        "marker": marker,
+        "ms": 4,
+        "lw": 2 if ours else 1.2,
+        "zorder": 3 if ours else 2,
+    }

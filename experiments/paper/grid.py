@@ -1,0 +1,181 @@
+"""The cells of a grid of task x attention x seed: the config and the folder of each run.
+
+The reduced setting for a CPU, which every script here has as `--small`, is the variant small of the
+configs (a smaller model, shorter texts and images, fewer steps), with the fields of `_SHORTER`
+where it is trained to the end: a run then takes minutes on one core.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from skyformer_jax import attention, cli
+from skyformer_jax.errors import UserError, one_of
+from skyformer_jax.training import config as configs
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = tuple(sorted(path.stem for path in ROOT.glob("configs/*.py") if path.stem != "common"))
+# Fields begin so that do not change what is computed, or that are not of the setting.
+NOT_SETTING = (*configs.MUTABLE_FIELDS, "data.source", "seed")
+# A config that is reduced by itself, and what it is a reduction of.
+_FULL = {"quickstart": "listops"}
+_SHORTER = {
+    "listops": ("train.num_steps=800", "train.warmup_steps=80", "train.eval_every=100"),
+    "text": (
+        *("data.length=256", "model.max_length=256"),
+        *("train.num_steps=800", "train.warmup_steps=80", "train.eval_every=160"),
+    ),
+    "image": ("train.num_steps=1000", "train.warmup_steps=100", "train.eval_every=200"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A run of the grid.
+
+    Attributes:
+      config: name of a file in configs/.
+      attention: name of the attention.
+      seed: of the run.
+      workdir: its folder.
+      arguments: what train.py is told beside the workdir.
+      asked: what config.json of the run has to say.
+      departures: {field: [full setting, here]} for all that is not as in the full setting.
+    """
+
+    config: str
+    attention: str
+    seed: int
+    workdir: Path
+    arguments: tuple[str, ...]
+    asked: dict[str, Any]
+    departures: dict[str, tuple[Any, Any]]
+
+
+def shorter(configs: Sequence[str]) -> list[str]:
+    """The overrides that the reduced setting has beside the variant small, of these configs."""
+    return [
+        f"{config}:{setting}"
+        for config, settings in _SHORTER.items()
+        if config in configs
+        for setting in settings
+    ]
+
+
+def make_grid(
+    configs: Sequence[str],
+    attentions: Sequence[str],
+    seeds: Sequence[str],
+    variant: str,
+    overrides: Sequence[str],
+    directory: Path,
+) -> list[Cell]:
+    """All cells, seed by seed, so that the first seed's table is whole first.
+
+    Args:
+      configs: names of files in configs/.
+      attentions: names of attentions.
+      seeds: numbers, as text.
+      variant: of the configs, or "".
+      overrides: each [CONFIG:]FIELD=VALUE.
+      directory: of the cells' folders.
+
+    Raises:
+      UserError: for the first thing that cannot work, before anything is started.
+    """
+    configs, attentions = list(dict.fromkeys(configs)), list(dict.fromkeys(attentions))
+    for name in configs:
+        one_of("config", name, CONFIGS)
+    for name in attentions:
+        one_of("attention", name, attention.NAMES)
+    for seed in seeds:
+        if not seed.isdecimal():
+            raise UserError(f"--seeds has {seed!r}, which is not a whole number from 0")
+    for what, values in (("configs", configs), ("attentions", attentions), ("seeds", seeds)):
+        if not values:
+            raise UserError(f"--{what} is empty; name at least one, or leave the flag out")
+    settings = [_parse_override(text, configs) for text in overrides]
+    return [
+        _make_cell(
+            config,
+            name,
+            seed,
+            variant,
+            [setting for owner, setting in settings if owner in ("", config)],
+            directory,
+        )
+        for seed in dict.fromkeys(int(seed) for seed in seeds)
+        for config in configs
+        for name in attentions
+    ]
+
+
+def _parse_override(text: str, configs: Sequence[str]) -> tuple[str, str]:
+    """[CONFIG:]FIELD=VALUE as config, "" for all, and FIELD=VALUE."""
+    field, equals, value = text.partition("=")
+    owner, _, field = field.rpartition(":")
+    if not (field and equals):
+        raise UserError(f"--set={text} is not [CONFIG:]FIELD=VALUE, as in train.num_steps=100")
+    return one_of("config in --set:", owner, configs) if owner else "", f"{field}={value}"
+
+
+def _make_cell(
+    config_name: str,
+    attention_name: str,
+    seed: int,
+    variant: str,
+    settings: Sequence[str],
+    directory: Path,
+) -> Cell:
+    name = f"{attention_name},{variant}" if variant else attention_name
+    arguments = (
+        f"--config={ROOT / 'configs' / config_name}.py:{name}",
+        *(f"--config.{setting}" for setting in settings),
+        f"--config.seed={seed}",
+    )
+    config = parse_config(arguments)
+    if (config.attention.name, config.seed, config.num_seeds) != (attention_name, seed, 1):
+        raise UserError("--set cannot set attention.name, seed or num_seeds: each cell has its own")
+    configs.check(config, num_devices=1)
+    get_full = importlib.import_module(f"configs.{_FULL.get(config_name, config_name)}").get_config
+    full = get_full(name if variant == "paper" else attention_name)
+    asked = configs.stored(config)
+    folder = "-".join(filter(None, (config_name, attention_name, variant, f"seed{seed}")))
+    return Cell(
+        config=config_name,
+        attention=attention_name,
+        seed=seed,
+        workdir=directory / folder,
+        arguments=arguments,
+        asked=asked,
+        departures=_departures(configs.to_dict(full), asked),
+    )
+
+
+def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config that train.py makes of these arguments."""
+    values, argv = flags.FlagValues(), ["train.py", *arguments]
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    cli.parse(values, argv)
+    return config.value
+
+
+def setting_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a stored config, {"train.num_steps": 100, ...}, that are of its setting."""
+    flat = configs.flatten(config)
+    return {field: value for field, value in flat.items() if not field.startswith(NOT_SETTING)}
+
+
+def _departures(full: dict[str, Any], asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    full, asked = setting_of(full), setting_of(asked)
+    return {
+        field: (full.get(field), asked.get(field))
+        for field in sorted(full.keys() | asked.keys())
+        if full.get(field) != asked.get(field)
+    }

@@ -1,0 +1,253 @@
+"""Which claims of the paper the results bear out, each decided by a stated rule."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from experiments.paper.report import statistics
+from experiments.paper.report.statistics import Estimate, Result
+
+CONFIRMED, NOT_CONFIRMED, NOT_RUN = "confirmed", "not confirmed", "not yet run"
+# Points of accuracy by which one may be behind another and still match it.
+_MARGIN = 1.0
+
+_ALL_TASKS = "in every task measured"
+
+# Whether a result bears a claim out, and the figures that decide; None if it lacks what is needed.
+Decision = tuple[bool, str] | None
+
+
+class Claim(NamedTuple):
+    """A claim of the paper.
+
+    Attributes:
+      text: in words.
+      rule: when it counts as confirmed.
+      result: name of the result that decides, without .json.
+      decide: decides by it.
+    """
+
+    text: str
+    rule: str
+    result: str
+    decide: Callable[[Result], Decision]
+
+
+class Verdict(NamedTuple):
+    """What became of a claim.
+
+    Attributes:
+      claim: its text.
+      rule: its rule.
+      status: CONFIRMED, NOT_CONFIRMED or NOT_RUN.
+      reduced: whether the runs that decided it are reduced ones.
+      evidence: the figures that decided, in words.
+    """
+
+    claim: str
+    rule: str
+    status: str
+    reduced: bool
+    evidence: str
+
+
+def _percent_points(difference: Estimate) -> str:
+    error = "" if difference.error is None else f" ± {difference.error:.2f}"
+    return f"{difference.value:+.2f}{error}"
+
+
+def _accuracy(text: str, name: str, other: str) -> Claim:
+    """The claim that an attention is at least as accurate as another."""
+
+    def decide(table1: Result) -> Decision:
+        differences = {
+            config: statistics.minus(of_task[name], of_task[other])
+            for config, of_task in statistics.accuracies(table1).items()
+            if name in of_task and other in of_task
+        }
+        if not differences:
+            return None
+        mean = statistics.mean(list(differences.values()))
+        tasks = ", ".join(f"{config} {_percent_points(d)}" for config, d in differences.items())
+        lower = mean.value - 2 * (mean.error or 0)
+        return lower > -_MARGIN, f"mean {_percent_points(mean)} points; {tasks}"
+
+    mean = "the mean difference over the tasks"
+    rule = f"{mean} is above -{_MARGIN:g} point by two standard errors"
+    return Claim(text, rule, "table1", decide)
+
+
+def _best_average(table1: Result) -> Decision:
+    accuracies = statistics.accuracies(table1)
+    everywhere = [
+        name
+        for name in next(iter(accuracies.values()), {})
+        if all(name in of_task for of_task in accuracies.values())
+    ]
+    if "skyformer" not in everywhere or len(everywhere) < 2:
+        return None
+    means = {
+        name: statistics.mean([of_task[name] for of_task in accuracies.values()])
+        for name in everywhere
+    }
+    ranked = sorted(means, key=lambda name: -means[name].value)
+    evidence = ", ".join(f"{name} {means[name].value:.2f}" for name in ranked)
+    return ranked[0] == "skyformer", f"{evidence} (mean of {', '.join(accuracies)})"
+
+
+def _listed(ratios: dict[str, float]) -> str:
+    return ", ".join(f"{config} {ratio:.2f}" for config, ratio in ratios.items())
+
+
+def _stability(text: str, name: str, low: float = 0.0, high: float = 1.0) -> Claim:
+    """The claim that an attention's instability ratio lies between two bounds."""
+
+    def decide(stability: Result) -> Decision:
+        ratios, noisy = (
+            {
+                config: of_config[name].value
+                for config, of_config in statistics.instability_ratios(stability, field).items()
+                if name in of_config
+            }
+            for field in ("instability", "instability_with_noise")
+        )
+        if not ratios:
+            return None
+        return (
+            all(low < ratio < high for ratio in ratios.values()),
+            f"{_listed(ratios)} of softmax's; with the noise of training in f {_listed(noisy)}",
+        )
+
+    bounds = f"between {low:g} and {high:g}" if low else f"below {high:g}"
+    return Claim(text, f"instability ratio {bounds} {_ALL_TASKS}", "stability", decide)
+
+
+def _cheaper(text: str, name: str, other: str, what: str = "time") -> Claim:
+    """The claim that an attention needs less time or memory than another."""
+    field = {"time": "seconds_per_step", "memory": "bytes"}[what]
+
+    def decide(table2: Result) -> Decision:
+        ratios = {
+            config: of_config[name] / of_config[other]
+            for config, of_config in statistics.cost_ratios(table2, field).items()
+            if name in of_config and other in of_config
+        }
+        if not ratios:
+            return None
+        less = all(ratio < 1 for ratio in ratios.values())
+        return less, f"{what} over {other}'s: {_listed(ratios)}"
+
+    per_step = "a step" if what == "time" else "of a step"
+    return Claim(text, f"less {what} {per_step} {_ALL_TASKS}", "table2", decide)
+
+
+def _error_falls(figure1: Result) -> Decision:
+    falls, texts = [], []
+    for (weights, length), of_name in statistics.spectral_errors(figure1).items():
+        errors = [error for _, error in sorted(of_name.get("skyformer", {}).items())]
+        if len(errors) > 1:
+            falls.append(all(b < a for a, b in itertools.pairwise(errors)))
+            texts.append(f"{weights} {length:,}: {errors[0]:.3f} to {errors[-1]:.3f}")
+    return (all(falls), "; ".join(texts)) if falls else None
+
+
+def _least_error(figure1: Result) -> Decision:
+    winners: list[str] = []
+    for (_, length), of_name in statistics.spectral_errors(figure1).items():
+        for num_features in figure1["features"]:
+            errors = {n: e[num_features] for n, e in of_name.items() if num_features in e}
+            # With as many features as tokens most are exact.
+            if num_features < length and "skyformer" in errors and len(errors) > 1:
+                winners.append(min(errors, key=errors.get))
+    if not winners:
+        return None
+    ranked = sorted(dict.fromkeys(winners), key=lambda name: -winners.count(name))
+    evidence = ", ".join(f"{name} {winners.count(name)}" for name in ranked)
+    return (
+        set(winners) == {"skyformer"},
+        f"least error in so many of {len(winners)} settings: {evidence}",
+    )
+
+
+def _sooner(figure2: Result) -> Decision:
+    sooner, texts = [], []
+    for config, of_config in statistics.mean_curves(figure2).items():
+        if not {"skyformer", "softmax"} <= of_config.keys():
+            continue
+        wanted = max(accuracy for _, accuracy, _ in of_config["softmax"])
+        softmax, skyformer = (
+            next((time for time, accuracy, _ in of_config[name] if accuracy >= wanted), None)
+            for name in ("softmax", "skyformer")
+        )
+        sooner.append(skyformer is not None and skyformer < softmax)
+        share = "never" if skyformer is None else f"{skyformer / softmax:.2f} of the time"
+        texts.append(f"{config} {100 * wanted:.1f} %: {share}")
+    return (all(sooner), "; ".join(texts)) if sooner else None
+
+
+CLAIMS = (
+    _stability("Kernelized attention is more stable than softmax", "kernelized"),
+    _stability("Skyformer is more stable than softmax", "skyformer"),
+    _stability("Nystromformer is as unstable as softmax", "nystromformer", 0.9, 1.1),
+    _accuracy("Kernelized attention at least matches softmax's accuracy", "kernelized", "softmax"),
+    _accuracy("Skyformer at least matches softmax's accuracy", "skyformer", "softmax"),
+    _accuracy("Skyformer loses nothing against kernelized attention", "skyformer", "kernelized"),
+    Claim(
+        "Skyformer has the best average accuracy of the nine",
+        "its mean over the tasks is the highest",
+        "table1",
+        _best_average,
+    ),
+    _cheaper("Skyformer is faster than softmax", "skyformer", "softmax"),
+    _cheaper("Skyformer needs less memory than softmax", "skyformer", "softmax", "memory"),
+    _cheaper("Kernelized attention is faster than softmax", "kernelized", "softmax"),
+    _cheaper("Nystromformer is faster than Skyformer", "nystromformer", "skyformer"),
+    Claim(
+        "Skyformer reaches softmax's best validation accuracy in less time",
+        f"less training time {_ALL_TASKS}, on the means over the seeds",
+        "figure2",
+        _sooner,
+    ),
+    Claim(
+        "Skyformer's error falls with the number of features",
+        "it falls from each number to the next, for all lengths and weights",
+        "figure1",
+        _error_falls,
+    ),
+    Claim(
+        "Skyformer's error is the least of all approximations",
+        "for all weights, lengths and numbers of features below the length",
+        "figure1",
+        _least_error,
+    ),
+)
+
+
+def judge(results: dict[str, Any]) -> list[Verdict]:
+    """All claims, by the results that there are, {name of the file without .json: content}."""
+    verdicts = []
+    for claim in CLAIMS:
+        result = results.get(claim.result)
+        decided = None if result is None else claim.decide(result)
+        if decided is None:
+            verdicts.append(Verdict(claim.text, claim.rule, NOT_RUN, False, ""))
+        else:
+            status = CONFIRMED if decided[0] else NOT_CONFIRMED
+            reduced = is_reduced(result)
+            verdicts.append(Verdict(claim.text, claim.rule, status, reduced, decided[1]))
+    return verdicts
+
+
+def is_reduced(result: Result) -> bool:
+    """Whether a result's setting is not that of the paper; fewer seeds are not counted.
+
+    Scores of a training step, of some of its batch's examples alone, are reduced as well.
+    """
+    rows = result.get("cells", result.get("rows", []))
+    return (
+        result.get("small", False)
+        or result.get("variant") == "small"
+        or any(row.get("departures") for row in rows)
+        or bool(result.get("training", {}).get("departures"))
+        or any(row["examples"] < row["batch_size"] for row in rows if "instability" in row)
+    )

@@ -1,0 +1,235 @@
+r"""Trains a grid of task x attention x seed, and makes the table that a reproduction reports from.
+
+    python -m experiments.paper.sweep --configs=listops,text --attentions=softmax,skyformer \
+        --seeds=0,1 --variant=small --set=text:data.source=DIR --set=train.num_steps=200 --workers=2
+
+Without flags it is the paper's table 1: five tasks, nine attentions, three seeds. With those above:
+
+    --small            the reduced setting for a CPU (grid.py): some minutes a cell
+    --devices=0,1,2,3  a GPU for each of four workers; --devices=0 --workers=3 shares one
+    --table            makes the table of what there is so far, and starts nothing
+    --add              keeps the other seeds that --out has, trained elsewhere in this setting
+    --slurm=sweep.sh   writes a script for sbatch, which trains each cell in a job of a cluster
+
+A cell is a run of train.py in DIR/<config>-<attention>[-<variant>]-seed<k>, with its standard error
+in train.log there. The same command again skips the finished cells and goes on with the others,
+which train.py continues from their checkpoints. A result of another config than the one asked for
+is refused, never counted. SIGTERM or Ctrl-C lets the running cells save and stop (a second Ctrl-C
+does not wait for that). If the sweep itself is killed its cells train on; the next start waits for
+them instead of starting them twice. Exit status: 0, 1 if a cell failed, 128 + signal if stopped.
+
+Writes --out anew after each cell. Beside provenance (of the process that wrote it):
+
+    configs, attentions, seeds, variant, overrides   what was asked for; locations are left out
+    cells     one entry for each cell, all with the same fields, null where not known:
+        config, attention, seed
+        status         finished, unfinished, failed (tried again next time) or refused (is not)
+        error          one line, if failed or refused
+        num_steps, batch_size
+        departures     {field: [full setting, this cell]}, empty if the run is not a reduced one;
+                       variant "paper" is a full setting of its own
+        task, examples, accuracy, interval_95, loss, checkpoint, floors, data   of eval_test.json
+        validation_accuracy   of that checkpoint
+        seconds        wall time of all attempts that a sweep saw the end of, all included
+        attempts       how many these were
+        provenance     commit, versions, device and cores of the last of them
+    summary   for each config and attention, over its finished cells: num_seeds, mean,
+              standard_deviation (of a sample: n - 1), standard_error; null where undefined
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+from absl import flags
+
+from experiments.paper import grid_flags, workers
+from experiments.paper.cell_results import TRAINABLE, Row, read_cell, read_others, summarise, table
+from experiments.paper.grid import NOT_SETTING, Cell
+from experiments.paper.slurm import slurm_script
+from experiments.records import write_json
+from skyformer_jax import cli
+from skyformer_jax.errors import UserError
+from skyformer_jax.progress import open_bar, say
+
+flags.adopt_module_key_flags(grid_flags)
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "Cells trained at a time; default: one, or one a device.", lower_bound=1
+)
+_DEVICES = flags.DEFINE_list(
+    "devices", [], "GPUs, as CUDA_VISIBLE_DEVICES has them, dealt to the workers."
+)
+_TABLE = flags.DEFINE_bool("table", False, "Train nothing: write the table of what is finished.")
+_ADD = flags.DEFINE_bool("add", False, "Keep the cells of other seeds that --out has.")
+_CELL = flags.DEFINE_integer("cell", None, "Train this cell of the grid alone.", lower_bound=0)
+_SLURM = flags.DEFINE_string(
+    "slurm", None, "Train nothing: write a Slurm script with a job for each cell to this file."
+)
+
+
+def _last_step(cell: Cell) -> int:
+    """The step that the cell's metrics have got to."""
+    try:
+        with (cell.workdir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            whole_lines = file.read().rpartition(b"\n")[0].splitlines()
+    except FileNotFoundError:
+        return 0
+    return json.loads(whole_lines[-1])["step"] if whole_lines else 0
+
+
+def _count_steps(cells: Sequence[Cell], rows: dict[Path, Row]) -> tuple[int, int]:
+    """Steps that are taken, and in all, of the cells that have not failed."""
+    done = total = 0
+    for cell in cells:
+        row = rows[cell.workdir]
+        if row["status"] in ("finished", "unfinished"):
+            finished = row["status"] == "finished"
+            done += row["num_steps"] if finished else _last_step(cell)
+            total += row["num_steps"]
+    return done, total
+
+
+def _train(
+    cells: Sequence[Cell],
+    rows: dict[Path, Row],
+    environments: Sequence[dict[str, str]],
+    provenance: dict[str, Any],
+    signals: list[int],
+) -> Iterator[None]:
+    """Trains what is to be trained, keeps rows up to date, and says how far it is.
+
+    Yields:
+      When rows may be written: after each cell and at the end.
+    """
+    todo = [cell for cell in cells if rows[cell.workdir]["status"] in TRAINABLE]
+    for cell in todo:  # what failed before is tried again
+        rows[cell.workdir].update(status="unfinished", error=None)
+    before, total = _count_steps(todo, rows)
+    start, bar = time.monotonic(), open_bar(total, initial=before, unit=" steps", unit_scale=True)
+    with contextlib.closing(bar) if bar else contextlib.nullcontext():
+        for ended in workers.train_cells(todo, environments, provenance, signals):
+            for cell in ended:
+                rows[cell.workdir] = row = read_cell(cell)
+                done, total = _count_steps(todo, rows)
+                rate = max(done - before, 0) / (time.monotonic() - start)
+                eta = tqdm.tqdm.format_interval((total - done) / rate) if rate else "unknown"
+                finished = sum(row["status"] == "finished" for row in rows.values())
+                left = sum(rows[cell.workdir]["status"] == "unfinished" for cell in todo)
+                say(
+                    f"{cell.workdir.name}: {_outcome(row)}; {finished} of {len(rows)} cells "
+                    f"finished, {left} left, ETA {eta}"
+                )
+                yield
+            if bar is not None:
+                done, bar.total = _count_steps(todo, rows)
+                bar.update(done - bar.n)
+        yield
+
+
+def _outcome(row: Row) -> str:
+    if row["status"] == "finished":
+        return f"accuracy {100 * row['accuracy']:.2f} %"
+    return f"{row['status']}: {row['error']}" if row["error"] else "stopped"
+
+
+def _command() -> list[str]:
+    """This command, with what decides the grid."""
+    given = {
+        "configs": ",".join(grid_flags.CONFIGS.value),
+        "attentions": ",".join(grid_flags.ATTENTIONS.value),
+        "seeds": ",".join(grid_flags.SEEDS.value),
+        "variant": grid_flags.variant(),
+        "dir": grid_flags.DIR.value,
+        "out": grid_flags.OUT.value,
+    }
+    pairs = [*given.items(), *(("set", text) for text in grid_flags.overrides())]
+    flags_given = [f"--{name}={value}" for name, value in pairs] + ["--add"] * _ADD.value
+    return [sys.executable, "-m", "experiments.paper.sweep", *flags_given]
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--dir={path}: that, or what it is in, is a file; name a folder") from None
+
+
+def _write_slurm(cells: Sequence[Cell], directory: Path) -> None:
+    path = Path(_SLURM.value)
+    script = slurm_script(_command(), len(cells), _WORKERS.value, directory, Path.cwd())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    say(f"sbatch {path} trains {len(cells)} cells; its first lines say how to make the table")
+
+
+def _write(rows: Sequence[Row], header: dict[str, Any]) -> None:
+    overrides = [
+        text
+        for text in grid_flags.overrides()
+        if not text.partition("=")[0].rpartition(":")[2].startswith(NOT_SETTING)
+    ]
+    result = {
+        "what": "test accuracy of the best checkpoint by validation, for each attention and seed",
+        **header,
+        "configs": list(dict.fromkeys(row["config"] for row in rows)),
+        "attentions": list(dict.fromkeys(row["attention"] for row in rows)),
+        "seeds": list(dict.fromkeys(row["seed"] for row in rows)),
+        "variant": grid_flags.variant(),
+        "overrides": overrides,
+        "cells": rows,
+        "summary": summarise(rows),
+    }
+    write_json(Path(grid_flags.OUT.value), result)
+
+
+def main() -> None:
+    """Trains what is not finished, writes the JSON after each cell, and prints the table."""
+    directory, cells = Path(grid_flags.DIR.value), grid_flags.make_cells()
+    if Path(grid_flags.OUT.value).is_dir():
+        raise UserError(f"--out={grid_flags.OUT.value} is a folder; name a file")
+    _make_folder(directory)
+    if _SLURM.value:
+        return _write_slurm(cells, directory)
+    alone = _CELL.value is not None
+    if alone:
+        if _CELL.value >= len(cells):
+            raise UserError(f"--cell={_CELL.value}: the grid has cells 0..{len(cells) - 1}")
+        cells = [cells[_CELL.value]]
+    others = read_others(Path(grid_flags.OUT.value), cells) if _ADD.value and not alone else []
+    rows = {cell.workdir: read_cell(cell) for cell in cells}
+    for workdir, row in rows.items():
+        if row["status"] == "refused":
+            say(f"{workdir.name}: refused: {row['error']}")
+    finished = sum(row["status"] == "finished" for row in rows.values())
+    kept = f"; {len(others)} of other seeds are kept" if others else ""
+    say(f"{finished} of {len(cells)} cells are finished{kept}")
+
+    def in_order() -> list[Row]:
+        return sorted([*others, *(rows[cell.workdir] for cell in cells)], key=lambda r: r["seed"])
+
+    environments = workers.make_environments(_WORKERS.value, _DEVICES.value)
+    header = workers.find_provenance(environments[0])
+    with workers.stop_signals() as signals:
+        for _ in [None] if _TABLE.value else _train(cells, rows, environments, header, signals):
+            if not alone:  # jobs of an array would overwrite each other's
+                _write(in_order(), header)
+    if not alone:
+        print(table(in_order()))
+    if signals:
+        say("stopped; start the same command to go on")
+        sys.exit(128 + signals[0])
+    failed = [w.name for w, row in rows.items() if row["status"] in ("failed", "refused")]
+    if failed:
+        say(f"{len(failed)} cells failed: {', '.join(failed)}; see train.log in their folders")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

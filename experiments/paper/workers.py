@@ -1,0 +1,209 @@
+"""The processes that train the cells of a grid, each of them train.py."""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.paper.cell_results import TRAINABLE, read_cell
+from experiments.paper.grid import ROOT, Cell
+from experiments.records import read_json, write_json
+from skyformer_jax.errors import UserError
+from skyformer_jax.progress import say
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+@dataclasses.dataclass
+class _Attempt:
+    """A cell that a worker is at; without a process, the worker waits for another's process."""
+
+    cell: Cell
+    process: subprocess.Popen | None
+    started: float
+    log_start: int = 0
+
+
+def _is_held(workdir: Path) -> bool:
+    """Whether a process is training there, by the lock of train.py."""
+    path = workdir / "lock"
+    if not path.exists():
+        return False
+    with path.open("r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _start(cell: Cell, environment: dict[str, str]) -> _Attempt:
+    if _is_held(cell.workdir):
+        say(f"{cell.workdir.name}: another process is training it; waiting for that to end")
+        return _Attempt(cell, None, time.monotonic())
+    cell.workdir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), *cell.arguments, f"--workdir={cell.workdir}"]
+    with (cell.workdir / "train.log").open("ab") as log:
+        log_start = log.tell()
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            process_group=0,  # a terminal's Ctrl-C goes to the sweep alone, which passes it on once
+        )
+    return _Attempt(cell, process, time.monotonic(), log_start)
+
+
+def _error(attempt: _Attempt) -> str:
+    """In one line, why the attempt did not finish its cell."""
+    with (attempt.cell.workdir / "train.log").open("rb") as log:
+        log.seek(attempt.log_start)
+        lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if own:
+        return own[-1]
+    code = attempt.process.returncode
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    return f"{how} after: {lines[-1]}" if lines else how
+
+
+def _record(attempt: _Attempt, provenance: dict[str, Any], stopping: bool) -> None:
+    """Adds an attempt that is over to its cell's record, sweep.json."""
+    path = attempt.cell.workdir / "sweep.json"
+    before = read_json(path) if path.exists() else {"seconds": 0, "attempts": 0}
+    finished = (attempt.cell.workdir / "eval_test.json").exists()
+    stopped = stopping and attempt.process.returncode <= 0
+    record = {
+        "seconds": round(before["seconds"] + time.monotonic() - attempt.started, 1),
+        "attempts": before["attempts"] + 1,
+        "error": None if finished or stopped else _error(attempt),
+        "provenance": provenance,
+    }
+    write_json(path, record)
+
+
+def _look(attempt: _Attempt, stopping: bool) -> str:
+    """What has become of an attempt: "running", "over", or "again", to be started once more."""
+    cell, process = attempt.cell, attempt.process
+    if process is None:
+        if not stopping and _is_held(cell.workdir):
+            return "running"
+        return "over" if stopping or read_cell(cell)["status"] not in TRAINABLE else "again"
+    if process.poll() is None:
+        return "running"
+    # A process of an earlier sweep had not yet got to its lock when we looked.
+    return "again" if process.returncode and not stopping and _is_held(cell.workdir) else "over"
+
+
+def train_cells(
+    cells: Sequence[Cell],
+    environments: Sequence[dict[str, str]],
+    provenance: dict[str, Any],
+    signals: list[int],
+) -> Iterator[list[Cell]]:
+    """Trains the cells, one at a time in each environment.
+
+    Args:
+      cells: not finished.
+      environments: of the workers' processes.
+      provenance: for the records of the cells.
+      signals: that were received. The first one stops the runs, as SIGTERM, once they have saved,
+        and a further SIGINT stops them at once.
+
+    Yields:
+      From time to time, the cells that have ended since.
+    """
+    pending, at_work, passed_on = collections.deque(cells), {}, 0
+    while at_work or (pending and not signals):
+        for worker, environment in enumerate(environments):
+            if pending and worker not in at_work and not signals:
+                at_work[worker] = _start(pending.popleft(), environment)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        while passed_on < len(signals):
+            number, first = signals[passed_on], passed_on == 0
+            passed_on += 1
+            if first:
+                say(f"{signal.Signals(number).name}: the running cells save and stop")
+            # A scheduler may send SIGTERM repeatedly; a second one would keep train.py from saving.
+            if first or number == signal.SIGINT:
+                for attempt in at_work.values():
+                    if attempt.process is not None:
+                        attempt.process.send_signal(signal.SIGTERM)
+        ended, stopping = [], bool(signals)
+        for worker, attempt in list(at_work.items()):
+            state = _look(attempt, stopping)
+            if state == "again":
+                at_work[worker] = _start(attempt.cell, environments[worker])
+            elif state == "over":
+                if attempt.process is not None:
+                    _record(attempt, provenance, stopping)
+                ended.append(attempt.cell)
+                del at_work[worker]
+        yield ended
+
+
+def make_environments(workers: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
+    """The environments of the workers: each sees one of the devices, where devices are given."""
+    workers = workers or len(devices) or 1
+    if not devices:
+        return [dict(os.environ)] * workers
+    environments = []
+    for worker in range(workers):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]}
+        if workers > len(devices):
+            share = 0.9 / math.ceil(workers / len(devices))
+            environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
+        environments.append(environment)
+    return environments
+
+
+def find_provenance(environment: dict[str, str]) -> dict[str, Any]:
+    """What a worker runs on, asked of a process that ends: this one must not take a GPU's memory.
+
+    Raises:
+      UserError: if JAX does not start there.
+    """
+    program = (
+        "import json, jax; from experiments.records import provenance; "
+        "print(json.dumps(provenance(jax.device_count())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(f"JAX does not start: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT are appended to."""
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        del frame
+        received.append(number)
+
+    old = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

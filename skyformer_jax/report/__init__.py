@@ -1,1 +1,0 @@
-"""The report: what the scripts of experiments/ measured, beside what the paper printed."""

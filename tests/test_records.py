@@ -1,0 +1,65 @@
+"""How the scripts of experiments/ write a result, and go on with one."""
+
+import json
+
+import pytest
+
+from experiments import palette, records
+from skyformer_jax.attention import NAMES
+from skyformer_jax.errors import UserError
+
+HEADER = {"what": "a test", "commit": "abc", "lengths": (16, 32), "seed": 0}
+
+
+def test_rows_of_the_same_settings_are_gone_on_with(tmp_path, capsys):
+    path = tmp_path / "results" / "out.json"
+    assert records.resume(path, HEADER) == []
+    rows = [{"length": 16, "departures": {"a": [1, 2]}}]
+    records.write_json(path, {**HEADER, "rows": rows, "summary": 3})
+    assert records.resume(path, HEADER) == rows
+    assert capsys.readouterr().err == ""
+
+    def anew(said, **options):
+        assert records.resume(path, **{"header": HEADER, **options}) == []
+        assert capsys.readouterr().err == f"{path} is {said}: begun anew\n"
+
+    anew("of other lengths, seed", header={**HEADER, "lengths": (16,), "seed": 1})
+    anew("of other commit", header={**HEADER, "commit": "def"})
+    assert records.resume(path, {**HEADER, "commit": "def"}, any_commit=True) == rows
+    anew("of other seed", header={**HEADER, "seed": 1}, any_commit=True)
+    anew("no result of this script", field="cells")
+    for text in ("{", "[]", "3"):
+        path.write_text(text)
+        anew("no result of this script")
+
+    dirty = {**HEADER, "commit": "abc-dirty"}
+    records.write_json(path, {**dirty, "cells": rows})
+    anew("of uncommitted changes, maybe not of those of now", header=dirty, field="cells")
+    assert records.resume(path, dirty, field="cells", any_commit=True) == rows
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    path = tmp_path / "out.json"
+    records.write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), records.replacing(path) as part:
+        part.write_text("{")
+        raise ZeroDivisionError
+    with pytest.raises(TypeError):
+        records.write_json(path, {"a": object()})
+    assert records.read_json(path) == {"a": 1}
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"out\.json is damaged: "):
+        records.read_json(path)
+
+
+def test_provenance():
+    found = records.provenance(3)
+    assert set(found) == {"commit", "versions", "device", "cores"}
+    assert found["device"].startswith("3 x ")
+    assert found == json.loads(json.dumps(found))
+
+
+def test_every_attention_has_a_colour_and_a_marker_of_its_own():
+    assert set(NAMES) <= set(palette.STYLES)
+    for column in zip(*palette.STYLES.values(), strict=True):
+        assert len(set(column)) == len(palette.STYLES)
