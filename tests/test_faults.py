@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from scripts import import_script
 
+from experiments.faults import damage, judge, runner, trials
+from experiments.faults.judge import Seen
+from experiments.faults.runner import Exit
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.training import checkpoints
 
-faults, poisoned = import_script("faults"), import_script("poisoned")
-Ran, Seen = faults.Ran, faults.Seen
+poisoned = import_script("faults.poisoned")
 
 STATE = {"w": np.arange(2000.0), "b": {"c": np.ones((3, 4), np.float32)}}
 TRAINING = "training skyformer on listops_small: 50,000 examples\n"
@@ -50,21 +52,21 @@ def newest(run):
 
 
 def test_look(run, newest):
-    assert faults.look(run) == Seen(frozenset({20, 40, 60}), (0.3, -20), frozenset())
-    assert faults.look(run, damaged=[60]).newest == 40
-    assert faults.look(run / "nothing") == Seen(frozenset(), (-1.0, 0), frozenset())
+    assert judge.look(run) == Seen(frozenset({20, 40, 60}), (0.3, -20), frozenset())
+    assert judge.look(run, damaged=[60]).newest == 40
+    assert judge.look(run / "nothing") == Seen(frozenset(), (-1.0, 0), frozenset())
     (run / "damaged" / "60-0").mkdir(parents=True)
-    assert faults.look(run).aside == {"damaged/60-0"}
+    assert judge.look(run).aside == {"damaged/60-0"}
     (run / "damaged" / "60-0").rmdir()
 
 
-@pytest.mark.parametrize("damage", [faults.truncate, faults.empty])
+@pytest.mark.parametrize("how", [damage.truncate, damage.empty])
 @pytest.mark.parametrize("index", [0, 1])
-def test_truncated_and_emptied(newest, damage, index):
+def test_truncated_and_emptied(newest, how, index):
     whole = contents(newest)
-    assert damage(newest, random.Random(0), index)
+    assert how(newest, random.Random(0), index)
     assert sum(map(len, contents(newest).values())) < sum(map(len, whole.values()))
-    if index == 0 or damage is faults.empty:
+    if index == 0 or how is damage.empty:
         with pytest.raises(checkpoints.DamagedCheckpointError):
             checkpoints.restore(newest.parent, 60, STATE)
 
@@ -73,7 +75,7 @@ def test_flipped(newest):
     """A few bits of one file, in time of every kind; and no such state passes for the true one."""
     whole, flipped, refused = contents(newest), set(), 0
     for index in range(16):
-        faults.flip(newest, random.Random(index), index)
+        damage.flip(newest, random.Random(index), index)
         changed = {path for path, content in contents(newest).items() if content != whole[path]}
         (path,) = changed
         pairs = zip((newest / path).read_bytes(), whole[path], strict=True)
@@ -112,7 +114,7 @@ GOES_ON = "going on from the checkpoint of step 100\n"
     ],
 )
 def test_lost(after, log, ours, found):
-    got = faults.lost(BEFORE, after, log, ours)
+    got = judge.lost(BEFORE, after, log, ours)
     assert len(got) == len(found) and all(b in a for a, b in zip(got, found, strict=True))
 
 
@@ -120,7 +122,7 @@ def test_one_bit_is_a_difference(run, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for step in (20, 40):
         (tmp_path / "checkpoints" / str(step)).symlink_to(run / "checkpoints" / str(step))
-    last = tmp_path / "checkpoints" / str(faults.NUM_STEPS)
+    last = tmp_path / "checkpoints" / str(runner.NUM_STEPS)
     last.symlink_to(run / "checkpoints" / "60")
     entry = {"step": 20, "split": "train", "loss": 2.25, "accuracy": 0.5, "seconds": 3}
     test = {"checkpoint": 20, "accuracy": 0.25, "loss": 2.5, "confusion": [[1]], "seconds": 1.0}
@@ -128,20 +130,20 @@ def test_one_bit_is_a_difference(run, tmp_path):
     def end(entry, test):
         (tmp_path / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
         (tmp_path / "eval_test.json").write_text(json.dumps(test))
-        return faults.ending(tmp_path)
+        return judge.ending(tmp_path)
 
     expected = end(entry, test)
-    assert faults.differences(expected, end({**entry, "seconds": 4}, {**test, "seconds": 2})) == []
+    assert judge.differences(expected, end({**entry, "seconds": 4}, {**test, "seconds": 2})) == []
     loss = float(np.nextafter(2.25, 3))
-    assert faults.differences(expected, end({**entry, "loss": loss}, test)) == [
+    assert judge.differences(expected, end({**entry, "loss": loss}, test)) == [
         "another curve at the end"
     ]
-    assert faults.differences(expected, end(entry, {**test, "accuracy": 0.5})) == [
+    assert judge.differences(expected, end(entry, {**test, "accuracy": 0.5})) == [
         "another test at the end"
     ]
     assert expected["digest"]
     other = {**copy.deepcopy(expected), "digest": expected["digest"][:-1] + "x"}
-    assert faults.differences(expected, other) == ["another digest at the end"]
+    assert judge.differences(expected, other) == ["another digest at the end"]
 
 
 def test_phases(tmp_path):
@@ -149,7 +151,7 @@ def test_phases(tmp_path):
     directory = run / "checkpoints"
 
     def phase(log):
-        return faults.phase(run, data, log)
+        return runner.phase(run, data, log)
 
     assert phase("") == "start-up"
     (data / "listops" / "small" / "incomplete.X").mkdir(parents=True)
@@ -164,8 +166,8 @@ def test_phases(tmp_path):
     assert phase(COMPILED + "step 40/200  loss 2.2\n") == "validation"
     assert phase(COMPILED + "step 40/200  validation loss 2.2\n") == "steps"
     (directory / "60").mkdir()
-    assert faults.phase(run, data, COMPILED, 60) == "final evaluation"
-    (directory / str(faults.NUM_STEPS)).mkdir()
+    assert runner.phase(run, data, COMPILED, 60) == "final evaluation"
+    (directory / str(runner.NUM_STEPS)).mkdir()
     assert phase(COMPILED) == "final evaluation"
     (run / "eval_test.json").write_text("{}")
     assert phase(COMPILED) == "finished"
@@ -174,8 +176,8 @@ def test_phases(tmp_path):
 def test_one_clear_line():
     routine = COMPILED + "step 10/200  loss 2.2  accuracy 0.1  ETA 00:08\nstep 20/200  validation\n"
     error = "error: the disk is full\n"
-    assert faults.strays(routine) == []
-    assert faults.complaint(Ran(2, routine + error, "steps")) == (error.strip(), [])
+    assert judge.strays(routine) == []
+    assert judge.complaint(Exit(2, routine + error, "steps")) == (error.strip(), [])
     for status, log in (
         (1, routine + error),
         (0, routine),
@@ -184,7 +186,7 @@ def test_one_clear_line():
         (2, routine + "OSError: no space\n"),
         (None, routine),
     ):
-        assert faults.complaint(Ran(status, log, "steps"))[1]
+        assert judge.complaint(Exit(status, log, "steps"))[1]
 
 
 def test_one_token_of_one_step_is_poisoned():
@@ -197,10 +199,10 @@ def test_one_token_of_one_step_is_poisoned():
 @pytest.mark.slow
 def test_the_script(tmp_path):
     out = tmp_path / "faults.json"
-    command = ["experiments/faults.py", "--small", f"--dir={tmp_path}/soak", f"--out={out}"]
+    command = ["-m", "experiments.faults", "--small", f"--dir={tmp_path}/soak", f"--out={out}"]
     done = subprocess.run(
         [sys.executable, *command],
-        cwd=faults.ROOT,
+        cwd=runner.ROOT,
         env={**os.environ, "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
@@ -209,4 +211,4 @@ def test_the_script(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert result["failed"] == 0
-    assert {row["fault"] for row in result["rows"]} == set(faults.FAULTS)
+    assert {row["fault"] for row in result["rows"]} == set(trials.FAULTS)

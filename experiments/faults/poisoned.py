@@ -1,17 +1,13 @@
 """train.py with one token outside of the vocabulary, of which the model makes NaN.
 
-    python experiments/poisoned.py --poisoned_step=50 --config=configs/quickstart.py ...
+    python -m experiments.faults.poisoned --poisoned_step=50 --config=configs/quickstart.py ...
 
-A fault for experiments/faults.py to make; the token is in the first example of that step's batch.
+A fault for the soak to make; the token is in the first example of that step's batch.
 """
 
 import functools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import flags
 
@@ -27,7 +23,7 @@ _OUTSIDE = 255  # of the vocabulary of every task on words
 def poisoned_batches(
     poisoned_step: int, *arguments: Any, first_step: int, **options: Any
 ) -> Iterator[Batch]:
-    """Those of training_batches, but for the token; the other arguments are its own."""
+    """The batches of training_batches, but for the token; the other arguments are its own."""
     batches = training_batches(*arguments, first_step=first_step, **options)
     for step, batch in enumerate(batches, first_step + 1):
         if step == poisoned_step:
