@@ -15,7 +15,7 @@ from skyformer_jax.data.pathfinder.contours import draw_distractors, draw_target
 from skyformer_jax.data.pathfinder.dashes import free_positions, make_dashes
 from skyformer_jax.errors import UserError
 
-statistics = import_script("pathfinder_check").statistics
+statistics = import_script("data.pathfinder_check").statistics
 
 ALL = list(itertools.product(pathfinder.SIZES, pathfinder.DIFFICULTIES))
 # Drawing pairs of long targets into little space takes a thousand tries each.

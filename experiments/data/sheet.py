@@ -1,23 +1,19 @@
 """The numbers of docs/data.md: how long each data set takes to prepare, its size, what is in it.
 
-    python experiments/data_sheet.py --tasks=listops,text --source=DIR --work=FOLDER
+    python -m experiments.data.sheet --tasks=listops,text --source=DIR --work=FOLDER
 
 Each task is prepared from nothing, in a folder of its own below --work, and then read as stored.
 Writes JSON with commit, versions, hardware and the data's source and checksums. Pathfinder takes
 minutes, Path-X half an hour.
 """
 
-import sys
 import time
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from absl import flags
 
-from experiments.provenance import provenance, write_json
+from experiments.records import Row, provenance, write_json
 from skyformer_jax import cli, tasks
 from skyformer_jax.data import store
 from skyformer_jax.data.examples import Examples
@@ -29,8 +25,8 @@ _WORK = flags.DEFINE_string("work", None, "Folder for what is prepared; kept.", 
 _OUT = flags.DEFINE_string("out", "results/data_sheet.json", "File to write.")
 
 
-def describe_split(task: tasks.Task, whole: Examples, read: Examples) -> dict[str, Any]:
-    """What is in a split, and what of it is read.
+def describe_split(task: tasks.Task, whole: Examples, read: Examples) -> Row:
+    """Describes what is in a split, and what of it is read.
 
     Args:
       task: of the split.
@@ -58,7 +54,7 @@ def describe_split(task: tasks.Task, whole: Examples, read: Examples) -> dict[st
     return described
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str) -> Row:
     """Prepares a task's data set and reads it."""
     task, data_dir = tasks.get(name), Path(_WORK.value) / name
     if data_dir.exists():

@@ -1,18 +1,14 @@
 """Draws the pictures of docs/data.md.
 
-    python experiments/data_pictures.py --data_dir=data --out=docs
+    python -m experiments.data.pictures --data_dir=data --out=docs
 
 image.png shows a photograph of each class of the test split, pathfinder.png images of both labels
 at 32 x 32 pixels, and pathx.png one of each label at 128 x 128. The photographs are prepared if
-they are not (--source=DIR names the published files, as of skyformer_jax.prepare);
-Pathfinder's images are drawn.
+they are not (--source=DIR names the published files); Pathfinder's images are drawn.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,46 +39,39 @@ def draw(
     columns: Sequence[str] = (),
     rows: Sequence[str] = (),
 ) -> None:
-    """Writes a grid of gray pictures, whose pixels are whole squares in it.
+    """Writes a grid of gray pictures, in which each of their pixels is a square.
 
     Args:
       pictures: uint8 [rows, columns, side, side].
       path: of the PNG.
-      scale: side of such a square.
-      columns: titles, if any.
-      rows: likewise.
+      scale: side of the squares in pixels.
+      columns: titles of the columns, if any.
+      rows: titles of the rows, if any.
     """
-    num_rows, num_columns, side, _ = pictures.shape
-    step = scale * side + _GAP
     left, top = (_TITLE if titles else _GAP for titles in (rows, columns))
-    width, height = left + num_columns * step, top + num_rows * step
+    squares = np.kron(pictures, np.ones((scale, scale), np.uint8))
+    cells = np.pad(squares, [(0, 0), (0, 0), (0, _GAP), (0, _GAP)], constant_values=255)
+    num_rows, num_columns, step, _ = cells.shape
+    grid = cells.transpose(0, 2, 1, 3).reshape(num_rows * step, num_columns * step)
+    canvas = np.pad(grid, [(top, 0), (left, 0)], constant_values=255)
+    height, width = canvas.shape
     figure = plt.figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-
-    def place(x: int, y: int) -> tuple[float, float]:
-        """Shares of the figure of pixels from its left and its upper edge."""
-        return x / width, 1 - y / height
-
-    for row, line in enumerate(pictures):
-        for column, picture in enumerate(line):
-            x, y = place(left + column * step, top + (row + 1) * step - _GAP)
-            cell = scale * side
-            axes = figure.add_axes((x, y, cell / width, cell / height))
-            axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_axis_off()
+    figure.figimage(canvas, cmap="gray", vmin=0, vmax=255)
+    style = {"size": 8, "ha": "center", "va": "center"}
     centre = (step - _GAP) // 2
     for column, title in enumerate(columns):
-        at = place(left + column * step + centre, top // 2)
-        figure.text(*at, title, size=8, ha="center", va="center")
+        x, y = left + column * step + centre, top // 2
+        figure.text(x / width, 1 - y / height, title, **style)
     for row, title in enumerate(rows):
-        at = place(left // 2, top + row * step + centre)
-        figure.text(*at, title, size=8, ha="center", va="center", rotation=90)
+        x, y = left // 2, top + row * step + centre
+        figure.text(x / width, 1 - y / height, title, rotation=90, **style)
     figure.savefig(path)
     plt.close(figure)
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 
 def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the first so many of each label, int [labels, count]."""
+    """Indices of the first `count` examples of each label, int [labels, count]."""
     return np.stack([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)])
 
 
@@ -100,7 +89,7 @@ def main() -> None:
     draw(images[first_of_each(labels, 6)], out / "pathfinder.png", 4, rows=_LABELS)
 
     images, labels = pathfinder.generate(_DRAWN, size=128, workers=1)
-    draw(images[first_of_each(labels, 1)[:, 0]][None], out / "pathx.png", 3, columns=_LABELS)
+    draw(images[first_of_each(labels, 1).T], out / "pathx.png", 3, columns=_LABELS)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """Our Pathfinder images against some of the original generator.
 
-    python experiments/pathfinder_check.py --reference=originals.npz
+    python -m experiments.data.pathfinder_check --reference=originals.npz
 
 Compares statistics of the images; draws some of both; trains a small convolutional network on ours
 and tests it on both; times the generator. The reference holds the arrays image, uint8
 [images, 32, 32], and label, of the original generator at "hard". Writes JSON with commit, versions
-and hardware, and a picture beside it.
+and hardware, and a picture beside it. Takes a quarter of an hour on two CPU cores; --small takes
+fewer images and steps.
 """
 
+import itertools
 import json
-import sys
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,31 +26,40 @@ from absl import flags
 from flax import linen as nn
 from scipy import ndimage
 
-from experiments.provenance import provenance, write_json
+from experiments.records import Row, provenance, replacing, write_json
 from skyformer_jax import cli
 from skyformer_jax.data import pathfinder
 from skyformer_jax.errors import UserError
+from skyformer_jax.progress import say, track
 
 _REFERENCE = flags.DEFINE_string("reference", None, "NPZ of original images.", required=True)
 _OUT = flags.DEFINE_string(
     "out", "results/pathfinder_check.json", "JSON to write; the picture has .png."
 )
-_COMPARED = flags.DEFINE_integer("compared", 5000, "Images of ours compared.", lower_bound=20)
-_TRAIN_IMAGES = flags.DEFINE_integer("train_images", 20_000, "To train on.", lower_bound=64)
-_TEST_IMAGES = flags.DEFINE_integer("test_images", 4000, "Of ours to test on.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 2500, "Of training.", lower_bound=1)
-_SEEDS = flags.DEFINE_integer("seeds", 1, "Networks trained.", lower_bound=1)
-_TIMED = flags.DEFINE_integer("timed", 200, "Images timed of each kind.", lower_bound=1)
+_SMALL = flags.DEFINE_bool("small", False, "The reduced setting for a CPU or a test.")
 
 # Straight to "hard", the network stays at chance for long; so it begins with short targets.
 _CURRICULUM = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12)  # dashes
-_CURRICULUM_IMAGES = 5000  # of each
 _GOOD = 0.8  # accuracy on the last _WINDOW batches with which it goes on to longer targets
 _WINDOW = 40
 _BATCH = 64
 _LEARNING_RATE = 2e-3
 
 Set = tuple[np.ndarray, np.ndarray]
+
+
+class Sizes(NamedTuple):
+    """Of the comparison: images of ours, and steps of training."""
+
+    compared: int = 5000
+    curriculum: int = 5000  # for each of _CURRICULUM
+    train: int = 20_000
+    test: int = 4000
+    steps: int = 2600
+    timed: int = 200  # of each size and difficulty
+
+
+_SMALL_SIZES = Sizes(compared=100, curriculum=128, train=128, test=100, steps=20, timed=5)
 
 
 def read_reference(path: str) -> Set:
@@ -103,55 +111,47 @@ def statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def compare(
-    original: dict[str, np.ndarray], ours: dict[str, np.ndarray]
-) -> dict[str, dict[str, float]]:
+def compare(original: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> dict[str, Row]:
     """Means, standard errors and deviations of each statistic, and z of the means' difference."""
     table = {}
-    for name, values in original.items():
-        row = {}
-        for who, x in (("original", values), ("ours", ours[name])):
-            row[f"{who}_mean"] = float(np.mean(x))
-            row[f"{who}_standard_error"] = float(np.std(x, ddof=1) / np.sqrt(len(x)))
-            row[f"{who}_deviation"] = float(np.std(x, ddof=1))
+    for name in original:
+        row, texts = {}, []
+        for who, x in (("original", original[name]), ("ours", ours[name])):
+            mean, deviation = float(np.mean(x)), float(np.std(x, ddof=1))
+            error = deviation / np.sqrt(len(x))
+            row[f"{who}_mean"] = mean
+            row[f"{who}_standard_error"] = float(error)
+            row[f"{who}_deviation"] = deviation
+            texts.append(f"{who} {mean:9.4f} +- {error:.4f}")
         error = np.hypot(row["original_standard_error"], row["ours_standard_error"])
         row["z"] = (row["ours_mean"] - row["original_mean"]) / float(error)
         table[name] = row
+        print(f"{name:32}   {'   '.join(texts)}   z {row['z']:+.2f}")
     return table
 
 
 def draw_picture(original: Set, ours: Set, path: Path) -> None:
     """Ten images of each label from both, and histograms of some statistics."""
-    figure, axes = plt.subplots(5, 10, figsize=(15, 8.5), layout="constrained")
-    for who, (images, labels), rows in (
-        ("original", original, axes[:2]),
-        ("ours", ours, axes[2:4]),
-    ):
-        for label, row in zip((1, 0), rows, strict=True):
-            for axis, image in zip(row, images[labels == label][:10], strict=False):
-                axis.imshow(image, cmap="gray", vmin=0, vmax=255)
-                axis.set(xticks=[], yticks=[])
-            row[0].set_ylabel(f"{who}, label {label}")
-    grid = axes[4, 0].get_gridspec()
-    for axis in axes[4]:
-        axis.remove()
-    values = statistics(original[0]), statistics(ours[0])
-    names = (
-        "mean",
-        "pixels above 60",
-        "their connected components",
-        "pixels of discs",
-        "distance of discs",
-    )
-    for i, name in enumerate(names):
+    figure = plt.figure(figsize=(15, 8.5), layout="constrained")
+    grid = figure.add_gridspec(5, 10)
+    sources = {"original": original, "ours": ours}
+    for row, (who, label) in enumerate(itertools.product(sources, (1, 0))):
+        images, labels = sources[who]
+        for column, image in enumerate(images[labels == label][:10]):
+            axis = figure.add_subplot(grid[row, column])
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+            axis.set(xticks=[], yticks=[], ylabel="" if column else f"{who}, label {label}")
+    values = {who: statistics(images) for who, (images, _) in sources.items()}
+    names = ("mean", "pixels above 60", "their connected components")
+    for i, name in enumerate((*names, "pixels of discs", "distance of discs")):
         axis = figure.add_subplot(grid[4, 2 * i : 2 * i + 2])
-        low, high = (f(f(x[name]) for x in values) for f in (min, max))
-        for x, who in zip(values, ("original", "ours"), strict=True):
-            bins = np.linspace(low, high, 25)
+        both = np.concatenate([x[name] for x in values.values()])
+        bins = np.linspace(both.min(), both.max(), 25)
+        for who, x in values.items():
             axis.hist(x[name], bins, density=True, histtype="step", label=who)
         axis.set(title=name, yticks=[])
     axis.legend()
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=70, format="png")
     plt.close(figure)
 
 
@@ -178,88 +178,75 @@ class Network(nn.Module):
         return nn.Dense(2)(nn.relu(nn.Dense(64)(x)))
 
 
-def training_sets() -> list[Set]:
+def training_sets(sizes: Sizes) -> list[Set]:
     """The curriculum's images, and last those at "hard"."""
     hard = pathfinder.settings(32, "hard")
     sets = [
-        pathfinder.draw(hard._replace(target_dashes=dashes), (100, dashes), _CURRICULUM_IMAGES)
+        pathfinder.draw(hard._replace(target_dashes=dashes), (100, dashes), sizes.curriculum)
         for dashes in _CURRICULUM
     ]
-    return [*sets, pathfinder.generate(_TRAIN_IMAGES.value, seed=101)]
+    return [*sets, pathfinder.generate(sizes.train, seed=101)]
 
 
-def train(seed: int, sets: list[Set], report: Callable[[str], None]) -> tuple[Callable, list[dict]]:
+def train(sets: list[Set], num_steps: int) -> tuple[Callable, list[Row]]:
     """Trains a network on each of the sets in turn.
 
     Args:
-      seed: of the network and of the order of the images.
       sets: of growing difficulty; all steps that are left go to the last.
-      report: called with lines of progress.
+      num_steps: of training.
 
     Returns:
       A function from images to classes, and what happened on each set.
     """
     network = Network()
-    variables = network.init(jax.random.key(seed), jnp.zeros((2, 32, 32), jnp.uint8), True)
-    params, averages = variables["params"], variables["batch_stats"]
-    schedule = optax.cosine_onecycle_schedule(_STEPS.value, _LEARNING_RATE, 0.05)
+    variables = network.init(jax.random.key(0), jnp.zeros((2, 32, 32), jnp.uint8), True)
+    schedule = optax.cosine_onecycle_schedule(num_steps, _LEARNING_RATE, 0.05)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-3)
     )
-    state = optimizer.init(params)
+    optimizer_state = optimizer.init(variables["params"])
 
     @jax.jit
-    def step(params: Any, averages: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple:
+    def step(variables: Any, optimizer_state: Any, images: jax.Array, labels: jax.Array) -> tuple:
         def loss(params: Any) -> tuple[jax.Array, tuple]:
             logits, updated = network.apply(
-                {"params": params, "batch_stats": averages}, images, True, mutable=["batch_stats"]
+                {**variables, "params": params}, images, True, mutable=["batch_stats"]
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), (updated["batch_stats"], (logits.argmax(-1) == labels).mean())
+            return losses.mean(), (updated, (logits.argmax(-1) == labels).mean())
 
-        (value, (new, accuracy)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, new_state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), new, new_state, value, accuracy
+        params = variables["params"]
+        gradients, (updated, accuracy) = jax.grad(loss, has_aux=True)(params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        variables = {"params": optax.apply_updates(params, updates), **updated}
+        return variables, optimizer_state, accuracy
 
-    rng = np.random.default_rng(seed)
-    history, accuracies, values = [], [], []
-    start = time.perf_counter()
-    for number in range(1, _STEPS.value + 1):
+    rng = np.random.default_rng(0)
+    history, accuracies = [], []
+    for number in track(range(1, num_steps + 1), num_steps, "training", "steps"):
         images, labels = sets[len(history)]
         batch = rng.integers(len(images), size=_BATCH)
         turned = np.rot90(images[batch], rng.integers(4), (1, 2))
-        turned = turned[:, :, :: rng.choice((-1, 1))]
-        params, averages, state, value, accuracy = step(
-            params, averages, state, np.ascontiguousarray(turned), labels[batch]
+        turned = np.ascontiguousarray(turned[:, :, :: rng.choice((-1, 1))])
+        variables, optimizer_state, accuracy = step(
+            variables, optimizer_state, turned, labels[batch]
         )
-        values.append(float(value))
         accuracies.append(float(accuracy))
         recent = float(np.mean(accuracies[-_WINDOW:]))
-        if number % 100 == 0:
-            report(
-                f"step {number}, set {len(history) + 1} of {len(sets)}: loss "
-                f"{np.mean(values[-100:]):.3f}, accuracy {np.mean(accuracies[-100:]):.3f}, "
-                f"{time.perf_counter() - start:.0f} s"
-            )
         learned = len(accuracies) >= _WINDOW and recent > _GOOD and len(history) < len(sets) - 1
-        if learned or number == _STEPS.value:
+        if learned or number == num_steps:
             history.append({"steps": len(accuracies), "training_accuracy": recent})
-            accuracies, values = [], []
+            say(f"set {len(history)} of {len(sets)}: step {number}, accuracy {recent:.3f}")
+            accuracies = []
 
-    @jax.jit
-    def classify(images: jax.Array) -> jax.Array:
-        variables = {"params": params, "batch_stats": averages}
-        return network.apply(variables, images, False).argmax(-1)
-
-    return classify, history
+    return jax.jit(lambda images: network.apply(variables, images, False).argmax(-1)), history
 
 
 def accuracy(classify: Callable, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Accuracy with its standard error."""
-    classes = [
-        np.asarray(classify(part)) for part in np.array_split(images, -(-len(images) // 250))
-    ]
-    mean = float((np.concatenate(classes) == labels).mean())
+    batches = np.array_split(images, -(-len(images) // 250))
+    classes = np.concatenate([np.asarray(classify(batch)) for batch in batches])
+    mean = float((classes == labels).mean())
     return {
         "accuracy": mean,
         "standard_error": float(np.sqrt(mean * (1 - mean) / len(labels))),
@@ -267,78 +254,64 @@ def accuracy(classify: Callable, images: np.ndarray, labels: np.ndarray) -> dict
     }
 
 
-def time_generation() -> list[dict[str, Any]]:
+def train_and_test(sets: list[Set], num_steps: int, held_out: Set, original: Set) -> Row:
+    """Trains a network on ours, and compares its accuracy on ours and on the original images."""
+    before = time.perf_counter()
+    classify, history = train(sets, num_steps)
+    ours, theirs = accuracy(classify, *held_out), accuracy(classify, *original)
+    difference = theirs["accuracy"] - ours["accuracy"]
+    error = np.hypot(ours["standard_error"], theirs["standard_error"])
+    result = {
+        "seed": 0,
+        "seconds": time.perf_counter() - before,
+        "sets": history,
+        "ours": ours,
+        "original": theirs,
+        "difference": difference,
+        "difference_in_standard_errors": difference / float(error),
+    }
+    print(json.dumps(result))
+    return result
+
+
+def time_generation(size: int, difficulty: str, num_images: int) -> Row:
     """CPU seconds of one process per image; the tables are made before."""
-    rows = []
-    for size in pathfinder.SIZES:
-        for difficulty in pathfinder.DIFFICULTIES:
-            before = time.process_time()
-            pathfinder.generate_chunk(size, difficulty, 0, 0, 0)
-            tables = time.process_time() - before
-            before = time.process_time()
-            pathfinder.generate_chunk(size, difficulty, 0, 0, _TIMED.value)
-            seconds = (time.process_time() - before) / _TIMED.value
-            rows.append(
-                {
-                    "size": size,
-                    "difficulty": difficulty,
-                    "seconds_for_tables": tables,
-                    "milliseconds_per_image": 1000 * seconds,
-                    "images_per_second_and_core": 1 / seconds,
-                    "minutes_for_200000_on_2_cores": 200_000 * seconds / 2 / 60,
-                }
-            )
-            print(
-                f"{size:4} {difficulty:13}{1000 * seconds:8.2f} ms an image, 200,000 on 2 cores: "
-                f"{rows[-1]['minutes_for_200000_on_2_cores']:.1f} minutes"
-            )
-    return rows
+    seconds = []
+    for count in (0, num_images):
+        before = time.process_time()
+        pathfinder.generate_chunk(size, difficulty, 0, 0, count)
+        seconds.append(time.process_time() - before)
+    each = seconds[1] / num_images
+    minutes = 200_000 * each / 2 / 60
+    print(f"{size:4} {difficulty:13}{1000 * each:8.2f} ms an image, 200,000: {minutes:.1f} minutes")
+    return {
+        "size": size,
+        "difficulty": difficulty,
+        "seconds_for_tables": seconds[0],
+        "milliseconds_per_image": 1000 * each,
+        "images_per_second_and_core": 1 / each,
+        "minutes_for_200000_on_2_cores": minutes,
+    }
 
 
 def main() -> None:
     """Runs all parts; writes the JSON and the picture, and prints the results."""
-    original = read_reference(_REFERENCE.value)
-    path = Path(_OUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    timings = time_generation()
-    ours = pathfinder.generate(_COMPARED.value, seed=0)
-    compared = {**statistics(ours[0]), "label": ours[1]}
-    table = compare({**statistics(original[0]), "label": original[1]}, compared)
-    for name, row in table.items():
-        print(
-            f"{name:32}"
-            f"   original {row['original_mean']:9.4f} +- {row['original_standard_error']:.4f}"
-            f"   ours {row['ours_mean']:9.4f} +- {row['ours_standard_error']:.4f}"
-            f"   z {row['z']:+.2f}"
-        )
-    draw_picture(original, ours, path.with_suffix(".png"))
-
+    original, path = read_reference(_REFERENCE.value), Path(_OUT.value)
+    sizes = _SMALL_SIZES if _SMALL.value else Sizes()
+    timings = [
+        time_generation(size, difficulty, sizes.timed)
+        for size in pathfinder.SIZES
+        for difficulty in pathfinder.DIFFICULTIES
+    ]
+    ours = pathfinder.generate(sizes.compared, seed=0)
+    table = compare(
+        *({**statistics(images), "label": labels} for images, labels in (original, ours))
+    )
+    with replacing(path.with_suffix(".png")) as part:
+        draw_picture(original, ours, part)
     before = time.perf_counter()
-    sets = training_sets()
-    held_out = pathfinder.generate(_TEST_IMAGES.value, seed=102)
+    sets, held_out = training_sets(sizes), pathfinder.generate(sizes.test, seed=102)
     drawing_seconds = time.perf_counter() - before
-    networks = []
-    for seed in range(_SEEDS.value):
-        before = time.perf_counter()
-        classify, history = train(seed, sets, lambda line, seed=seed: print(f"seed {seed}, {line}"))
-        tests = {
-            who: accuracy(classify, *images)
-            for who, images in (("ours", held_out), ("original", original))
-        }
-        difference = tests["original"]["accuracy"] - tests["ours"]["accuracy"]
-        error = np.hypot(*(test["standard_error"] for test in tests.values()))
-        networks.append(
-            {
-                "seed": seed,
-                "seconds": time.perf_counter() - before,
-                "sets": history,
-                **tests,
-                "difference": difference,
-                "difference_in_standard_errors": difference / float(error),
-            }
-        )
-        print(f"seed {seed}: {json.dumps(networks[-1])}")
     result = {
         "what": "Pathfinder images of ours against those of the original generator, 32 pixels, "
         '"hard": statistics (z: difference of the means in standard errors), accuracy of a '
@@ -358,10 +331,10 @@ def main() -> None:
             f"{Network.width} channels, batch normalisation",
             "optimizer": f"AdamW, one cycle up to {_LEARNING_RATE}, weight decay 0.001",
             "batch_size": _BATCH,
-            "steps": _STEPS.value,
+            "steps": sizes.steps,
             "seconds_to_draw_images": drawing_seconds,
         },
-        "networks": networks,
+        "networks": [train_and_test(sets, sizes.steps, held_out, original)],
         "timings": timings,
     }
     write_json(path, result)
