@@ -8,7 +8,6 @@ import json
 import posixpath
 import re
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import flax.linen as nn
 from flax import nnx
 from sphinx.application import Sphinx
 from sphinx.util import inspect
+
+import skyformer_jax
 
 _DOCS = Path(__file__).parent
 _ROOT = _DOCS.parent
@@ -31,8 +32,8 @@ _COPIES = {
 }
 
 project = "skyformer_jax"
-author = "the skyformer_jax authors"
-release = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["version"]
+author = "skyformer_jax contributors"
+release = skyformer_jax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["**.ipynb_checkpoints"]
