@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import attention_cells
-from experiments.attention_cells import Settings
+from experiments.benchmarks import attention_cells
+from experiments.benchmarks.attention_cells import Settings
 
 SETTINGS = Settings(
     attentions=("softmax", "linformer"),
@@ -125,7 +125,7 @@ def test_accelerator_command(tmp_path):
     root = Path(__file__).resolve().parent.parent
     out = tmp_path / "accelerator.json"
     done = subprocess.run(
-        [sys.executable, "experiments/accelerator.py", "--small", f"--out={out}"],
+        [sys.executable, "-m", "experiments.benchmarks.accelerator", "--small", f"--out={out}"],
         cwd=root,
         env={**os.environ, "XLA_FLAGS": ""},
         capture_output=True,

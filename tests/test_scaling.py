@@ -10,13 +10,13 @@ from run_on import run_on
 from scripts import import_script
 from test_model import tiny_config
 
-from experiments.collectives import collectives
+from experiments.benchmarks.collectives import collectives
 from skyformer_jax.attention import kernelized_attention, skyformer_attention
 from skyformer_jax.data.batches import Batch
 from skyformer_jax.training.sharded_step import make_train_step
 from skyformer_jax.training.state import init_states
 
-long_sequences = import_script("long_sequences")
+long_sequences = import_script("benchmarks.long_sequences")
 
 
 def compiled_step(length, parts=8, **changes):

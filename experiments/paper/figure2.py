@@ -22,12 +22,12 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from experiments.benchmarks.timing import measure_steps
 from experiments.paper import grid_flags
 from experiments.paper.cell_results import read_cell
 from experiments.paper.grid import Cell, parse_config
 from experiments.paper.report import pictures
 from experiments.records import Row, provenance, write_json
-from experiments.timing import measure_steps
 from skyformer_jax import cli
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say

@@ -26,11 +26,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from experiments.benchmarks.timing import measure_steps
 from experiments.paper import grid_flags, published
 from experiments.paper.grid import Cell, parse_config
 from experiments.paper.report import pictures
 from experiments.records import Row, provenance, resume, write_json
-from experiments.timing import measure_steps
 from skyformer_jax import cli
 from skyformer_jax.progress import say
 

@@ -1,6 +1,6 @@
 """Error against cost of skyformer_attention for each way of choosing landmarks.
 
-    python experiments/landmarks.py --num_landmarks=16,32,64,128,256 --draws=10
+    python -m experiments.benchmarks.landmarks --num_landmarks=16,32,64,128,256 --draws=10
 
 Compares with the exact kernelized_attention on three generated data sets. The errors are those of
 inverse="cholesky", so that nothing of the iterative inverse's own error is mixed in; the times are
@@ -10,13 +10,10 @@ beside it.
 
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """Trains a classifier on sequences of a million tokens, each divided over several devices.
 
-    python experiments/long_sequences.py                    # 8 fake devices of a CPU
-    python experiments/long_sequences.py --fake_devices=0   # the devices that there are
+    python -m experiments.benchmarks.long_sequences                    # 8 fake devices of a CPU
+    python -m experiments.benchmarks.long_sequences --fake_devices=0   # the devices that there are
 
 For 1, 2, 4, ... parts of the sequence: what a device needs in memory, what it sends, and the time
 of a step; with the most parts it trains. The model is the paper's (2 layers, width 64, 2 heads of
@@ -14,12 +14,10 @@ with commit, versions and hardware, and a picture.
 
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # With fewer threads than devices, collectives of fake devices can wait for each other for ever.
 os.environ.setdefault("NPROC", "16")
 
@@ -29,7 +27,7 @@ import numpy as np
 from absl import flags
 
 from configs import common
-from experiments.collectives import collectives
+from experiments.benchmarks.collectives import collectives
 from experiments.provenance import provenance, write_json
 from skyformer_jax import cli
 from skyformer_jax.data.batches import Batch

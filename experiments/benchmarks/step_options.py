@@ -1,6 +1,6 @@
 """What each option of a training step, and each choice made inside it, gains: side by side.
 
-    python experiments/step_options.py
+    python -m experiments.benchmarks.step_options
 
 Steps of Skyformer in the paper's Text setting, with one option changed at a time, on random tokens
 at full length; of a model so small that Python takes its part, with the data's way to the device in
@@ -11,12 +11,9 @@ versions and hardware.
 
 import collections
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flax.linen as nn
 import jax
@@ -26,8 +23,8 @@ import numpy as np
 from absl import flags
 
 from configs import image, quickstart, text
+from experiments.benchmarks.timing import compile_all, measure_steps, take_turns
 from experiments.provenance import provenance, write_json
-from experiments.timing import compile_all, measure_steps, take_turns
 from skyformer_jax import cli, models
 from skyformer_jax.data.batches import stacked, training_batches, training_rows
 from skyformer_jax.data.examples import Examples

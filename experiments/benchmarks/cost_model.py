@@ -1,6 +1,6 @@
 """A training step on sequences of up to 16 million tokens, on paper: Skyformer, and a ring.
 
-    python experiments/cost_model.py
+    python -m experiments.benchmarks.cost_model
 
 A model of arithmetic, with constants that were measured here and nothing else: of two CPU cores,
 and of the wire between two processes of theirs. It says how a step would grow with the length n and
@@ -20,11 +20,8 @@ picture.
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from absl import flags

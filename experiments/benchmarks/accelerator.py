@@ -1,6 +1,6 @@
 """What an accelerator makes of the attentions and of training, by one command in a few minutes.
 
-    python experiments/accelerator.py
+    python -m experiments.benchmarks.accelerator
 
 1. How near Skyformer's two Gaussian passes, queries with landmarks and landmarks with keys, come
    to what the device can do: the share of the measured time that arithmetic at the peak rate, or
@@ -20,22 +20,19 @@ import dataclasses
 import importlib
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 from absl import flags
 
-from experiments import attention_cells
+from experiments.benchmarks import attention_cells
+from experiments.benchmarks.timing import compile_all, measure_steps, take_turns
 from experiments.provenance import provenance, write_json
-from experiments.timing import compile_all, measure_steps, take_turns
 from skyformer_jax import attention, cli
 from skyformer_jax.attention.gaussian import gaussian_attention
 from skyformer_jax.errors import UserError

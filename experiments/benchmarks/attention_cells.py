@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.benchmarks.timing import compile_all, take_turns
 from experiments.provenance import write_json
-from experiments.timing import compile_all, take_turns
 from skyformer_jax.attention import NAMES, REGISTRY, kernelized_attention, layer_variables
 from skyformer_jax.progress import say
 

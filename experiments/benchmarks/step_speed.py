@@ -1,7 +1,7 @@
 """Steps per second of a config's training step, each attention side by side in one process.
 
-    python experiments/step_speed.py --config=listops --attentions=softmax,kernelized,skyformer
-    python experiments/step_speed.py --config=text --batch_size=4 --out=results/step_speed_text.json
+    python -m experiments.benchmarks.step_speed --config=listops --attentions=softmax,kernelized,skyformer
+    python -m experiments.benchmarks.step_speed --config=text --batch_size=4 --out=results/step_speed_text.json
 
 Beside the nine there is kernelized-dense, which holds all scores. Random tokens at the config's
 full length stand in for the data, which the speed does not depend on. Compilation is timed apart;
@@ -9,19 +9,16 @@ the attentions take turns, and medians are reported. Writes JSON with commit, ve
 """
 
 import importlib
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import ml_collections
 from absl import flags
-
-from experiments.provenance import provenance, write_json
-from experiments.timing import measure_steps
-from skyformer_jax import attention, cli
 from skyformer_jax.config import one_of
+
+from experiments.benchmarks.timing import measure_steps
+from experiments.provenance import provenance, write_json
+from skyformer_jax import attention, cli
 
 _CONFIG = flags.DEFINE_string("config", "listops", "Name of a file in configs/.")
 _VARIANT = flags.DEFINE_string("variant", "", "Variant of the config, small for example.")

@@ -1,6 +1,6 @@
 """Time and temporaries of each attention function against the length, side by side.
 
-    python experiments/speed.py --lengths=1024,2048,4096,8192,16384
+    python -m experiments.benchmarks.speed --lengths=1024,2048,4096,8192,16384
 
 Forward pass and gradients (of a weighted sum of the output, by query, key, value and what is
 trained), on normal inputs without padding. Every function is compiled ahead of time, which is
@@ -16,18 +16,15 @@ again after an interruption, it goes on with the lengths that are missing.
 """
 
 import os
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 from absl import flags
+from skyformer_jax.config import one_of
 
-from experiments import attention_cells
+from experiments.benchmarks import attention_cells
 from experiments.provenance import provenance
 from skyformer_jax import attention, cli
-from skyformer_jax.config import one_of
 from skyformer_jax.errors import UserError
 
 _ATTENTIONS = flags.DEFINE_list("attentions", None, "Which; default: all.")

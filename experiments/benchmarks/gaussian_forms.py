@@ -1,6 +1,6 @@
 """The forms of the Gaussian primitive against each other: what gaussian_attention chooses by.
 
-    python experiments/gaussian_forms.py
+    python -m experiments.benchmarks.gaussian_forms
 
 Output and gradients of the dense form, and of the chunked one with tiles of several sizes, for n
 queries and keys, and for n queries and d landmarks and the other way round, as Skyformer's two
@@ -9,18 +9,15 @@ Medians of turns in one process; JSON with commit, versions and hardware.
 """
 
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 from absl import flags
 
+from experiments.benchmarks.timing import compile_all, take_turns
 from experiments.provenance import provenance, write_json
-from experiments.timing import compile_all, take_turns
 from skyformer_jax import cli
 from skyformer_jax.attention import gaussian
 

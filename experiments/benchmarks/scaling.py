@@ -1,6 +1,6 @@
 """What dividing a step over devices costs: throughput, bytes between devices, and the wire.
 
-    python experiments/scaling.py
+    python -m experiments.benchmarks.scaling
 
 Throughput: the quickstart's step with its batch divided over 1, 2, 4, 8 devices, by shard_map and
 by pmap, and a step of the Text model (length 4,096, batch 4) with its sequences divided; they take
@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # With fewer threads than devices, collectives of fake devices can wait for each other for ever.
 os.environ.setdefault("NPROC", "16")
 
@@ -33,9 +32,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import quickstart, text
-from experiments.collectives import collectives
+from experiments.benchmarks.collectives import collectives
+from experiments.benchmarks.timing import compile_all, take_turns
 from experiments.provenance import provenance, write_json
-from experiments.timing import compile_all, take_turns
 from skyformer_jax import attention, cli
 from skyformer_jax.data.batches import Batch
 from skyformer_jax.models import build_model

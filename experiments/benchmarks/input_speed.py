@@ -1,6 +1,6 @@
 """How fast examples come from memory, and what share of a training step waits for them.
 
-    python experiments/input_speed.py --tasks=text,image --data_dir=data
+    python -m experiments.benchmarks.input_speed --tasks=text,image --data_dir=data
 
 For each task: seconds to read the training split into memory; examples a second that batching
 delivers, padded to the paper's length, with and without buckets, medians of several turns; and of
@@ -11,12 +11,9 @@ Writes JSON with commit, versions, hardware and the data's checksums.
 
 import importlib
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import ml_collections
