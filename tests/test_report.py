@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_experiments import HEADER
+from test_benchmarks import HEADER
 
 from experiments.paper import published
 from experiments.paper.report import __main__ as report

@@ -5,15 +5,16 @@
 1. How near Skyformer's two Gaussian passes, queries with landmarks and landmarks with keys, come
    to what the device can do: the share of the measured time that arithmetic at the peak rate, or
    reading every input and writing every output once, would take, whichever is more.
-2. Time and temporaries of all attentions, and of cuDNN's, as experiments/speed.py has them, at a
-   fixed number of tokens in a call, which fills the device at every length: what is linear in the
-   length takes the same time at each, what is quadratic grows with it.
+2. Time and temporaries of all attentions, and of cuDNN's, as speed.py has them, at a fixed number
+   of tokens in a call, which fills the device at every length: what is linear in the length takes
+   the same time at each, what is quadratic grows with it.
 3. Steps per second of training in the paper's settings, and what 50,000 would take beside the
    hours of the paper's table 2.
 
 Programs compile several at a time, so compile seconds do not compare. When the minutes are over,
 what is left is recorded as not reached. Writes JSON with commit, versions and hardware as it goes
-on, and a plot beside it. --small is tiny in everything, to try the script without an accelerator.
+on, and a plot of the second part beside it. --small is tiny in everything, to try the script
+without an accelerator.
 """
 
 import dataclasses
@@ -21,25 +22,25 @@ import importlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 from absl import flags
 
-from experiments.benchmarks import attention_cells
-from experiments.benchmarks.timing import compile_all, measure_steps, take_turns
-from experiments.provenance import provenance, write_json
+from experiments.benchmarks import attention_cells, common_flags
+from experiments.benchmarks.timing import measure_calls, measure_steps
+from experiments.paper import published
+from experiments.records import Row, provenance, write_json
 from skyformer_jax import attention, cli
 from skyformer_jax.attention.gaussian import gaussian_attention
 from skyformer_jax.errors import UserError
 
 _MINUTES = flags.DEFINE_float("minutes", 8, "Time for everything.", lower_bound=0)
-_SMALL = flags.DEFINE_bool("small", False, "Tiny, and on any device.")
-_OUT = flags.DEFINE_string("out", "results/accelerator.json", "JSON to write; the plot has .png.")
+_SMALL = common_flags.small()
+_OUT = common_flags.out("results/accelerator.json")
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 _FIRST = ("skyformer", "softmax", "kernelized")
@@ -47,34 +48,14 @@ _FIRST = ("skyformer", "softmax", "kernelized")
 _STEPS_FROM = 0.6
 _HEADS, _HEAD_DIM, _LANDMARKS = 2, 32, 128  # of the paper
 _ROUNDS = 3
+_WORKERS = os.cpu_count() or 1
 
 # Dense operations and bytes a second, by jax's device_kind: NVIDIA's data sheets of the H100
 # (SXM) and the H200, whose figures for tensor cores are for sparse matrices, twice these.
+_HOPPER = {"float32": 66.9e12, "tf32": 494e12, "bfloat16": 989e12}
 PEAKS = {
-    "NVIDIA H100 80GB HBM3": {
-        "float32": 66.9e12,
-        "tf32": 494e12,
-        "bfloat16": 989e12,
-        "bytes": 3.35e12,
-    },
-    "NVIDIA H200": {"float32": 66.9e12, "tf32": 494e12, "bfloat16": 989e12, "bytes": 4.8e12},
-}
-
-# Hours of 50,000 steps on one V100 (Chen et al., 2021, table 2).
-_PAPER_TASKS = ("text", "listops", "retrieval", "pathfinder", "image")
-PAPER_HOURS = {
-    name: dict(zip(_PAPER_TASKS, hours, strict=True))
-    for name, hours in {
-        "softmax": (4.30, 2.24, 8.33, 2.57, 4.22),
-        "kernelized": (3.91, 1.99, 7.46, 2.42, 4.05),
-        "nystromformer": (0.71, 0.71, 1.29, 1.49, 2.70),
-        "linformer": (0.65, 0.60, 1.13, 1.09, 2.19),
-        "informer": (1.60, 1.19, 2.91, 2.39, 3.90),
-        "performer": (0.77, 0.73, 1.41, 1.40, 2.55),
-        "reformer": (0.94, 0.85, 1.73, 1.70, 3.08),
-        "bigbird": (2.00, 1.88, 3.81, 3.39, 6.53),
-        "skyformer": (1.02, 1.29, 1.86, 2.03, 3.40),
-    }.items()
+    "NVIDIA H100 80GB HBM3": {**_HOPPER, "bytes": 3.35e12},
+    "NVIDIA H200": {**_HOPPER, "bytes": 4.8e12},
 }
 
 
@@ -94,31 +75,12 @@ def measured_peaks(deadline: float) -> dict[str, float]:
     if jax.default_backend() == "gpu":
         calls["tf32"] = (lambda x: jnp.dot(x, x), (matrix,))
     work = dict.fromkeys(calls, 2 * size**3) | {"bytes": 2 * 4 * length}
-    rows = _compile_and_time(calls, "peaks", deadline)
+    rows = measure_calls(calls, _ROUNDS, "peaks", workers=_WORKERS, deadline=deadline)
     return {
         name: work[name] / row["median_seconds"]
         for name, row in rows.items()
         if "median_seconds" in row
     }
-
-
-def _compile_and_time(
-    calls: Mapping[Any, tuple[Callable[..., Any], tuple[Any, ...]]], what: str, deadline: float
-) -> dict[Any, dict[str, Any]]:
-    """Rows of compile_all and take_turns together, for functions with their arguments."""
-    programs, rows = compile_all(
-        {name: lambda f=f, x=x: jax.jit(f).lower(*x) for name, (f, x) in calls.items()},
-        what,
-        workers=os.cpu_count() or 1,
-        deadline=deadline,
-    )
-    turns = take_turns(
-        {name: lambda p=p, x=calls[name][1]: p(*x) for name, p in programs.items()},
-        _ROUNDS,
-        what,
-        deadline=deadline,
-    )
-    return {name: row | turns.get(name, {}) for name, row in rows.items()}
 
 
 def count_work(kind: str, pairs: int, rows: int, head_dim: int) -> dict[str, int]:
@@ -149,7 +111,7 @@ def count_work(kind: str, pairs: int, rows: int, head_dim: int) -> dict[str, int
 
 def measure_roofline(
     tokens: int, lengths: tuple[int, ...], peaks: Mapping[str, float], deadline: float
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """A row for each Gaussian pass, length and kind.
 
     Args:
@@ -193,7 +155,8 @@ def measure_roofline(
                     _HEAD_DIM,
                 ),
             }
-    for name, row in _compile_and_time(calls, "Gaussian passes", deadline).items():
+    measured = measure_calls(calls, _ROUNDS, "Gaussian passes", workers=_WORKERS, deadline=deadline)
+    for name, row in measured.items():
         rows[name] |= row
         if "median_seconds" in row:
             rows[name]["shares"] = {
@@ -207,29 +170,21 @@ def measure_roofline(
     return list(rows.values())
 
 
-def step_rows(
-    names: tuple[str, ...], tasks: tuple[str, ...], deadline: float
-) -> list[dict[str, Any]]:
+def step_rows(names: tuple[str, ...], tasks: tuple[str, ...], deadline: float) -> list[Row]:
     """Rows of measure_steps for some attentions and tasks, with the paper's hours."""
     variant = "small" if _SMALL.value else ""
     configs = {
         (task, name): importlib.import_module(f"configs.{task}").get_config(f"{name},{variant}")
         for task, name in itertools.product(tasks, names)
     }
-    rows = [
-        {"task": task, "attention": name, **row}
-        for (task, name), row in measure_steps(
-            configs,
-            _ROUNDS,
-            f"steps of {', '.join(tasks)}",
-            workers=os.cpu_count() or 1,
-            deadline=deadline,
-        ).items()
-    ]
+    what = f"steps of {', '.join(tasks)}"
+    measured = measure_steps(configs, _ROUNDS, what, workers=_WORKERS, deadline=deadline)
+    rows = [{"task": task, "attention": name, **row} for (task, name), row in measured.items()]
     for row in rows:
         if "median_seconds_per_step" in row and not _SMALL.value:
-            row["hours_of_50000_steps"] = 50_000 * row["median_seconds_per_step"] / 3600
-            row["paper_v100_hours"] = PAPER_HOURS[row["attention"]][row["task"]]
+            seconds = published.STEPS * row["median_seconds_per_step"]
+            row["hours_of_50000_steps"] = seconds / 3600
+            row["paper_v100_hours"] = published.HOURS[row["attention"]][row["task"]]
     return rows
 
 
@@ -258,62 +213,13 @@ def print_tables(result: Mapping[str, Any]) -> None:
             print(f"{what}{row['skipped']}")
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """The attentions as experiments/speed.py draws them, the steps, and the roofline's shares."""
-    figure, axes = plt.subplots(2, 3, figsize=(21, 9), layout="tight")
-    cells = result["attention"]["cells"]
-    if any("temporaries_bytes" in cell for cell in cells):
-        attention_cells.draw(axes[:, :2], cells, result["attention"]["exponents"])
-    for name, (color, marker) in attention_cells.STYLES.items():
-        rows = [r for r in result["steps"] if r["attention"] == name and "steps_per_second" in r]
-        if rows:
-            axes[0, 2].plot(
-                [TASKS.index(row["task"]) for row in rows],
-                [row["steps_per_second"] for row in rows],
-                color=color,
-                marker=marker,
-                linestyle="none",
-                markersize=10 if name == "skyformer" else 6,
-                label=name,
-            )
-    axes[0, 2].set(title="training steps a second", yscale="log")
-    axes[0, 2].set_xticks(range(len(TASKS)), TASKS)
-    axes[0, 2].grid(which="major", alpha=0.3)
-    if axes[0, 2].lines:
-        axes[0, 2].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-
-    rows = [row for row in result["gaussian_passes"] if "shares" in row]
-    places = range(len(rows))
-    for i, unit in enumerate(rows[0]["shares"] if rows else ()):
-        axes[1, 2].barh(
-            [place + 0.35 * i for place in places],
-            [100 * row["shares"][unit] for row in rows],
-            0.35,
-            color=("#0072B2", "#E69F00")[i],
-            label=f"of the {unit} peak",
-        )
-    axes[1, 2].set(title="Gaussian passes, % of what the device can do")
-    axes[1, 2].set_yticks(
-        places, [f"{row['rows']}, {row['length']:,}, {row['pass']}" for row in rows]
-    )
-    if rows:
-        axes[1, 2].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.suptitle(
-        f"{result['device']}, {result['attention']['settings']['tokens']:,} tokens in a call, "
-        f"{_HEADS} heads of {_HEAD_DIM}"
-    )
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
 def main() -> None:
     """Measures one section after the other, writing each; prints tables and plots at the end."""
     start = time.monotonic()
     if jax.default_backend() == "cpu" and not _SMALL.value:
         raise UserError("jax finds no accelerator here; --small tries the script on a CPU")
     deadline = start + 60 * _MINUTES.value
-    path = Path(_OUT.value)
-    small = _SMALL.value
+    path, small = Path(_OUT.value), _SMALL.value
     settings = attention_cells.Settings(
         attentions=(*(_FIRST if small else attention.NAMES), "kernelized-dense", "flash"),
         dtypes=attention_cells.DTYPES,
@@ -354,7 +260,7 @@ def main() -> None:
             settings,
             length,
             tuple(cells),
-            workers=os.cpu_count() or 1,
+            workers=_WORKERS,
             deadline=start + _STEPS_FROM * 60 * _MINUTES.value,
         )
         result["attention"]["exponents"] = attention_cells.exponents(cells)
@@ -366,7 +272,10 @@ def main() -> None:
         result["steps"] += step_rows(names, tasks, deadline)
         write_json(path, result)
     print_tables(result)
-    plot(result, path.with_suffix(".png"))
+    if cells:
+        title = f"{result['device']}, {settings.tokens:,} tokens in a call"
+        title += f", {_HEADS} heads of {_HEAD_DIM}"
+        attention_cells.plot(result["attention"], title, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A cell is one attention at one length, dtype and pass, "forward" or "gradients".
 """
 
 import dataclasses
-import json
+import functools
 import math
 import os
 import time
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.benchmarks.timing import compile_all, take_turns
-from experiments.provenance import write_json
+from experiments.benchmarks.timing import measure_calls
+from experiments.palette import line_style
+from experiments.records import Row
 from skyformer_jax.attention import NAMES, REGISTRY, kernelized_attention, layer_variables
 from skyformer_jax.progress import say
 
@@ -28,9 +29,13 @@ DTYPES = ("float32", "bfloat16")
 # depend on the length no longer counts.
 _FIT_FROM = 4096
 _FIT_POINTS = 3
+# What is drawn and printed of a cell: its exponent's name, unit, field and factor.
+_SHOWN = (
+    ("time", "ms", "median_seconds", 1e3),
+    ("temporaries", "MiB", "temporaries_bytes", 2**-20),
+)
 
 Arrays = dict[str, jax.Array]
-Attend = Callable[[jax.Array, jax.Array | None, jax.Array, Arrays, jax.Array], jax.Array]
 Cell = dict[str, Any]
 
 
@@ -45,11 +50,11 @@ class Settings:
       heads: number of heads.
       head_dim: size of a head.
       rounds: turns that each cell takes.
-      batch: sequences in a call; 0 means as many as have `tokens` tokens together.
+      batch: sequences in a call; 0 means as many as have `tokens` tokens altogether.
       tokens: see batch.
       max_seconds: a cell that takes longer is timed once, and is not timed at greater lengths.
       max_temporaries: bytes; a cell that needs more is not run.
-      seed: of inputs, arrays and what is drawn.
+      seed: of inputs, variables and what is drawn.
     """
 
     attentions: tuple[str, ...]
@@ -65,62 +70,31 @@ class Settings:
     seed: int = 0
 
 
-def _flash(
-    query: jax.Array, key: jax.Array, value: jax.Array, arrays: Arrays, rng: jax.Array
-) -> jax.Array:
-    """Softmax attention by cuDNN, which holds no scores; for GPUs, in 16 bits."""
-    del arrays, rng
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-
-
-def _kernelized_dense(
-    query: jax.Array, key: jax.Array, value: jax.Array, arrays: Arrays, rng: jax.Array
-) -> jax.Array:
-    """Kernelized attention that holds all scores."""
-    del arrays, rng
-    return kernelized_attention(query, key, value, implementation="dense")
-
-
 # What is measured beside the nine attentions.
-EXTRAS: dict[str, Attend] = {"flash": _flash, "kernelized-dense": _kernelized_dense}
+EXTRAS: dict[str, Callable[..., jax.Array]] = {
+    # Softmax attention by cuDNN, which holds no scores; for GPUs, in 16 bits.
+    "flash": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+    # Kernelized attention that holds all scores.
+    "kernelized-dense": functools.partial(kernelized_attention, implementation="dense"),
+}
 ATTENTIONS = (*NAMES, *EXTRAS)
 
 
-def callable_of(name: str) -> Attend:
-    """The attention of that name as a function of query, key, value, arrays and rng.
+def variables_of(name: str, settings: Settings, length: int) -> tuple[Arrays, Arrays]:
+    """Returns the variables that a layer keeps for an attention: the trained, and the fixed.
 
-    Only what training draws anew in every step, the stream "landmarks", is drawn by the rng.
+    What training draws anew in every step, the stream "landmarks", is not among the fixed.
     """
     if name in EXTRAS:
-        return EXTRAS[name]
-    entry = REGISTRY[name]
-
-    def attend(
-        query: jax.Array,
-        key: jax.Array | None,
-        value: jax.Array,
-        arrays: Arrays,
-        rng: jax.Array,
-    ) -> jax.Array:
-        rng = rng if entry.stream == "landmarks" else None
-        return entry.function(query, key, value, rng=rng, **arrays)
-
-    return attend
-
-
-def arrays_of(name: str, settings: Settings, length: int) -> tuple[Arrays, Arrays]:
-    """What a layer keeps for an attention, as training gives it: the trained, and the fixed."""
-    if name in EXTRAS:
         return {}, {}
-    described = layer_variables(
+    specs = layer_variables(
         name, {}, num_heads=settings.heads, head_dim=settings.head_dim, kv_length=length
     )
-    drawn_anew = REGISTRY[name].stream == "landmarks"
     trained, fixed = {}, {}
-    for i, (argument, array) in enumerate(described.items()):
-        if array.trained or not drawn_anew:
+    for i, (argument, spec) in enumerate(specs.items()):
+        if spec.trained or REGISTRY[name].stream != "landmarks":
             key = jax.random.fold_in(jax.random.key(settings.seed), i)
-            (trained if array.trained else fixed)[argument] = array.init(key, array.shape)
+            (trained if spec.trained else fixed)[argument] = spec.init(key, spec.shape)
     return trained, fixed
 
 
@@ -132,24 +106,21 @@ def make_inputs(settings: Settings, length: int, dtype: str) -> tuple[jax.Array,
     return tuple(jax.random.normal(key, shape, dtype) for key in keys)
 
 
-def make_program(
+def make_call(
     name: str, kind: str, settings: Settings, inputs: tuple[jax.Array, ...]
-) -> tuple[Any, tuple[Any, ...]]:
-    """A jitted pass of an attention, and its arguments.
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns a pass of an attention as a function to be jitted, and its arguments.
 
     Args:
       name: of ATTENTIONS.
-      kind: "forward", or "gradients": those of sum(out * weights) by query, key, value and the
-        trained arrays, the forward pass that they need included.
-      settings: for the arrays.
+      kind: "forward", or "gradients": those of sum(out * weights) with respect to query, key, value
+        and the trained variables; the forward pass that they need is part of it.
+      settings: for the variables.
       inputs: of make_inputs.
     """
     query, key, value, weights = inputs
     if name in REGISTRY and REGISTRY[name].shared_query_key:
         key = None
-    trained, fixed = arrays_of(name, settings, query.shape[1])
-    rng = jax.random.key(settings.seed)
-    attend = callable_of(name)
 
     def forward(
         query: jax.Array,
@@ -159,16 +130,22 @@ def make_program(
         fixed: Arrays,
         rng: jax.Array,
     ) -> jax.Array:
-        return attend(query, key, value, {**trained, **fixed}, rng)
+        if name in EXTRAS:
+            return EXTRAS[name](query, key, value)
+        drawn_anew = REGISTRY[name].stream == "landmarks"
+        return REGISTRY[name].function(
+            query, key, value, rng=rng if drawn_anew else None, **trained, **fixed
+        )
 
     def total(*arguments: Any) -> jax.Array:
         *others, weights = arguments
         return (forward(*others).astype(jnp.float32) * weights).sum()
 
-    arguments = (query, key, value, trained, fixed, rng)
+    variables = variables_of(name, settings, query.shape[1])
+    arguments = (query, key, value, *variables, jax.random.key(settings.seed))
     if kind == "forward":
-        return jax.jit(forward), arguments
-    return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3))), (*arguments, weights)
+        return forward, arguments
+    return jax.grad(total, argnums=(0, 1, 2, 3)), (*arguments, weights)
 
 
 def device_memory() -> int:
@@ -185,7 +162,7 @@ def _same(cell: Cell, other: Cell) -> bool:
 
 
 def skip_reason(cell: Cell, shorter: Sequence[Cell], settings: Settings) -> str | None:
-    """Why a compiled cell is not run, or None.
+    """Says why a compiled cell is not run, or None.
 
     Args:
       cell: with temporaries_bytes.
@@ -214,7 +191,7 @@ def measure_length(
     workers: int = 1,
     deadline: float = math.inf,
 ) -> list[Cell]:
-    """All cells of one length, compiled and then timed by turns.
+    """Compiles all cells of one length, then times them by turns.
 
     Args:
       settings: what to measure.
@@ -230,88 +207,26 @@ def measure_length(
       reason, in place of what it lacks.
     """
     start = time.perf_counter()
-    cells, lowerings, calls = {}, {}, {}
+    cells, calls = {}, {}
     for dtype in settings.dtypes:
         inputs = make_inputs(settings, length, dtype)
         for kind in settings.passes:
             for name in settings.attentions:
                 cell = {"attention": name, "length": length, "batch": len(inputs[0])}
                 cells[name, dtype, kind] = cell | {"dtype": dtype, "pass": kind}
-                function, arguments = make_program(name, kind, settings, inputs)
-                lowerings[name, dtype, kind] = lambda f=function, a=arguments: f.lower(*a)
-                calls[name, dtype, kind] = arguments
-    programs, rows = compile_all(lowerings, f"n={length}", workers=workers, deadline=deadline)
-    for which, row in rows.items():
-        cells[which] |= row
-        if which in programs and (reason := skip_reason(cells[which], shorter, settings)):
-            cells[which]["skipped"] = reason
-            del programs[which]
-    turns = take_turns(
-        {which: lambda p=program, a=calls[which]: p(*a) for which, program in programs.items()},
+                calls[name, dtype, kind] = make_call(name, kind, settings, inputs)
+    rows = measure_calls(
+        calls,
         settings.rounds,
         f"n={length}",
+        reason_to_skip=lambda which, row: skip_reason(cells[which] | row, shorter, settings),
+        workers=workers,
         max_seconds=settings.max_seconds,
         deadline=deadline,
     )
-    for which, row in turns.items():
-        cells[which] |= row
-    say(f"n={length}: {len(turns)} of {len(cells)} timed, {time.perf_counter() - start:.0f} s")
-    return list(cells.values())
-
-
-def measure(
-    settings: Settings, lengths: Sequence[int], path: Path, header: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Measures length by length into a JSON file, from where an interrupted run left it.
-
-    Args:
-      settings: what to measure.
-      lengths: in rising order.
-      path: of the file, written whole after each length. If it is there already, from the same
-        settings and header, only lengths that it lacks are measured.
-      header: what the file says first, with the commit.
-
-    Returns:
-      What the file holds: the header, settings, cells (see measure_length) and exponents.
-    """
-    result = {**header, "settings": dataclasses.asdict(settings)}
-    result = json.loads(json.dumps(result)) | {"cells": [], "exponents": []}
-    if path.exists():
-        result["cells"] = _kept_cells(path, result)
-        result["exponents"] = exponents(result["cells"])
-    for length in lengths:
-        if any(cell["length"] == length for cell in result["cells"]):
-            continue
-        shorter = [cell for cell in result["cells"] if cell["length"] < length]
-        result["cells"] += measure_length(settings, length, shorter)
-        result["cells"].sort(key=lambda cell: cell["length"])
-        result["exponents"] = exponents(result["cells"])
-        write_json(path, result)
-    return result
-
-
-def _kept_cells(path: Path, fresh: Mapping[str, Any]) -> list[Cell]:
-    """The cells of an earlier result that a fresh one can go on from, and says whether it does."""
-    try:
-        old = json.loads(path.read_text())
-        cells = old.pop("cells")
-        old.pop("exponents")
-    except (KeyError, ValueError):
-        say(f"{path} is not a result of this script: measured anew")
-        return []
-    differing = [
-        field
-        for field in sorted({*old, *fresh} - {"cells", "exponents"})
-        if old.get(field) != fresh.get(field)
-    ]
-    if not differing and fresh["commit"].endswith("-dirty"):
-        say(f"{path} may be of other code, with uncommitted changes as now: measured anew")
-        return []
-    if differing:
-        say(f"{path} has other {', '.join(differing)}: measured anew")
-        return []
-    say(f"{path} goes on: has lengths {sorted({cell['length'] for cell in cells})}")
-    return cells
+    timed = sum("seconds" in row for row in rows.values())
+    say(f"n={length}: {timed} of {len(rows)} timed, {time.perf_counter() - start:.0f} s")
+    return [cells[which] | row for which, row in rows.items()]
 
 
 def fit_exponent(lengths: Sequence[float], values: Sequence[float]) -> float | None:
@@ -326,14 +241,13 @@ def fit_exponent(lengths: Sequence[float], values: Sequence[float]) -> float | N
     return float(np.polyfit(*np.log(np.array(points, float)).T, 1)[0])
 
 
-def exponents(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def exponents(cells: Sequence[Cell]) -> list[Row]:
     """How time and temporaries of one sequence grow, for each attention, dtype and pass."""
     rows = []
     for first in {(c["attention"], c["dtype"], c["pass"]): c for c in cells}.values():
-        line = [cell for cell in cells if _same(cell, first)]
         row = {field: first[field] for field in ("attention", "dtype", "pass")}
-        for what, field in (("time", "median_seconds"), ("temporaries", "temporaries_bytes")):
-            found = [cell for cell in line if field in cell]
+        for what, _, field, _ in _SHOWN:
+            found = [cell for cell in cells if _same(cell, first) and field in cell]
             row[what] = fit_exponent(
                 [cell["length"] for cell in found],
                 [cell[field] / cell["batch"] for cell in found],
@@ -353,10 +267,7 @@ def tables(cells: Sequence[Cell]) -> str:
             for cell in cells
             if (cell["dtype"], cell["pass"]) == (dtype, kind)
         }
-        for unit, field, factor in (
-            ("ms", "median_seconds", 1e3),
-            ("MiB", "temporaries_bytes", 2**-20),
-        ):
+        for _, unit, field, factor in _SHOWN:
             head = "".join(f"{length:12,}" for length in lengths)
             lines.append(f"{f'{kind}, {dtype}, {unit}':32}{head}")
             for name in names:
@@ -374,90 +285,55 @@ def tables(cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
-# Of Okabe and Ito, who chose them to be told apart by everyone, and two greys; each with a marker.
-STYLES = {
-    "skyformer": ("#D55E00", "o"),
-    "kernelized": ("#000000", "s"),
-    "softmax": ("#0072B2", "^"),
-    "nystromformer": ("#E69F00", "D"),
-    "linformer": ("#56B4E9", "v"),
-    "informer": ("#009E73", "P"),
-    "performer": ("#CC79A7", "X"),
-    "reformer": ("#B8A800", "<"),
-    "bigbird": ("#7F7F7F", ">"),
-}
-_OTHER_STYLES = (("#5B2A86", "*"), ("#8C510A", "h"))
+def _draw(
+    axis: plt.Axes, cells: Sequence[Cell], rows: Sequence[Row], shown: tuple[str, str, str, float]
+) -> None:
+    """One panel: what is shown of the cells of one pass against the length, a line an attention."""
+    what, unit, field, factor = shown
+    ends = {}
+    for name in dict.fromkeys(cell["attention"] for cell in cells):
+        points = [cell for cell in cells if cell["attention"] == name and cell.get(field)]
+        if not points:
+            continue
+        points = [cell for cell in points if _same(cell, points[0])]
+        slope = next(row for row in rows if _same(row, points[0]))[what]
+        dtype = points[0]["dtype"]
+        label = name if dtype == cells[0]["dtype"] else f"{name} ({dtype})"
+        (line,) = axis.plot(
+            [cell["length"] for cell in points],
+            [factor * cell[field] for cell in points],
+            label=label if slope is None else f"{label}  $n^{{{slope:.2f}}}$",
+            **line_style(name),
+        )
+        ends[line] = (-points[-1]["length"], points[-1][field])
+    lengths = sorted({cell["length"] for cell in cells})
+    axis.set(title=f"{cells[0]['pass']}: {what}, {unit}", xscale="log", yscale="log")
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("tokens of a sequence")
+    axis.grid(which="major", alpha=0.3)
+    lines = sorted(ends, key=ends.get, reverse=True)
+    axis.legend(handles=lines, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
-def draw(axes: np.ndarray, cells: Sequence[Cell], rows: Sequence[dict[str, Any]]) -> None:
+def plot(result: Mapping[str, Any], title: str, path: Path) -> None:
     """Draws time and temporaries of a call against the length, with exponents in the legends.
 
     An attention is drawn in the first dtype that it was measured in.
 
     Args:
-      axes: [passes, 2], of matplotlib.
-      cells: of measure_length.
-      rows: of exponents(cells).
+      result: with settings, cells (of measure_length) and exponents.
+      title: says what all cells have in common.
+      path: of the picture.
     """
-    others = [name for name in dict.fromkeys(c["attention"] for c in cells) if name not in STYLES]
-    styles = STYLES | dict(zip(others, _OTHER_STYLES, strict=False))
-    kinds = list(dict.fromkeys(cell["pass"] for cell in cells))
-    for of_pass, kind in zip(axes, kinds, strict=True):
-        for axis, what, field, factor in (
-            (of_pass[0], "time", "median_seconds", 1e3),
-            (of_pass[1], "temporaries", "temporaries_bytes", 2**-20),
-        ):
-            ends = {}
-            for name in styles:
-                points = [
-                    cell
-                    for cell in cells
-                    if (cell["attention"], cell["pass"]) == (name, kind) and cell.get(field)
-                ]
-                if not points:
-                    continue
-                dtype = points[0]["dtype"]
-                points = [cell for cell in points if cell["dtype"] == dtype]
-                slope = next(row for row in rows if _same(row, points[0]))[what]
-                label = name if dtype == cells[0]["dtype"] else f"{name} ({dtype})"
-                color, marker = styles[name]
-                ours = name == "skyformer"
-                (line,) = axis.plot(
-                    [cell["length"] for cell in points],
-                    [factor * cell[field] for cell in points],
-                    color=color,
-                    marker=marker,
-                    markersize=7 if ours else 5,
-                    linewidth=3 if ours else 1.3,
-                    zorder=3 if ours else 2,
-                    label=label if slope is None else f"{label}  $n^{{{slope:.2f}}}$",
-                )
-                ends[line] = (-points[-1]["length"], points[-1][field])
-            axis.set(
-                title=f"{kind}, {'milliseconds' if what == 'time' else 'MiB of temporaries'}",
-                yscale="log",
-                xlabel="tokens of a sequence",
-            )
-            axis.set_xscale("log")
-            lengths = sorted({cell["length"] for cell in cells})
-            axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-            axis.set_xticks([], minor=True)
-            axis.grid(which="major", alpha=0.3)
-            lines = sorted(ends, key=ends.get, reverse=True)
-            axis.legend(handles=lines, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-
-
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """The figure of a result of measure: a row a pass, time on the left, memory on the right."""
-    settings, cells = result["settings"], result["cells"]
-    num_passes = len(settings["passes"])
+    kinds = result["settings"]["passes"]
     figure, axes = plt.subplots(
-        num_passes, 2, figsize=(14, 4.5 * num_passes), layout="tight", squeeze=False
+        len(kinds), 2, figsize=(14, 4.5 * len(kinds)), layout="tight", squeeze=False
     )
-    draw(axes, cells, result["exponents"])
-    figure.suptitle(
-        f"{result['device']}, {result['cores']} cores, batch {settings['batch']}, "
-        f"{settings['heads']} heads of {settings['head_dim']}, {cells[0]['dtype']}"
-    )
+    for of_pass, kind in zip(axes, kinds, strict=True):
+        cells = [cell for cell in result["cells"] if cell["pass"] == kind]
+        for axis, shown in zip(of_pass, _SHOWN, strict=True):
+            _draw(axis, cells, result["exponents"], shown)
+    figure.suptitle(title)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -15,10 +15,9 @@ like softmax attention in a ring it holds no scores, and it has as many matrix p
 softmax takes 4 to 13 times as long here, from 4,096 tokens on. A ring's passes are counted as
 hidden behind its products where they are shorter. An all-reduce over S takes log2(S) times the
 latency of one between two, and 2 (S - 1) / S times the bytes. Reads results/, writes JSON and a
-picture.
+picture. It measures nothing, so that there is nothing to reduce by --small.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.provenance import provenance, write_json
+from experiments.palette import STYLES
+from experiments.records import provenance, read_json, write_json
 from skyformer_jax import cli
 
 _RESULTS = flags.DEFINE_string("results", "results", "Folder of the measurements, and for this.")
@@ -38,13 +38,10 @@ _LAYERS, _WIDTH = 2, 64
 def constants(folder: Path) -> dict[str, Any]:
     """What the formulas need, in seconds, bytes and bytes per second, and where each is from."""
 
-    def read(name: str) -> dict[str, Any]:
-        return json.loads((folder / name).read_text())
-
     def longest(name: str, attention: str) -> dict[str, Any]:
         cells = [
             cell
-            for cell in read(name)["cells"]
+            for cell in read_json(folder / name)["cells"]
             if (cell["attention"], cell["pass"]) == (attention, "gradients")
             and "median_seconds" in cell
         ]
@@ -52,10 +49,10 @@ def constants(folder: Path) -> dict[str, Any]:
 
     skyformer = longest("speed_skyformer.json", "skyformer")
     exact = longest("speed_cpu.json", "kernelized")
-    step = read("step_speed_text.json")
+    step = read_json(folder / "step_speed_text.json")
     tokens = step["batch_size"] * step["length"]
     a = skyformer["median_seconds"] / skyformer["length"]
-    scaling = read("scaling.json")
+    scaling = read_json(folder / "scaling.json")
     crossing = max(
         (row for row in scaling["crossing"] if row["attention"] == "skyformer"),
         key=lambda row: row["length"],
@@ -123,9 +120,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     seconds, sent = figure.subplots(1, 2)
+    ours, ring = STYLES["skyformer"][0], STYLES["kernelized"][0]
     for shade, devices in zip(np.linspace(0.35, 1, len(_DEVICES)), _DEVICES, strict=True):
         of_devices = [row for row in rows if row["devices"] == devices]
-        for name, color in (("skyformer", "C0"), ("exact", "C3")):
+        for name, color in (("skyformer", ours), ("exact", ring)):
             lengths = [row["length"] for row in of_devices]
             style = {"color": color, "alpha": shade, "marker": "."}
             label = f"{'Skyformer' if name == 'skyformer' else 'exact, a ring'}, {devices}"
@@ -152,7 +150,7 @@ def main() -> None:
         for devices in _DEVICES
     ]
     result = {
-        "what": "a model of a training step, not a measurement; see experiments/cost_model.py",
+        "what": "a modelled training step, not a measurement: experiments/benchmarks/cost_model.py",
         **provenance(1),
         "constants": known,
         "rows": rows,

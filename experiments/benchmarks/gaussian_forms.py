@@ -2,10 +2,11 @@
 
     python -m experiments.benchmarks.gaussian_forms
 
-Output and gradients of the dense form, and of the chunked one with tiles of several sizes, for n
-queries and keys, and for n queries and d landmarks and the other way round, as Skyformer's two
-passes have them. All sizes have 4,096 tokens in a call, mapped over the examples as training does.
-Medians of turns in one process; JSON with commit, versions and hardware.
+Measures output and gradients of the dense form, and of the chunked form with tiles of several
+sizes, for n queries and n keys, and for n queries and d landmarks and the other way round, as in
+Skyformer's two passes. All sizes have 4,096 tokens in a call, mapped over the examples as training
+does. Medians of turns in one process; JSON with commit, versions and hardware. --small has 256
+tokens in a call, lengths of 32 and 256 and one round.
 """
 
 import functools
@@ -16,15 +17,16 @@ from unittest import mock
 import jax
 from absl import flags
 
-from experiments.benchmarks.timing import compile_all, take_turns
-from experiments.provenance import provenance, write_json
+from experiments.benchmarks import common_flags
+from experiments.benchmarks.timing import as_text, measure_calls
+from experiments.records import provenance, write_json
 from skyformer_jax import cli
 from skyformer_jax.attention import gaussian
 
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each takes.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", "results/gaussian_forms.json", "File to write.")
+_ROUNDS = common_flags.rounds(7)
+_SMALL = common_flags.small()
+_OUT = common_flags.out("results/gaussian_forms.json")
 
-_TOKENS = 4096
 _HEADS, _HEAD_DIM = 2, 32
 _LENGTHS = (32, 48, 64, 96, 128, 256, 1024, 4096)
 _LANDMARKS = (32, 128)
@@ -32,9 +34,21 @@ _TILES = ((256, 128), (512, 128), (1024, 64), (1024, 128), (1024, 512), (2048, 1
 
 
 def value_and_gradients(
-    implementation: str, query: jax.Array, key: jax.Array, value: jax.Array
+    implementation: str,
+    tile: tuple[int, int] | None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
 ) -> Any:
-    """The output, and its gradients against itself, each example by itself."""
+    """The output, and its gradients against itself, each example by itself.
+
+    Args:
+      implementation: of gaussian_attention.
+      tile: rows of a chunk's sides, in place of those that gaussian_attention chooses.
+      query: [batch, q_length, heads, head_dim].
+      key: [batch, kv_length, heads, head_dim].
+      value: as key.
+    """
 
     def one(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return gaussian.gaussian_attention(
@@ -45,65 +59,60 @@ def value_and_gradients(
             implementation=implementation,
         )[0]
 
-    out, pull = jax.vjp(jax.vmap(one), query, key, value)
-    return out, pull(out)
-
-
-def lower(
-    implementation: str, tile: tuple[int, int] | None, inputs: tuple[jax.Array, ...]
-) -> jax.stages.Lowered:
-    """A form, with the tile in place of the one that it would take."""
     tiles = {jax.default_backend(): tile} if tile else gaussian._TILE
     with mock.patch.object(gaussian, "_TILE", tiles):
-        return jax.jit(functools.partial(value_and_gradients, implementation)).lower(*inputs)
+        out, pull = jax.vjp(jax.vmap(one), query, key, value)
+        return out, pull(out)
+
+
+def measure_size(num_queries: int, num_keys: int, batch: int) -> list[dict[str, Any]]:
+    """A row for each form at one size."""
+    inputs = tuple(
+        jax.random.normal(jax.random.key(i), (batch, num_rows, _HEADS, _HEAD_DIM))
+        for i, num_rows in enumerate((num_queries, num_keys, num_keys))
+    )
+    forms: dict[str, tuple[str, tuple[int, int] | None]] = {
+        "dense": ("dense", None),
+        "auto": ("auto", None),
+        "one tile": ("chunked", (num_queries + num_keys,) * 2),
+    }
+    if max(num_queries, num_keys) > 256:
+        forms |= {f"tiles of {x} x {y}": ("chunked", (x, y)) for x, y in _TILES}
+    calls = {
+        name: (functools.partial(value_and_gradients, *form), inputs)
+        for name, form in forms.items()
+    }
+    size = {"queries": num_queries, "keys": num_keys, "batch": batch}
+    rows = measure_calls(calls, _ROUNDS.value, f"{num_queries} x {num_keys}")
+    return [{**size, "form": name, **row} for name, row in rows.items()]
 
 
 def main() -> None:
     """Measures size by size, prints a table and writes the JSON."""
+    tokens, lengths = 4096, _LENGTHS
+    if _SMALL.value:
+        tokens, lengths = 256, (32, 256)
+        flags.set_default(_ROUNDS, 1)
     sizes = {
-        (num_queries, num_keys): _TOKENS // max(num_queries, num_keys)
-        for n in _LENGTHS
+        size: tokens // max(size)
+        for n in lengths
         for d in (*_LANDMARKS, n)
         if d <= n
-        for num_queries, num_keys in ((n, d), (d, n))
+        for size in ((n, d), (d, n))
     }
     cells = []
     for (num_queries, num_keys), batch in sizes.items():
-        rows = (num_queries, num_keys, num_keys)
-        inputs = tuple(
-            jax.random.normal(jax.random.key(i), (batch, n, _HEADS, _HEAD_DIM))
-            for i, n in enumerate(rows)
-        )
-        forms: dict[str, tuple[str, tuple[int, int] | None]] = {
-            "dense": ("dense", None),
-            "auto": ("auto", None),
-            "one tile": ("chunked", (num_queries + num_keys,) * 2),
-        }
-        if max(rows) > 256:
-            forms |= {f"tiles of {x} x {y}": ("chunked", (x, y)) for x, y in _TILES}
-        what = f"{num_queries} x {num_keys}"
-        programs, compiled = compile_all(
-            {name: functools.partial(lower, *form, inputs) for name, form in forms.items()}, what
-        )
-        turns = take_turns(
-            {name: functools.partial(program, *inputs) for name, program in programs.items()},
-            _ROUNDS.value,
-            what,
-        )
+        rows = measure_size(num_queries, num_keys, batch)
         print(f"{num_queries:,} queries, {num_keys:,} keys, {batch} examples")
-        for name in forms:
-            row = compiled[name] | turns.get(name, {})
-            cells.append({"queries": num_queries, "keys": num_keys, "batch": batch, "form": name})
-            cells[-1] |= row
-            print(
-                f"  {name:22}{1e3 * row['median_seconds']:10.2f} ms"
-                f"{row['temporaries_bytes'] / 2**20:10,.1f} MiB of temporaries"
-            )
+        for row in rows:
+            print(f"  {row['form']:22}{as_text(row)}")
+        cells += rows
     result = {
         "what": "output and gradients of the Gaussian primitive by its forms",
         **provenance(1),
         "seed": 0,
         "rounds": _ROUNDS.value,
+        "small": _SMALL.value,
         "heads": _HEADS,
         "head_dim": _HEAD_DIM,
         "cells": cells,

@@ -2,30 +2,33 @@
 
     python -m experiments.benchmarks.speed --lengths=1024,2048,4096,8192,16384
 
-Forward pass and gradients (of a weighted sum of the output, by query, key, value and what is
-trained), on normal inputs without padding. Every function is compiled ahead of time, which is
-timed apart, and is given what a layer would give it in training: the arrays that it keeps, and a
-key where training draws anew in every step, so that drawing Skyformer's landmarks, Informer's
-sample and Reformer's hashes is in the time. At each length the functions take turns in one
-process, and medians are reported. Temporaries are what the compiled program says it needs; where
-XLA fuses them away from sight on a CPU, XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= shows
-them.
+Measures the forward pass and the gradients (of a weighted sum of the output, with respect to query,
+key, value and trained variables) on normal inputs without padding. Every function is compiled ahead
+of time, which is timed apart. It is given what a layer gives it in training: the variables that the
+layer keeps, and a key where training draws anew in every step, so that drawing Skyformer's
+landmarks, Informer's sample and Reformer's hashes is part of the time. At each length the functions
+take turns in one process, and medians are reported. Temporaries are what the compiled program says
+it needs; if XLA hides them in fusions on a CPU,
+XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= shows them.
 
 Writes JSON after each length, with commit, versions and hardware, and a plot beside it. Started
-again after an interruption, it goes on with the lengths that are missing.
+again after an interruption, it goes on with the lengths that are missing. --small measures 64, 128
+and 256 tokens, unless --lengths says others, in one round.
 """
 
+import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
-from skyformer_jax.config import one_of
 
-from experiments.benchmarks import attention_cells
-from experiments.provenance import provenance
+from experiments.benchmarks import attention_cells, common_flags
+from experiments.records import as_read, provenance, resume, write_json
 from skyformer_jax import attention, cli
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import UserError, one_of
 
 _ATTENTIONS = flags.DEFINE_list("attentions", None, "Which; default: all.")
 _LENGTHS = flags.DEFINE_list("lengths", "1024,2048,4096,8192,16384", "Tokens of a sequence.")
@@ -34,7 +37,6 @@ _HEADS = flags.DEFINE_integer("heads", 2, "Heads.", lower_bound=1)
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 32, "Size of a head.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", "float32", "Of query, key and value; also bfloat16.")
 _PASSES = flags.DEFINE_list("passes", "forward,gradients", "Which.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each takes.", lower_bound=1)
 _MAX_SECONDS = flags.DEFINE_float(
     "max_seconds", 30, "What takes longer is timed once, and not at greater lengths.", lower_bound=0
 )
@@ -44,21 +46,48 @@ _MAX_TEMPORARIES = flags.DEFINE_float(
     "GiB; what needs more is not run. Default: half of a CPU's memory, all that a GPU gives.",
     lower_bound=0,
 )
-_OUT = flags.DEFINE_string("out", "results/speed_cpu.json", "JSON to write; the plot has .png.")
+_ROUNDS = common_flags.rounds(5)
+_SMALL = common_flags.small()
+_OUT = common_flags.out("results/speed_cpu.json")
 
 
-def main() -> None:
-    """Measures, plots, and prints the tables."""
+def measure(
+    settings: attention_cells.Settings,
+    lengths: Sequence[int],
+    path: Path,
+    header: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Measures length by length into a JSON file, from where an interrupted run left it.
+
+    Args:
+      settings: what to measure.
+      lengths: in rising order.
+      path: of the file, written whole after each length. If it is there already, from the same
+        settings and header, only lengths that it lacks are measured.
+      header: what the file says first, with the commit.
+
+    Returns:
+      What the file holds: the header, settings, cells (see attention_cells.measure_length) and
+      exponents.
+    """
+    header = as_read({**header, "settings": dataclasses.asdict(settings)})
+    cells = resume(path, header, field="cells")
+    result = {**header, "cells": cells, "exponents": attention_cells.exponents(cells)}
+    for length in lengths:
+        if all(cell["length"] != length for cell in cells):
+            shorter = [cell for cell in cells if cell["length"] < length]
+            cells += attention_cells.measure_length(settings, length, shorter)
+            cells.sort(key=lambda cell: cell["length"])
+            result["exponents"] = attention_cells.exponents(cells)
+            write_json(path, result)
+    return result
+
+
+def _settings() -> attention_cells.Settings:
     names = _ATTENTIONS.value
     if names is None:
         flash = ["flash"] if jax.default_backend() == "gpu" else []
         names = [*attention.NAMES, "kernelized-dense", *flash]
-    try:
-        lengths = sorted({int(length) for length in _LENGTHS.value})
-    except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 1:
-        raise UserError(f"--lengths must be positive integers; got {','.join(_LENGTHS.value)}")
     for flag, values, allowed in (
         ("attention", names, attention_cells.ATTENTIONS),
         ("dtype", _DTYPES.value, attention_cells.DTYPES),
@@ -72,7 +101,7 @@ def main() -> None:
         max_temporaries = attention_cells.device_memory()
     else:
         max_temporaries = _MAX_TEMPORARIES.value * 2**30
-    settings = attention_cells.Settings(
+    return attention_cells.Settings(
         attentions=tuple(names),
         dtypes=tuple(_DTYPES.value),
         passes=tuple(_PASSES.value),
@@ -83,15 +112,28 @@ def main() -> None:
         max_seconds=_MAX_SECONDS.value,
         max_temporaries=max_temporaries,
     )
+
+
+def main() -> None:
+    """Measures, plots, and prints the tables."""
+    if _SMALL.value:
+        flags.set_default(_LENGTHS, ["64", "128", "256"])
+        flags.set_default(_ROUNDS, 1)
+    lengths, settings = common_flags.integers(_LENGTHS), _settings()
     header = {
         "what": "attention functions, compiled: seconds of a call by turns, and bytes that the "
         "program needs; exponents are slopes in log-log from 4096 tokens on",
         **provenance(1),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "small": _SMALL.value,
     }
     path = Path(_OUT.value)
-    result = attention_cells.measure(settings, lengths, path, header)
-    attention_cells.plot(result, path.with_suffix(".png"))
+    result = measure(settings, lengths, path, header)
+    title = (
+        f"{result['device']}, {result['cores']} cores, batch {settings.batch}, "
+        f"{settings.heads} heads of {settings.head_dim}, {settings.dtypes[0]}"
+    )
+    attention_cells.plot(result, title, path.with_suffix(".png"))
     print(attention_cells.tables(result["cells"]))
 
 

@@ -1,4 +1,4 @@
-"""What the speed experiments record, when they skip, and how they go on."""
+"""What the benchmarks record, when they skip, and how they go on."""
 
 import dataclasses
 import json
@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from scripts import import_script
 
 from experiments.benchmarks import attention_cells
 from experiments.benchmarks.attention_cells import Settings
 
+speed = import_script("benchmarks.speed")
 SETTINGS = Settings(
     attentions=("softmax", "linformer"),
     dtypes=("float32",),
@@ -27,7 +30,7 @@ HEADER = {"what": "a test", "commit": "abc", "device": "8 x cpu", "cores": 2}
 
 def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results" / "speed.json"
-    result = attention_cells.measure(SETTINGS, [16, 32], path, HEADER)
+    result = speed.measure(SETTINGS, [16, 32], path, HEADER)
     assert json.loads(path.read_text()) == result
     assert [(cell["length"], cell["pass"], cell["attention"]) for cell in result["cells"]] == [
         (length, kind, name)
@@ -41,15 +44,15 @@ def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
         assert cell["compile_seconds"] > 0
     cell = result["cells"][-1]
     inputs = attention_cells.make_inputs(SETTINGS, 32, "float32")
-    function, arguments = attention_cells.make_program("linformer", "gradients", SETTINGS, inputs)
-    memory = function.lower(*arguments).compile().memory_analysis()
+    function, arguments = attention_cells.make_call("linformer", "gradients", SETTINGS, inputs)
+    memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
     assert cell["temporaries_bytes"] == memory.temp_size_in_bytes
     # Gradients of query, key and value, and of both projections to 128 features, in four bytes.
     assert (
         4 * (3 * 32 * 2 * 8 + 2 * 32 * 128) <= cell["output_bytes"] == memory.output_size_in_bytes
     )
 
-    attention_cells.plot(result, path.with_suffix(".png"))
+    attention_cells.plot(result, "a title", path.with_suffix(".png"))
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert "linformer" in attention_cells.tables(result["cells"])
 
@@ -77,7 +80,7 @@ def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
         return []
 
     monkeypatch.setattr(attention_cells, "measure_length", record)
-    attention_cells.measure(SETTINGS, [16, 32, 64], path, HEADER)
+    speed.measure(SETTINGS, [16, 32, 64], path, HEADER)
     assert measured == [(64, 8)]
     for settings, header, said in (
         (SETTINGS, {**HEADER, "commit": "def"}, "other commit"),
@@ -86,12 +89,12 @@ def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
         path.write_text(json.dumps(result))
         measured.clear()
         capsys.readouterr()
-        attention_cells.measure(settings, [16, 32], path, header)
+        speed.measure(settings, [16, 32], path, header)
         assert measured == [(16, 0), (32, 0)]
         assert said in capsys.readouterr().err
     path.write_text(json.dumps({**result, "commit": "abc-dirty"}))
     measured.clear()
-    attention_cells.measure(SETTINGS, [16], path, {**HEADER, "commit": "abc-dirty"})
+    speed.measure(SETTINGS, [16], path, {**HEADER, "commit": "abc-dirty"})
     assert measured == [(16, 0)]
 
 
@@ -124,8 +127,9 @@ def test_accelerator_command(tmp_path):
     """The whole command, tiny, on a CPU."""
     root = Path(__file__).resolve().parent.parent
     out = tmp_path / "accelerator.json"
+    command = [sys.executable, "-m", "experiments.benchmarks.accelerator"]
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.accelerator", "--small", f"--out={out}"],
+        [*command, "--small", "--minutes=60", f"--out={out}"],
         cwd=root,
         env={**os.environ, "XLA_FLAGS": ""},
         capture_output=True,
