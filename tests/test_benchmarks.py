@@ -10,10 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from scripts import import_script
 
-from experiments.benchmarks import attention_cells
+from experiments.benchmarks import attention_cells, common_flags
 from experiments.benchmarks.attention_cells import Settings
+from skyformer_jax.errors import UserError
 
 speed = import_script("benchmarks.speed")
 SETTINGS = Settings(
@@ -96,6 +98,19 @@ def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
     measured.clear()
     speed.measure(SETTINGS, [16], path, {**HEADER, "commit": "abc-dirty"})
     assert measured == [(16, 0)]
+
+
+def test_lists_of_positive_integers():
+    values = flags.FlagValues()
+    flag = flags.DEFINE_list("lengths", "64,16,64", "Tokens.", flag_values=values)
+    values.mark_as_parsed()
+    assert common_flags.integers(flag) == [16, 64]
+    with pytest.raises(UserError, match="integers of at most 32; got 64,16,64"):
+        common_flags.integers(flag, 32)
+    for wrong in ([], ["0", "1"], ["many"]):
+        values.lengths = wrong
+        with pytest.raises(UserError, match="--lengths must be positive integers; got"):
+            common_flags.integers(flag)
 
 
 def test_exponents_of_power_laws():

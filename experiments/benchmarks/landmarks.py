@@ -30,8 +30,6 @@ from skyformer_jax.attention.skyformer import LANDMARKS, skyformer_attention
 from skyformer_jax.progress import track
 
 _LENGTH = flags.DEFINE_integer("length", 2048, "Queries, and keys.", lower_bound=2)
-_HEADS = flags.DEFINE_integer("heads", 2, "Heads.", lower_bound=1)
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 32, "Size of a head.", lower_bound=1)
 _NUM_LANDMARKS = flags.DEFINE_list("num_landmarks", "16,32,64,128,256", "Which d to compare.")
 _DRAWS = flags.DEFINE_integer("draws", 10, "Draws of the random landmarks.", lower_bound=1)
 _ROUNDS = common_flags.rounds(15)
@@ -41,6 +39,7 @@ _OUT = common_flags.out("results/landmarks.json")
 
 _DETERMINISTIC = ("strided", "segment_means")
 _EXACT = ("exact", 0)
+_HEADS, _HEAD_DIM = 2, 32  # of the paper
 
 Rows = np.ndarray
 Setting = tuple[str, int]  # kind and number of landmarks
@@ -81,8 +80,8 @@ DATA = {"gaussian": gaussian_data, "clustered": clustered_data, "smooth": smooth
 def make_inputs(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query, key and normal value of one data set, float32 [1, length, heads, head_dim]."""
     rng = np.random.default_rng([_SEED.value, list(DATA).index(name)])
-    shape = (1, _LENGTH.value, _HEADS.value, _HEAD_DIM.value)
-    query, key = DATA[name](rng, _LENGTH.value, _HEADS.value * _HEAD_DIM.value)
+    shape = (1, _LENGTH.value, _HEADS, _HEAD_DIM)
+    query, key = DATA[name](rng, _LENGTH.value, _HEADS * _HEAD_DIM)
     value = rng.normal(size=shape)
     return tuple(jnp.asarray(x.reshape(shape), jnp.float32) for x in (query, key, value))
 
@@ -205,7 +204,6 @@ def measure(nums_landmarks: Sequence[int]) -> tuple[list[dict[str, Any]], dict[s
             {setting: lambda p=p, x=arguments: p(*x) for setting, p in programs.items()},
             _ROUNDS.value,
             f"{name}, times",
-            calls_a_turn=1,
         )
         exact_seconds[name] = turns[_EXACT]["median_seconds"]
         for setting, found in measure_errors(settings, inputs[name], f"{name}, errors").items():
@@ -243,8 +241,8 @@ def main() -> None:
         "small": _SMALL.value,
         "batch_size": 1,
         "length": _LENGTH.value,
-        "heads": _HEADS.value,
-        "head_dim": _HEAD_DIM.value,
+        "heads": _HEADS,
+        "head_dim": _HEAD_DIM,
         "gamma": 0.1,
         "num_iterations": 6,
         "seed": _SEED.value,

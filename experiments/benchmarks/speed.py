@@ -33,8 +33,6 @@ from skyformer_jax.errors import UserError, one_of
 _ATTENTIONS = flags.DEFINE_list("attentions", None, "Which; default: all.")
 _LENGTHS = flags.DEFINE_list("lengths", "1024,2048,4096,8192,16384", "Tokens of a sequence.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences in a call.", lower_bound=1)
-_HEADS = flags.DEFINE_integer("heads", 2, "Heads.", lower_bound=1)
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 32, "Size of a head.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", "float32", "Of query, key and value; also bfloat16.")
 _PASSES = flags.DEFINE_list("passes", "forward,gradients", "Which.")
 _MAX_SECONDS = flags.DEFINE_float(
@@ -106,8 +104,8 @@ def _settings() -> attention_cells.Settings:
         dtypes=tuple(_DTYPES.value),
         passes=tuple(_PASSES.value),
         batch=_BATCH.value,
-        heads=_HEADS.value,
-        head_dim=_HEAD_DIM.value,
+        heads=2,  # of the paper
+        head_dim=32,
         rounds=_ROUNDS.value,
         max_seconds=_MAX_SECONDS.value,
         max_temporaries=max_temporaries,

@@ -44,7 +44,6 @@ _CONFIG = flags.DEFINE_string("config", "listops", "Name of a file in configs/; 
 _VARIANT = flags.DEFINE_string("variant", "", "Variant of the config; of attentions.")
 _ATTENTIONS = flags.DEFINE_list("attentions", list(_NAMES), "Which to compare.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Default: the config's.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 1, "Steps timed in a turn; of attentions.", lower_bound=1)
 _ROUNDS = common_flags.rounds(3)
 _SMALL = common_flags.small()
 _OUT = flags.DEFINE_string(
@@ -137,9 +136,8 @@ def compare_attentions() -> tuple[dict[str, Any], dict[str, Row]]:
         "variant": "small" if _SMALL.value else _VARIANT.value,
         "batch_size": first.train.batch_size,
         "length": first.model.max_length,
-        "steps_per_round": _STEPS.value,
     }
-    return common, measure_steps(configs, _ROUNDS.value, _CONFIG.value, calls_a_turn=_STEPS.value)
+    return common, measure_steps(configs, _ROUNDS.value, _CONFIG.value)
 
 
 def main() -> None:

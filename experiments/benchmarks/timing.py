@@ -122,7 +122,6 @@ def take_turns(
     rounds: int,
     what: str,
     *,
-    calls_a_turn: int | None = None,
     max_seconds: float = math.inf,
     deadline: float = math.inf,
 ) -> dict[K, Row]:
@@ -132,8 +131,6 @@ def take_turns(
       calls: run a compiled program each.
       rounds: turns that each call takes.
       what: names the work for the person who waits.
-      calls_a_turn: how often a call is repeated in a turn. None repeats short calls as often as
-        timing them needs.
       max_seconds: a call whose warming takes longer takes no turns; its warming is its time.
       deadline: time.monotonic() after which nothing more is begun.
 
@@ -152,7 +149,7 @@ def take_turns(
             rows[name] = {"seconds": []}
             if seconds < _UNSURE:
                 seconds = _seconds(call, 1)
-            counts[name] = calls_a_turn or (1 if seconds >= _SHORT else math.ceil(_TURN / seconds))
+            counts[name] = 1 if seconds >= _SHORT else math.ceil(_TURN / seconds)
     for _ in track(range(rounds), rounds, f"{what}, timing", "rounds"):
         for name, count in counts.items():
             if time.monotonic() < deadline:
@@ -249,7 +246,6 @@ def time_steps(
     rounds: int,
     what: str,
     *,
-    calls_a_turn: int | None = None,
     workers: int = 1,
     deadline: float = math.inf,
 ) -> dict[K, Row]:
@@ -259,7 +255,6 @@ def time_steps(
       runs: of complete configurations.
       rounds: turns that each takes.
       what: names the work for the person who waits.
-      calls_a_turn: see take_turns.
       workers: see compile_all.
       deadline: see both.
 
@@ -278,7 +273,7 @@ def time_steps(
         for name in runs
         if {(name, "step"), (name, "init")} <= programs.keys()
     }
-    turns = take_turns(calls, rounds, what, calls_a_turn=calls_a_turn, deadline=deadline)
+    turns = take_turns(calls, rounds, what, deadline=deadline)
     # The row of a program that was refused holds the reason alone.
     return {name: turns.get(name, compiled[name, "init"]) | compiled[name, "step"] for name in runs}
 
