@@ -18,8 +18,8 @@ _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 def _fail(text: str, status: int = 2) -> NoReturn:
     """Prints one line and ends the process at once.
 
-    Our own files are closed by now. On a full disk, threads and exit handlers of libraries would add
-    their tracebacks to the line.
+    Our own files are closed by now. On a full disk, threads and exit handlers of libraries would
+    add their tracebacks to the line.
     """
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     sys.stdout.flush()
