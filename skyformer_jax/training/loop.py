@@ -102,10 +102,7 @@ def _fit(
                 recorder.flush()
             if validating:
                 with recorder.pausing():
-                    logits = evaluation.predict(
-                        run, predict_step, states.variables, validation_split
-                    )
-                    scores = [evaluation.score(one, validation_split.label) for one in logits]
+                    scores = _validate(run, predict_step, states, validation_split)
                     recorder.validation(step, scores)
                     save(step, states, scores)
             elif stopping:
@@ -153,6 +150,14 @@ def _training_batches(run: Run, examples: Examples, first_step: int) -> Iterator
     ]
     for batches in zip(*streams, strict=True):
         yield meshes.shard_batch(stack_batches(batches), run.mesh, axis=1)
+
+
+def _validate(
+    run: Run, predict_step: PredictStep, states: TrainState, examples: Examples
+) -> list[dict[str, float]]:
+    """The scores of each seed's model on a split."""
+    logits = evaluation.predict(run, predict_step, states.variables, examples)
+    return [evaluation.score(of_seed, examples.label) for of_seed in logits]
 
 
 @contextlib.contextmanager
