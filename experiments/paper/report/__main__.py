@@ -6,7 +6,6 @@ python -m experiments.paper.report --results=DIR
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from absl import flags
 
@@ -21,22 +20,17 @@ _RESULTS = flags.DEFINE_string(
 )
 
 
-class Section(NamedTuple):
-    """A part of the report: what it is called, and how it is made of a result."""
-
-    title: str
-    table: Callable[[Result], str]
-    draw: Callable[[Result, Path], None]
-
-
-SECTIONS = {
-    "table1": Section("Table 1: accuracy", tables.table1, pictures.table1),
-    "table2": Section("Table 2: time and memory", tables.table2, pictures.table2),
-    "figure1": Section("Figure 1: error", tables.figure1, pictures.figure1),
-    "figure2": Section("Figure 2: accuracy against time", tables.figure2, pictures.figure2),
-    "stability": Section("Appendix table 1: instability", tables.stability, pictures.stability),
-    "singular_values": Section(
-        "Appendix figure 2: singular values", tables.singular_values, pictures.singular_values
+# {name of the result: (title, its text, its picture)}
+SECTIONS: dict[str, tuple[str, Callable[[Result], str], Callable[[Result, Path], None]]] = {
+    "table1": ("Table 1: accuracy", tables.table1, pictures.table1),
+    "table2": ("Table 2: time and memory", tables.table2, pictures.table2),
+    "figure1": ("Figure 1: error", tables.figure1, pictures.figure1),
+    "figure2": ("Figure 2: accuracy against time", tables.figure2, pictures.figure2),
+    "stability": ("Appendix table 1: instability", tables.stability, pictures.stability),
+    "singular_values": (
+        "Appendix figure 2: singular values",
+        tables.singular_values,
+        pictures.singular_values,
     ),
 }
 
@@ -65,20 +59,19 @@ def render(results: dict[str, Result]) -> str:
       UserError: if a result lacks what its script writes today.
     """
     sections = []
-    for name, section in SECTIONS.items():
-        sections.append(f"## {section.title}")
+    for name, (title, make_text, _) in SECTIONS.items():
+        sections.append(f"## {title}")
         if name not in results:
             sections.append(f"Not yet run: `python -m experiments.paper.{name}`.")
             continue
-        result = results[name]
         try:
-            sections += [tables.origin(result), section.table(result)]
+            sections += [tables.origin(results[name]), make_text(results[name])]
         except KeyError as error:
             raise UserError(
                 f"{name}.json has no {error}: an earlier experiments/paper/{name}.py wrote it; "
                 "measure it again"
             ) from None
-        sections.append(f"![{section.title}]({name}.png)")
+        sections.append(f"![{title}]({name}.png)")
     verdicts = claims.judge(results)
     counts = ", ".join(
         f"{sum(v.status == status for v in verdicts)} {status}"
@@ -117,9 +110,9 @@ def main() -> None:
     folder = Path(_RESULTS.value)
     results = read_results(folder)
     text = render(results)
-    for name, section in SECTIONS.items():
+    for name, (_, _, draw) in SECTIONS.items():
         if name in results:
-            section.draw(results[name], folder / f"{name}.png")
+            draw(results[name], folder / f"{name}.png")
     path = folder / "REPORT.md"
     with replacing(path) as part:
         part.write_text(text)
