@@ -4,6 +4,7 @@ python -m experiments.paper.report
 python -m experiments.paper.report --results=DIR
 """
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,10 +74,12 @@ def render(results: dict[str, Result]) -> str:
             ) from None
         sections.append(f"![{title}]({name}.png)")
     verdicts = claims.judge(results)
-    counts = ", ".join(
-        f"{sum(v.status == status for v in verdicts)} {status}"
-        for status in (claims.CONFIRMED, claims.NOT_CONFIRMED, claims.NOT_RUN)
-    )
+    count = Counter(verdict.status for verdict in verdicts)
+    statuses = (claims.CONFIRMED, claims.NOT_CONFIRMED, claims.NOT_RUN)
+    rows = []
+    for claim, rule, status, reduced, evidence in verdicts:
+        runs = "-" if status == claims.NOT_RUN else "reduced" if reduced else "full"
+        rows.append([claim, f"**{status}**", runs, evidence or "-", rule])
     parts = [
         "# The paper and this code",
         "Made by `python -m experiments.paper.report` from the JSON beside it, and from that "
@@ -84,20 +87,8 @@ def render(results: dict[str, Result]) -> str:
         "section says how its runs are reduced against the paper's: a reduced run neither confirms "
         "nor refutes what the paper says of 50,000 steps, only what it says of itself.",
         "## Claims of the paper",
-        f"In these runs {counts}.",
-        tables.markdown(
-            ["claim", "here", "runs", "evidence", "confirmed if"],
-            [
-                [
-                    v.claim,
-                    f"**{v.status}**",
-                    "-" if v.status == claims.NOT_RUN else "reduced" if v.reduced else "full",
-                    v.evidence or "-",
-                    v.rule,
-                ]
-                for v in verdicts
-            ],
-        ),
+        f"In these runs {', '.join(f'{count[status]} {status}' for status in statuses)}.",
+        tables.markdown(["claim", "here", "runs", "evidence", "confirmed if"], rows),
         *sections,
         "## All results",
         tables.everything(results),

@@ -188,6 +188,13 @@ def figure2(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def _notes(result: Result, *texts: str) -> str:
+    """The texts, and which tasks were skipped."""
+    reasons = {row["config"]: row["skipped"] for row in result["rows"] if "skipped" in row}
+    skipped = [f"{config}: not yet run ({reason})." for config, reason in reasons.items()]
+    return " ".join([*texts, *skipped])
+
+
 def stability(result: Result) -> str:
     """Ratios of the instability score, a row an attention and task."""
     ratios = statistics.instability_ratios(result)
@@ -215,33 +222,25 @@ def stability(result: Result) -> str:
         )
     if result["examples"]:
         notes.append(f"f is evaluated on the first {result['examples']} examples of each batch.")
-    return f"{' '.join([*notes, *_skipped(result)])}\n\n{markdown(columns, rows)}"
+    return f"{_notes(result, *notes)}\n\n{markdown(columns, rows)}"
 
 
 def singular_values(result: Result) -> str:
     """Where the spectrum falls below a tenth and a hundredth, a row an attention and task."""
+    levels = [(when, level) for when in ("initial", "trained") for level in (0.1, 0.01)]
     rows = []
     for row in measured(result):
-        counts = [
-            str(sum(value >= level for value in row[when]))
-            for when in ("initial", "trained")
-            for level in (0.1, 0.01)
-        ]
+        counts = [str(sum(value >= level for value in row[when])) for when, level in levels]
         rows.append([row["config"], f"`{row['attention']}`", str(row["seed"]), *counts])
     table = markdown(["", "", "seed", "before: > 0.1", "> 0.01", "after: > 0.1", "> 0.01"], rows)
-    notes = [
+    notes = _notes(
+        result,
         "How many singular values of the second attention layer's output are above a tenth and a "
         f"hundredth of the greatest, before training and after {result['steps']} steps; each the "
         f"mean spectrum of {result['examples']} validation examples. The paper shows a figure.",
         _reduced(measured(result)),
-        *_skipped(result),
-    ]
-    return f"{' '.join(notes)}\n\n{table}"
-
-
-def _skipped(result: Result) -> list[str]:
-    reasons = {row["config"]: row["skipped"] for row in result["rows"] if "skipped" in row}
-    return [f"{config}: not yet run ({reason})." for config, reason in reasons.items()]
+    )
+    return f"{notes}\n\n{table}"
 
 
 def everything(results: dict[str, Result]) -> str:
