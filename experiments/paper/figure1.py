@@ -174,14 +174,6 @@ def trained_model(cell: grid.Cell) -> tuple[Any, Any, dict[str, Any]]:
     return run.model, state.variables, about
 
 
-def initialised_model(seed: int) -> tuple[Any, Any]:
-    """The model of the full setting before training, and its variables."""
-    config = text.get_config("softmax")
-    config.seed = seed
-    run = one_device_run(config)
-    return run.model, take(init_states(run).variables, 0)
-
-
 def main() -> None:
     """Trains, if need be, and measures length after length; writes JSON and picture after each."""
     lengths, features = integers(_LENGTHS), integers(_FEATURES)
@@ -191,7 +183,13 @@ def main() -> None:
         *(small, [*reduced, *_SET.value], Path(_DIR.value)),
     )
     *trained, about = trained_model(cell)
-    models = {"initialised": initialised_model(_SEED.value), "trained": trained}
+    full = text.get_config("softmax")
+    full.seed = _SEED.value
+    initial = one_device_run(full)
+    models = {
+        "initialised": (initial.model, take(init_states(initial).variables, 0)),
+        "trained": trained,
+    }
     config = grid.parse_config(cell.arguments)
     config.data.length = max(lengths)
     config.model.max_length = max(config.model.max_length, *lengths)

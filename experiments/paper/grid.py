@@ -155,5 +155,5 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 def setting_of(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a stored config, {"train.num_steps": 100, ...}, that are of its setting."""
-    flat = configs.flatten(config)
-    return {field: value for field, value in flat.items() if not field.startswith(NOT_SETTING)}
+    flat = configs.flatten(config).items()
+    return {field: value for field, value in flat if not field.startswith(NOT_SETTING)}

@@ -59,14 +59,6 @@ _SLURM = flags.DEFINE_string(
 )
 
 
-def _steps_of(cell: Cell, row: Row) -> int:
-    """The step that the cell has got to."""
-    if row["status"] == "finished":
-        return row["num_steps"]
-    entries = read_metrics(cell.workdir / "metrics.jsonl")
-    return entries[-1]["step"] if entries else 0
-
-
 def _train(
     cells: Sequence[Cell],
     rows: dict[Path, Row],
@@ -83,11 +75,23 @@ def _train(
     for cell in todo:  # what failed before is tried again
         rows[cell.workdir].update(status="unfinished", error=None)
 
+    def count(status: str) -> int:
+        return sum(row["status"] == status for row in rows.values())
+
     def count_steps() -> tuple[int, int]:
         """Steps that are taken, and in all, of the cells that have not failed."""
-        pairs = [(cell, rows[cell.workdir]) for cell in todo]
-        pairs = [pair for pair in pairs if pair[1]["status"] in ("finished", "unfinished")]
-        return sum(_steps_of(*pair) for pair in pairs), sum(row["num_steps"] for _, row in pairs)
+        done = total = 0
+        for cell in todo:
+            row = rows[cell.workdir]
+            if row["status"] == "finished":
+                done += row["num_steps"]
+            elif row["status"] == "unfinished":
+                entries = read_metrics(cell.workdir / "metrics.jsonl")
+                done += entries[-1]["step"] if entries else 0
+            else:
+                continue
+            total += row["num_steps"]
+        return done, total
 
     before, total = count_steps()
     start, bar = time.monotonic(), open_bar(total, initial=before, unit=" steps", unit_scale=True)
@@ -101,20 +105,15 @@ def _train(
                 outcome = f"{row['status']}: {row['error']}" if row["error"] else "stopped"
                 if row["status"] == "finished":
                     outcome = f"accuracy {100 * row['accuracy']:.2f} %"
-                left = sum(rows[cell.workdir]["status"] == "unfinished" for cell in todo)
                 say(
-                    f"{cell.workdir.name}: {outcome}; {_count_finished(rows)} of {len(rows)} cells "
-                    f"finished, {left} left, ETA {eta}"
+                    f"{cell.workdir.name}: {outcome}; {count('finished')} of {len(rows)} cells "
+                    f"finished, {count('unfinished')} left, ETA {eta}"
                 )
                 yield
             if bar is not None:
                 done, bar.total = count_steps()
                 bar.update(done - bar.n)
         yield
-
-
-def _count_finished(rows: dict[Path, Row]) -> int:
-    return sum(row["status"] == "finished" for row in rows.values())
 
 
 def _write_slurm(cells: Sequence[Cell], directory: Path) -> None:
@@ -167,8 +166,9 @@ def main() -> None:
     for workdir, row in rows.items():
         if row["status"] == "refused":
             say(f"{workdir.name}: refused: {row['error']}")
+    finished = sum(row["status"] == "finished" for row in rows.values())
     kept = f"; {len(others)} of other seeds are kept" if others else ""
-    say(f"{_count_finished(rows)} of {len(cells)} cells are finished{kept}")
+    say(f"{finished} of {len(cells)} cells are finished{kept}")
 
     def in_order() -> list[Row]:
         return sorted([*others, *(rows[cell.workdir] for cell in cells)], key=lambda r: r["seed"])

@@ -86,9 +86,8 @@ def _record(attempt: _Attempt, provenance: dict[str, Any], stopping: bool) -> No
     before = read_json(path) if path.exists() else {"seconds": 0, "attempts": 0}
     finished = (attempt.cell.workdir / "eval_test.json").exists()
     stopped = stopping and attempt.process.returncode <= 0
-    seconds = time.monotonic() - attempt.started
     record = {
-        "seconds": round(before["seconds"] + seconds, 1),
+        "seconds": round(before["seconds"] + time.monotonic() - attempt.started, 1),
         "attempts": before["attempts"] + 1,
         "error": None if finished or stopped else _error(attempt),
         "provenance": provenance,

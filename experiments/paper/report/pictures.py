@@ -3,26 +3,19 @@
 The scripts of experiments/paper/ draw them as they measure, the report draws them again.
 """
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.palette import line_style
 from experiments.paper import published
-from experiments.paper.report.statistics import (
-    Result,
-    cost_ratios,
-    finished,
-    group,
-    mean_curves,
-    measured,
-    spectral_errors,
-)
+from experiments.paper.report import statistics
+from experiments.paper.report.statistics import Result, finished, group, measured
 from skyformer_jax.attention import NAMES
 
 
@@ -41,15 +34,9 @@ def _save(
     height: float = 3.1,
     title_at: str = "center",
 ) -> None:
-    """Saves a figure with one legend below its panels.
+    """Saves a figure of panels, {title: what `draw` gets beside the axes}, with one legend below.
 
-    Args:
-      path: of the picture.
-      panels: {title: what `draw` gets beside the axes}.
-      draw: draws a panel.
-      labels: of the y axis, one for each row of panels.
-      height: of a row, in inches.
-      title_at: left, center or right.
+    There is a row of panels, of that height in inches, for each label of the y axis.
     """
     columns, rows = -(-len(panels) // len(labels)), len(labels)
     figure = Figure(figsize=(max(3.1 * columns, 5), height * rows + 0.5), layout="constrained")
@@ -96,7 +83,7 @@ def _list_names(axis: Axes) -> None:
 
 def _plot_mean(axis: Axes, name: str, values: Iterable[Sequence[float]], **style: Any) -> None:
     """The line of an attention: the mean of lists of values over 1, 2, 3, ..."""
-    mean = [statistics.fmean(column) for column in zip(*values, strict=True)]
+    mean = np.mean(list(values), axis=0)
     axis.plot(range(1, len(mean) + 1), mean, label=name, **line_style(name) | style)
 
 
@@ -144,7 +131,7 @@ def figure1(result: Result, path: Path) -> None:
 
     panels = {
         f"{kind}, n = {length:,}": of_name
-        for (kind, length), of_name in spectral_errors(result).items()
+        for (kind, length), of_name in statistics.spectral_errors(result).items()
     }
     labels = ["relative spectral error"] * -(-len(panels) // 4)
     _save(path, panels, draw, labels=labels, height=2.7)
@@ -160,7 +147,7 @@ def table1(result: Result, path: Path) -> None:
             axis.plot(found, [position] * len(found), alpha=0.5, **style)
             if found:
                 style |= {"ms": 9, "marker": "|"}
-                axis.plot([statistics.fmean(found)], [position], **style)
+                axis.plot([np.mean(found)], [position], **style)
         _list_names(axis)
         floors = next(iter(of_name.values()))[0]["floors"]
         for floor, accuracy in floors.items():
@@ -192,7 +179,11 @@ def table2(result: Result, path: Path) -> None:
 
     whats = (("time", "seconds_per_step", published.HOURS), ("memory", "bytes", published.MEMORY))
     panels = {
-        f"{config}, {what}": (config, cost_ratios(result, field).get(config, {}), printed)
+        f"{config}, {what}": (
+            config,
+            statistics.cost_ratios(result, field).get(config, {}),
+            printed,
+        )
         for what, field, printed in whats
         for config in _in_order(group(measured(result), "config"))
     }
@@ -201,7 +192,7 @@ def table2(result: Result, path: Path) -> None:
 
 def figure2(result: Result, path: Path) -> None:
     """Validation accuracy above, loss below, against time; a column a task; mean of the seeds."""
-    tasks = _in_order(mean_curves(result))
+    tasks = _in_order(statistics.mean_curves(result))
     longest = max(point["seconds"] for row in result["rows"] for point in row["validation"])
     unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)
 

@@ -1,9 +1,12 @@
 """What the report computes from results: means, differences and their standard errors."""
 
 import math
+import operator
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from skyformer_jax.attention import NAMES
 
@@ -149,16 +152,13 @@ def spectral_errors(result: Result) -> dict[tuple[str, int], dict[str, dict[int,
 
 def mean_curves(result: Result) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
     """figure2.json, {config: {attention: [(seconds, accuracy, loss)]}}, means over the seeds."""
+
+    def mean_curve(rows: list[Row]) -> list[tuple[float, float, float]]:
+        columns = operator.itemgetter("seconds", "accuracy", "loss")
+        curves = [[columns(point) for point in row["validation"]] for row in rows]
+        return [tuple(point) for point in np.mean(curves, axis=0).tolist()]
+
     return {
-        config: {
-            name: [
-                tuple(
-                    statistics.fmean(point[key] for point in points)
-                    for key in ("seconds", "accuracy", "loss")
-                )
-                for points in zip(*(row["validation"] for row in rows), strict=True)
-            ]
-            for name, rows in of_name.items()
-        }
+        config: {name: mean_curve(rows) for name, rows in of_name.items()}
         for config, of_name in group(result["rows"], "config", "attention").items()
     }
