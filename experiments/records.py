@@ -30,31 +30,16 @@ Row = dict[str, Any]
 
 
 def provenance(num_devices: int) -> dict[str, Any]:
-    """The fields of a result that say what code and hardware it comes from.
+    """What code and hardware a result comes from: commit, versions, device and cores."""
 
-    Args:
-      num_devices: devices that took part.
-
-    Returns:
-      commit, versions, device and cores.
-    """
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stdout.strip()
+    def git(arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments.split()]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     # A new result changes a tracked file, but not the code that measures.
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"
-    )
+    changed = git("status --porcelain --untracked-files=no -- :/ :(top,exclude)results")
     return {
-        "commit": (git("describe", "--always") or "unknown") + ("-dirty" if changed else ""),
+        "commit": (git("describe --always") or "unknown") + ("-dirty" if changed else ""),
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,
@@ -103,27 +88,24 @@ def resume(
     """The rows of an earlier result of the same settings; else none, and one line says why.
 
     Args:
-      path: of the JSON file. If it is not there, there are no rows and nothing is said.
-      header: of the result that is to be written now. The earlier one must have the same value in
-        each of these fields. Further fields of the earlier result do not matter.
+      path: of the JSON file, which need not be there.
+      header: fields that the earlier result must have with the same values.
       field: name of the list of rows in the file.
       any_commit: whether the rows may be of other code, because each says its own commit. If not,
         neither another commit nor uncommitted changes are accepted.
     """
     if not path.exists():
         return []
+    wanted = as_read(header)
     try:
         earlier = read_json(path)
-        rows, found = earlier[field], {name: earlier.get(name) for name in header}
+        rows = earlier[field]
+        different = [name for name, value in wanted.items() if earlier.get(name) != value]
     except (UserError, KeyError, TypeError, AttributeError):
         say(f"{path} is no result of this script: begun anew")
         return []
-    wanted = as_read(header)
-    different = [
-        name
-        for name, value in wanted.items()
-        if found[name] != value and not (any_commit and name == "commit")
-    ]
+    if any_commit and "commit" in different:
+        different.remove("commit")
     if different:
         say(f"{path} is of other {', '.join(different)}: begun anew")
         return []

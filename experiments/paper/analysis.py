@@ -39,16 +39,8 @@ def skyformer_of_softmax(
     and the first factor cancels in the division, that is skyformer_attention of values weighted by
     the last factor; gamma is thus a regularisation of the Gaussian kernel.
 
-    Args:
-      query: [batch, q_length, heads, head_dim], unscaled.
-      key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, head_dim].
-      mask: bool [batch, kv_length], True at real tokens.
-      **options: of skyformer_attention, but scale.
-
-    Returns:
-      As softmax_attention. Nothing is done where the approximate sum of a row comes near zero, or
-      below it.
+    Arrays, mask and output are as of softmax_attention, the options those of skyformer_attention
+    but for scale. Nothing is done where the approximate sum of a row comes near zero, or below it.
     """
     half_square = 0.5 * key.shape[-1] ** -0.5 * (key.astype(jnp.float32) ** 2).sum(axis=-1)
     if mask is not None:
@@ -71,16 +63,12 @@ def spectral_norm(matrices: np.ndarray) -> np.ndarray:
 def spectral_error(approximation: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """Spectral norm of the error of an attention's output, relative to that of the exact output.
 
-    Args:
-      approximation: [batch, length, heads, head_dim].
-      exact: likewise.
-
-    Returns:
-      float64 [batch, heads].
+    Both outputs are [batch, length, heads, head_dim]; the result is float64 [batch, heads].
     """
-    error = np.asarray(approximation, np.float64) - np.asarray(exact, np.float64)
-    error, exact = (np.moveaxis(np.asarray(x), 2, 1) for x in (error, exact))
-    return spectral_norm(error) / spectral_norm(exact)
+    approximation, exact = (
+        np.moveaxis(np.asarray(x, np.float64), 2, 1) for x in (approximation, exact)
+    )
+    return spectral_norm(approximation - exact) / spectral_norm(exact)
 
 
 def singular_values(outputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -113,8 +101,8 @@ def outputs_of(
         ([batch, length, width]), for example.
       model: a classifier without remat.
       variables: of the model.
-      tokens: as the model takes them.
-      mask: likewise.
+      tokens: int [batch, length], or [batch, 2, length].
+      mask: bool, likewise.
       rng: a jax.random key for the dropout and the landmarks of training; None leaves both out,
         as in evaluation.
 
@@ -122,13 +110,12 @@ def outputs_of(
       ValueError: if there is no such module.
     """
     streams = ("landmarks", "dropout")  # those that a training step draws
-    rngs = {} if rng is None else dict(zip(streams, jax.random.split(rng), strict=True))
     _, captured = model.apply(
         variables,
         tokens,
         mask,
         deterministic=rng is None,
-        rngs=rngs,
+        rngs=None if rng is None else dict(zip(streams, jax.random.split(rng), strict=True)),
         capture_intermediates=lambda module, method: (module.name, method) == (name, "__call__"),
         mutable=["intermediates"],
     )
@@ -142,11 +129,11 @@ class Change(NamedTuple):
     """How far a model's embedding of a sequence moves; how the embedding is taken matters.
 
     Attributes:
-      normed: after the final norm, which is what the head pools; its size is that of one token.
-      raw: before it, as the last block returns it. There kernelized attention, whose output is a
-        sum over all keys that nothing divides by their number, is larger the longer the sequence.
-      with_noise: as normed, with dropout and landmarks as in training, which are drawn anew for
-        the embedding before and for that after. This is mostly the size of that noise.
+      normed: after the final norm, as the head pools it.
+      raw: before it. There kernelized attention, whose output is a sum over all keys that nothing
+        divides by their number, is larger the longer the sequence.
+      with_noise: as normed, with dropout and landmarks as in training, drawn anew for the embedding
+        before and for that after. This is mostly the size of that noise.
     """
 
     normed: jax.Array | float
@@ -158,39 +145,28 @@ class Change(NamedTuple):
 def embedding_change(
     model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array, rng: jax.Array
 ) -> Change:
-    """||f(x, W') - f(x, W)||_F^2 of each example, f being the embedding of its real tokens.
+    """||f(x, W') - f(x, W)||_F^2 of each example, float32 [batch], f embedding its real tokens.
 
-    Args:
-      model: a classifier without remat.
-      before: the variables W.
-      after: the variables W'.
-      tokens: int [batch, length], or [batch, 2, length].
-      mask: bool, likewise.
-      rng: a jax.random key, for with_noise alone.
-
-    Returns:
-      float32 [batch] each.
+    W and W' are the variables before and after; the model and its inputs are as of outputs_of. The
+    jax.random key is for with_noise alone.
     """
-    normed, raw = "final_norm", f"block_{model.num_layers - 1}"
 
     def one(example: tuple[jax.Array, jax.Array, jax.Array]) -> Change:
         tokens, mask = (x[None] for x in example[:2])
 
         def embed(variables: Any, rng: jax.Array) -> Change:
-            return Change(
-                normed=outputs_of(normed, model, variables, tokens, mask)[0],
-                raw=outputs_of(raw, model, variables, tokens, mask)[0],
-                with_noise=outputs_of(normed, model, variables, tokens, mask, rng)[0],
-            )
+            def output(name: str, rng: jax.Array | None = None) -> jax.Array:
+                return outputs_of(name, model, variables, tokens, mask, rng)[0]
 
-        keys = jax.random.split(example[2])
-        old, new = embed(before, keys[0]), embed(after, keys[1])
+            last_block = f"block_{model.num_layers - 1}"
+            return Change(output("final_norm"), output(last_block), output("final_norm", rng))
+
+        old, new = map(embed, (before, after), jax.random.split(example[2]))
         real = mask.reshape(*new.raw.shape[:2], 1)
         return jax.tree.map(lambda a, b: jnp.where(real, (a - b) ** 2, 0).sum(), new, old)
 
-    at_a_time = max(1, _TOKENS // tokens[0].size)
-    keys = jax.random.split(rng, len(tokens))
-    return jax.lax.map(one, (tokens, mask, keys), batch_size=at_a_time)
+    examples = (tokens, mask, jax.random.split(rng, len(tokens)))
+    return jax.lax.map(one, examples, batch_size=max(1, _TOKENS // tokens[0].size))
 
 
 def instability(
@@ -198,31 +174,20 @@ def instability(
 ) -> Change:
     """The instability score of a training step, appendix F of the paper.
 
-    ||f(x, W') - f(x, W)||_F^2 / ||W' - W||_F^2, with f as in embedding_change and W all parameters
-    but the head's, on which f does not depend.
-
-    Args:
-      model: as of embedding_change, like the others.
-      before: the variables before the step.
-      after: the variables after it.
-      tokens: of the step's batch, or of some of its examples.
-      mask: likewise.
-      rng: a jax.random key, for with_noise alone.
-
-    Returns:
-      The scores, means over the examples.
+    ||f(x, W') - f(x, W)||_F^2 / ||W' - W||_F^2, a mean over the examples, with f and the arguments
+    as of embedding_change and W all parameters but the head's, on which f does not depend.
 
     Raises:
       ValueError: if the parameters did not change.
     """
     old, new = (
-        jax.tree.leaves({k: v for k, v in tree["params"].items() if k not in _HEAD})
+        {name: of_module for name, of_module in tree["params"].items() if name not in _HEAD}
         for tree in (before, after)
     )
-    distance = sum(
-        float(((np.asarray(b, np.float64) - np.asarray(a, np.float64)) ** 2).sum())
-        for a, b in zip(old, new, strict=True)
+    squares = jax.tree.map(
+        lambda a, b: ((np.asarray(b, np.float64) - np.asarray(a, np.float64)) ** 2).sum(), old, new
     )
+    distance = sum(jax.tree.leaves(squares))
     if not distance:
         raise ValueError("the parameters are the same before and after")
     change = embedding_change(model, before, after, tokens, mask, rng)

@@ -1,14 +1,13 @@
 """What the cells of a grid have come to: their results, and the table of all."""
 
-import collections
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.paper.grid import Cell
-from experiments.records import as_read, read_json
+from experiments.paper.report.statistics import error_of_mean, group
+from experiments.records import Row, as_read, read_json
 from skyformer_jax.errors import UserError
 from skyformer_jax.training import checkpoints
 from skyformer_jax.training import config as configs
@@ -16,11 +15,9 @@ from skyformer_jax.training.results import config_digest
 
 TRAINABLE = ("unfinished", "failed")  # statuses; the others are finished and refused
 
-Row = dict[str, Any]
 
-
-def read_result(cell: Cell) -> dict[str, Any] | None:
-    """What eval_test.json of the cell holds; None if the cell is not finished.
+def _read_result(cell: Cell) -> dict[str, Any]:
+    """What eval_test.json of the cell holds; empty if the cell is not finished.
 
     Raises:
       UserError: if it is damaged, or the result of another config or of a checkpoint other than
@@ -28,7 +25,7 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
     """
     path = cell.workdir / "eval_test.json"
     if not path.exists():
-        return None
+        return {}
     result = read_json(path)
     saved = configs.read(cell.workdir / "config.json")
     different = configs.differences(configs.to_dict(saved), cell.asked)
@@ -52,12 +49,11 @@ def read_cell(cell: Cell) -> Row:
     record_path = cell.workdir / "sweep.json"
     record = read_json(record_path) if record_path.exists() else {}
     try:
-        result = read_result(cell)
+        result = _read_result(cell)
         error = None if result else record.get("error")
         status = "finished" if result else "failed" if error else "unfinished"
     except UserError as refusal:
-        result, error, status = None, str(refusal), "refused"
-    found = result or {}
+        result, error, status = {}, str(refusal), "refused"
     fields = ("examples", "accuracy", "interval_95", "loss", "checkpoint", "floors", "data")
     return {
         "config": cell.config,
@@ -69,18 +65,14 @@ def read_cell(cell: Cell) -> Row:
         "batch_size": cell.asked["train"]["batch_size"],
         "departures": cell.departures,
         "task": cell.asked["task"],
-        **{field: found.get(field) for field in fields},
-        "validation_accuracy": found["validation"]["accuracy"] if found else None,
+        **{field: result.get(field) for field in fields},
+        "validation_accuracy": result.get("validation", {}).get("accuracy"),
         **{field: record.get(field) for field in ("seconds", "attempts", "provenance")},
     }
 
 
 def read_others(path: Path, cells: Sequence[Cell]) -> list[Row]:
-    """The finished entries of an earlier JSON that are of other seeds than the cells.
-
-    Args:
-      path: of the JSON; where there is none, nothing is read.
-      cells: of the setting that the entries must have.
+    """The finished entries of an earlier JSON, if there is one, of other seeds than the cells.
 
     Raises:
       UserError: if the file is none of a grid's, or has finished entries of another setting, task
@@ -88,48 +80,38 @@ def read_others(path: Path, cells: Sequence[Cell]) -> list[Row]:
     """
     if not path.exists():
         return []
+    seeds = {cell.seed for cell in cells}
+    settings = {(cell.config, cell.attention): as_read(cell.departures) for cell in cells}
     try:
         rows = [row for row in read_json(path)["cells"] if row["status"] == "finished"]
-        keys = [(row["config"], row["attention"], row["seed"]) for row in rows]
-        found = [row["departures"] for row in rows]
+        found = [
+            ((row["config"], row["attention"]), row["seed"], row["departures"]) for row in rows
+        ]
     except (UserError, KeyError, TypeError):
         raise UserError(f"{path} is no JSON of this script; name another --out") from None
-    own = {(cell.config, cell.attention, cell.seed) for cell in cells}
-    settings = {(cell.config, cell.attention): as_read(cell.departures) for cell in cells}
-    for (config, name, seed), departures in zip(keys, found, strict=True):
-        if departures != settings.get((config, name)):
+    for key, seed, departures in found:
+        if departures != settings.get(key):
             raise UserError(
-                f"{path} has {config} {name}, seed {seed}, of another setting than this command's, "
+                f"{path} has {' '.join(key)}, seed {seed}, of another setting than this command's, "
                 "or not in its grid; name another --out"
             )
-    return [row for key, row in zip(keys, rows, strict=True) if key not in own]
+    return [row for row in rows if row["seed"] not in seeds]
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Mean and spread of the accuracy over the seeds that are finished.
-
-    Args:
-      rows: of read_cell.
-
-    Returns:
-      The "summary" of the JSON, in the order of the rows.
-    """
-    accuracies = collections.defaultdict(list)
-    for row in rows:
-        found = accuracies[row["config"], row["attention"]]
-        if row["status"] == "finished":
-            found.append(row["accuracy"])
+    """Mean and spread of the accuracy over the seeds that are finished, the JSON's "summary"."""
     summary = []
-    for (config, name), found in accuracies.items():
-        deviation = statistics.stdev(found) if len(found) > 1 else None
+    for key in dict.fromkeys((row["config"], row["attention"]) for row in rows):
+        own = [row for row in rows if (row["config"], row["attention"]) == key]
+        found = [row["accuracy"] for row in own if row["status"] == "finished"]
         summary.append(
             {
-                "config": config,
-                "attention": name,
+                "config": key[0],
+                "attention": key[1],
                 "num_seeds": len(found),
                 "mean": statistics.fmean(found) if found else None,
-                "standard_deviation": deviation,
-                "standard_error": deviation and deviation / math.sqrt(len(found)),
+                "standard_deviation": statistics.stdev(found) if len(found) > 1 else None,
+                "standard_error": error_of_mean(found),
             }
         )
     return summary
@@ -137,19 +119,19 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Row]) -> str:
     """Test accuracy in percent, attentions by configs, and in what setting; Markdown."""
-    configs = list(dict.fromkeys(row["config"] for row in rows))
-    num_seeds = len({row["seed"] for row in rows})
-    texts = collections.defaultdict(dict)
+    of_configs, num_seeds = group(rows, "config"), len({row["seed"] for row in rows})
+    texts: dict[str, str] = {}
     for entry in summarise(rows):
-        texts[entry["attention"]][entry["config"]] = _percent(entry, num_seeds)
-    lines = ["| | " + " | ".join(configs) + " |", "|---" * (1 + len(configs)) + "|"]
-    lines += [
-        f"| `{name}` | " + " | ".join(of_config[config] for config in configs) + " |"
-        for name, of_config in texts.items()
-    ]
-    lines.append("")
-    for config in configs:
-        own = [row for row in rows if row["config"] == config]
+        text = f"{100 * entry['mean']:.2f}" if entry["num_seeds"] else "-"
+        if entry["num_seeds"] > 1:
+            text += f" ± {100 * entry['standard_deviation']:.2f}"
+        if 0 < entry["num_seeds"] < num_seeds:
+            text += f" ({entry['num_seeds']} of {num_seeds})"
+        name = entry["attention"]
+        texts[name] = texts.get(name, f"| `{name}` |") + f" {text} |"
+    header = ["| | " + " | ".join(of_configs) + " |", "|---" * (1 + len(of_configs)) + "|"]
+    lines = [*header, *texts.values(), ""]
+    for config, own in of_configs.items():
         sizes = {f"{row['num_steps']:,} steps of {row['batch_size']}" for row in own}
         fields = sorted({field for row in own for field in row["departures"]})
         setting = f"departs from the full setting in {', '.join(fields)}" if fields else "full"
@@ -157,14 +139,3 @@ def table(rows: Sequence[Row]) -> str:
         if len({row["data"]["checksum"] for row in own if row["data"]}) > 1:
             lines.append(f"{config}: WARNING: its cells were evaluated on different data")
     return "\n".join(lines)
-
-
-def _percent(entry: dict[str, Any], num_seeds: int) -> str:
-    if not entry["num_seeds"]:
-        return "-"
-    text = f"{100 * entry['mean']:.2f}"
-    if entry["standard_deviation"] is not None:
-        text += f" ± {100 * entry['standard_deviation']:.2f}"
-    return text + (
-        f" ({entry['num_seeds']} of {num_seeds})" if entry["num_seeds"] < num_seeds else ""
-    )

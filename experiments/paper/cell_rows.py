@@ -35,30 +35,28 @@ def keep_rows(
         "variant": grid_flags.variant(),
         **settings,
     }
-    kept = [row for row in resume(path, header, any_commit=True) if "skipped" not in row]
-    rows = {_key(row): row for row in kept}
+    rows = {}
+    for row in resume(path, header, any_commit=True):
+        if "skipped" not in row:
+            rows[row["config"], row["attention"], row["seed"]] = row
     for cell in track(cells, len(cells), what.partition(" (")[0].partition(",")[0], "cells"):
-        row = {
+        key, departures = (cell.config, cell.attention, cell.seed), as_read(cell.departures)
+        if key in rows and rows[key]["departures"] == departures:
+            continue
+        rows[key] = {
             "config": cell.config,
             "attention": cell.attention,
             "seed": cell.seed,
             "batch_size": cell.asked["train"]["batch_size"],
             "length": cell.asked["model"]["max_length"],
-            "departures": as_read(cell.departures),
+            "departures": departures,
         }
-        if rows.get(_key(row), {}).get("departures") == row["departures"]:
-            continue
         try:
-            row |= measure(cell)
+            rows[key] |= measure(cell)
         except UserError as error:
-            row["skipped"] = str(error)
+            rows[key]["skipped"] = str(error)
             say(f"{cell.config}, {cell.attention}: skipped: {error}")
-        rows[_key(row)] = row
         result = {**header, "rows": list(rows.values())}
         write_json(path, result)
         if any("skipped" not in row for row in rows.values()):
             draw(result, path.with_suffix(".png"))
-
-
-def _key(row: Row) -> tuple[str, str, int]:
-    return row["config"], row["attention"], row["seed"]

@@ -23,19 +23,13 @@ its limit. What is random is drawn --draws times.
 --lengths beyond a trained model's, which with --small is 256, are measured with initialised weights
 alone, as the table of positions ends there.
 
-Writes --out after each length, with provenance, and the picture beside it:
-
-    rows  weights (initialised or trained), length, attention, num_features,
-          relative_error: mean, median, standard_deviation and count of the spectral norm of the
-          error of a head's output over that of the exact output, over examples, layers, heads and
-          draws;
-          absolute_error: the mean of the norm itself; failed: how many were not finite, left out
-    training  what the trained weights are of: steps, batch size, accuracy, departures
-
-Started again, it goes on with the lengths that are missing.
+Writes --out after each length: spectral norms of the error of a head's output, absolute and over
+the exact output's, over examples, layers, heads and draws ("failed" were not finite, and left out);
+and the picture beside it. Started again, it goes on with the lengths that are missing.
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +40,7 @@ import numpy as np
 from absl import flags
 
 from configs import text
+from experiments.benchmarks.common_flags import integers
 from experiments.paper import analysis, grid
 from experiments.paper.first_steps import model_inputs, one_device_run
 from experiments.paper.report import pictures
@@ -70,12 +65,10 @@ _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE, an override of the con
 _DIR = flags.DEFINE_string("dir", "runs/figure1", "Folder of the trained model.")
 _OUT = flags.DEFINE_string("out", "results/figure1.json", "JSON to write; the plot has .png.")
 
-_DETERMINISTIC = ("nystromformer",)
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
-Attend = Callable[..., jax.Array]
 
 
-def approximations(num_features: int, length: int) -> dict[str, Attend]:
+def approximations(num_features: int, length: int) -> dict[str, Callable[..., jax.Array]]:
     """Each approximation with so many features, of query, key, value and rng."""
     options = {
         "nystromformer": {"num_landmarks": num_features},
@@ -83,7 +76,7 @@ def approximations(num_features: int, length: int) -> dict[str, Attend]:
         "performer": {"num_features": num_features},
         "informer": {"num_active_queries": num_features, "num_sampled_keys": num_features},
     }
-    block_size = num_features // 8
+    block_size = max(1, num_features // 8)
     if length >= 8 * block_size:
         options["bigbird"] = {"block_size": block_size}
     skyformer = functools.partial(analysis.skyformer_of_softmax, num_landmarks=num_features)
@@ -93,11 +86,7 @@ def approximations(num_features: int, length: int) -> dict[str, Attend]:
 
 
 def texts(run: Run, split: Examples, length: int) -> tuple[jax.Array, jax.Array]:
-    """The first reviews that have the length, cut there: tokens and mask, without padding.
-
-    Raises:
-      UserError: if there are too few.
-    """
+    """The first reviews that have the length, cut there: tokens and mask, without padding."""
     rows = np.flatnonzero(split.lengths[:, 0] >= length)[: _EXAMPLES.value]
     if len(rows) < _EXAMPLES.value:
         raise UserError(
@@ -111,18 +100,16 @@ def layer_inputs(model: Any, variables: Any, tokens: jax.Array, mask: jax.Array)
     """Query, key and value, [1, length, heads, head_dim], of each example and layer."""
 
     @jax.jit
-    def arrays_of(tokens: jax.Array, mask: jax.Array) -> list[list[jax.Array]]:
-        return [
-            analysis.outputs_of(name, model, variables, tokens, mask)
-            for name in ("query", "key", "value")
-        ]
+    def arrays_of(tokens: jax.Array, mask: jax.Array) -> list[tuple[jax.Array, ...]]:
+        names = ("query", "key", "value")
+        found = [analysis.outputs_of(name, model, variables, tokens, mask) for name in names]
+        return list(zip(*found, strict=True))
 
     # One at a time, for the memory of exact attention.
-    found = [arrays_of(tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
     return [
-        tuple(np.asarray(x) for x in arrays)
-        for of_example in found
-        for arrays in zip(*of_example, strict=True)
+        jax.device_get(arrays)
+        for i in range(len(tokens))
+        for arrays in arrays_of(tokens[i : i + 1], mask[i : i + 1])
     ]
 
 
@@ -130,7 +117,7 @@ def measure(inputs: list[Arrays], features: list[int], what: str) -> list[Row]:
     """The errors of each approximation and number of features on those arrays of one length."""
     length = inputs[0][0].shape[1]
     exact = [np.asarray(jax.jit(ATTENTIONS["softmax"])(*arrays)) for arrays in inputs]
-    norms = [analysis.spectral_norm(np.moveaxis(x, 2, 1)) for x in exact]
+    norms = np.array([analysis.spectral_norm(np.moveaxis(x, 2, 1)) for x in exact])
     settings = [
         (name, num_features, attend)
         for num_features in features
@@ -138,7 +125,7 @@ def measure(inputs: list[Arrays], features: list[int], what: str) -> list[Row]:
     ]
     rows = []
     for name, num_features, attend in track(settings, len(settings), what, "settings"):
-        attend, draws = jax.jit(attend), 1 if name in _DETERMINISTIC else _DRAWS.value
+        attend, draws = jax.jit(attend), 1 if name == "nystromformer" else _DRAWS.value
         relative = np.array(
             [
                 [
@@ -148,20 +135,20 @@ def measure(inputs: list[Arrays], features: list[int], what: str) -> list[Row]:
                 for arrays, reference in zip(inputs, exact, strict=True)
             ]
         )  # [examples and layers, draws, 1, heads]
-        absolute = relative * np.array(norms)[:, None]
         finite = np.isfinite(relative)
         found = relative[finite]
+        errors = {
+            "mean": float(found.mean()),
+            "median": float(np.median(found)),
+            "standard_deviation": float(found.std(ddof=1)),
+            "count": len(found),
+        }
         rows.append(
             {
                 "attention": name,
                 "num_features": num_features,
-                "relative_error": {
-                    "mean": float(found.mean()),
-                    "median": float(np.median(found)),
-                    "standard_deviation": float(found.std(ddof=1)),
-                    "count": len(found),
-                },
-                "absolute_error": float(absolute[finite].mean()),
+                "relative_error": errors,
+                "absolute_error": float((relative * norms[:, None])[finite].mean()),
                 "failed": int((~finite).sum()),
             }
         )
@@ -187,36 +174,22 @@ def trained_model(cell: grid.Cell) -> tuple[Any, Any, dict[str, Any]]:
     return run.model, state.variables, about
 
 
-def initialised_model(seed: int) -> tuple[Any, Any]:
-    """The model of the full setting before training, and its variables."""
-    config = text.get_config("softmax")
-    config.seed = seed
-    run = one_device_run(config)
-    return run.model, take(init_states(run).variables, 0)
-
-
-def _numbers(flag: flags.FlagHolder, least: int) -> list[int]:
-    try:
-        numbers = sorted({int(x) for x in flag.value})
-    except ValueError:
-        numbers = []
-    if not numbers or numbers[0] < least:
-        raise UserError(
-            f"--{flag.name} must be whole numbers from {least}; got {','.join(flag.value)}"
-        )
-    return numbers
-
-
 def main() -> None:
     """Trains, if need be, and measures length after length; writes JSON and picture after each."""
-    lengths, features = _numbers(_LENGTHS, 16), _numbers(_FEATURES, 8)
+    lengths, features = integers(_LENGTHS), integers(_FEATURES)
     small, reduced = ("small", grid.shorter(["text"])) if _SMALL.value else ("", [])
-    settings = [*reduced, *_SET.value]
     (cell,) = grid.make_grid(
-        ["text"], ["softmax"], [str(_SEED.value)], small, settings, Path(_DIR.value)
+        *(["text"], ["softmax"], [str(_SEED.value)]),
+        *(small, [*reduced, *_SET.value], Path(_DIR.value)),
     )
     *trained, about = trained_model(cell)
-    models = {"initialised": initialised_model(_SEED.value), "trained": trained}
+    full = text.get_config("softmax")
+    full.seed = _SEED.value
+    initial = one_device_run(full)
+    models = {
+        "initialised": (initial.model, take(init_states(initial).variables, 0)),
+        "trained": trained,
+    }
     config = grid.parse_config(cell.arguments)
     config.data.length = max(lengths)
     config.model.max_length = max(config.model.max_length, *lengths)
@@ -237,19 +210,19 @@ def main() -> None:
     path = Path(_OUT.value)
     rows = resume(path, header)
     done = {(row["weights"], row["length"]) for row in rows}
-    for weights, (model, variables) in models.items():
-        for length in lengths:
-            if (weights, length) in done:
-                continue
-            if length > model.max_length:
-                say(f"{weights} weights: no positions beyond {model.max_length}: not {length}")
-                continue
-            inputs = layer_inputs(model, variables, *texts(run, validation, length))
-            found = measure(inputs, features, f"{weights} weights, {length} tokens")
-            rows += [{"weights": weights, "length": length, **row} for row in found]
-            result = {**header, "rows": rows}
-            write_json(path, result)
-            pictures.figure1(result, path.with_suffix(".png"))
+    for weights, length in itertools.product(models, lengths):
+        model, variables = models[weights]
+        if (weights, length) in done:
+            continue
+        if length > model.max_length:
+            say(f"{weights} weights: no positions beyond {model.max_length}: not {length}")
+            continue
+        inputs = layer_inputs(model, variables, *texts(run, validation, length))
+        found = measure(inputs, features, f"{weights} weights, {length} tokens")
+        rows += [{"weights": weights, "length": length, **row} for row in found]
+        result = {**header, "rows": rows}
+        write_json(path, result)
+        pictures.figure1(result, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,8 @@ included. Times are steps times the seconds of a step, which are measured here, 
 task side by side in one process on random tokens: the runs themselves may have shared their machine
 with others. Validation and compilation are left out.
 
-Writes --out, beside provenance (of the times; the cells' own is in table1.json):
-
-    rows  config, attention, seed, num_steps, batch_size, departures (see sweep.py),
-          seconds_per_step, its turns, validation: step, seconds, loss, accuracy of each validation,
-          training: the same of the training batches since the line before
-
-and the picture beside it.
+Writes --out with the curves of each cell, and the provenance of the times (the cells' own is in
+table1.json), and the picture beside it.
 """
 
 import collections
@@ -38,20 +33,6 @@ flags.adopt_module_key_flags(grid_flags)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each attention takes.", lower_bound=1)
 
 
-def curve(cell: Cell, split: str, seconds_per_step: float) -> list[dict[str, float]]:
-    """What the cell logged of a split."""
-    return [
-        {
-            "step": entry["step"],
-            "seconds": entry["step"] * seconds_per_step,
-            "loss": entry["loss"],
-            "accuracy": entry["accuracy"],
-        }
-        for entry in read_metrics(cell.workdir / "metrics.jsonl")
-        if entry["split"] == split
-    ]
-
-
 def measure(cells: list[tuple[Cell, Row]], name: str) -> list[Row]:
     """The rows of a task, of its finished cells and their results."""
     configs = {cell.attention: parse_config(cell.arguments) for cell, _ in cells}
@@ -64,13 +45,19 @@ def measure(cells: list[tuple[Cell, Row]], name: str) -> list[Row]:
             say(f"{cell.workdir.name}: not timed: {time['skipped']}; left out")
             continue
         seconds = time["median_seconds_per_step"]
+        curves: dict[str, list[dict[str, float]]] = {"validation": [], "train": []}
+        for entry in read_metrics(cell.workdir / "metrics.jsonl"):
+            if entry["split"] in curves:
+                point = {"step": entry["step"], "seconds": entry["step"] * seconds}
+                point |= {field: entry[field] for field in ("loss", "accuracy")}
+                curves[entry["split"]].append(point)
         rows.append(
             {
                 **{field: result[field] for field in fields},
                 "seconds_per_step": seconds,
                 "turns": time["seconds_per_step"],
-                "validation": curve(cell, "validation", seconds),
-                "training": curve(cell, "train", seconds),
+                "validation": curves["validation"],
+                "training": curves["train"],
             }
         )
     return rows

@@ -44,10 +44,10 @@ def model_inputs(run: Run, batch: Batch) -> tuple[jax.Array, jax.Array]:
 def train(
     run: Run, split: Examples | None, num_steps: int, folder: Path
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Takes the first steps of a run, or reads those that an earlier call kept.
+    """Takes the first steps of a run of one seed, or reads those that an earlier call kept.
 
     Args:
-      run: of one seed; its schedule is that of all its steps.
+      run: its schedule is that of all its steps.
       split: the training examples.
       num_steps: steps to take.
       folder: gets first_steps.npz.
@@ -61,11 +61,13 @@ def train(
     setting = grid.setting_of(configs.stored(run.config)) | {"seed": run.config.seed}
     path = folder / "first_steps.npz"
     if path.exists():
-        kept, header = _read(path)
+        with np.load(path) as arrays:
+            kept = {"fixed": {}} | flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
+        header = json.loads(str(kept.pop("header")))
         if header["config"] == as_read(setting) and header["steps"] >= num_steps:
-            if _close(kept[0], found[0]):
+            if _close(take(kept, 0), found[0]):
                 say(f"{folder.name}: the steps are there")
-                return kept[: num_steps + 1], header["provenance"]
+                return [take(kept, i) for i in range(num_steps + 1)], header["provenance"]
             say(f"{folder.name}: kept by code that starts otherwise: begun anew")
 
     train_step = make_train_step(run)
@@ -79,15 +81,6 @@ def train(
         flat = flax.traverse_util.flatten_dict(stacks, sep="/")
         np.savez(file, header=json.dumps(header), **flat)
     return found, header["provenance"]
-
-
-def _read(path: Path) -> tuple[list[Any], dict[str, Any]]:
-    """The variables before the first step and after each, and the header of the file."""
-    with np.load(path) as kept:
-        header = json.loads(str(kept["header"]))
-        flat = {name: kept[name] for name in kept.files if name != "header"}
-    stacks = {"fixed": {}, **flax.traverse_util.unflatten_dict(flat, sep="/")}
-    return [take(stacks, i) for i in range(header["steps"] + 1)], header
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -25,28 +25,24 @@ CONFIGS = tuple(sorted(path.stem for path in ROOT.glob("configs/*.py") if path.s
 NOT_SETTING = (*configs.MUTABLE_FIELDS, "data.source", "seed")
 # A config that is reduced by itself, and what it is a reduction of.
 _FULL = {"quickstart": "listops"}
-_SHORTER = {
-    "listops": ("train.num_steps=800", "train.warmup_steps=80", "train.eval_every=100"),
-    "text": (
-        *("data.length=256", "model.max_length=256"),
-        *("train.num_steps=800", "train.warmup_steps=80", "train.eval_every=160"),
-    ),
-    "image": ("train.num_steps=1000", "train.warmup_steps=100", "train.eval_every=200"),
-}
+_SHORTER = tuple(
+    f"{config}:{setting}"
+    for config, settings in {
+        "listops": "train.num_steps=800 train.warmup_steps=80 train.eval_every=100",
+        "text": "data.length=256 model.max_length=256 "
+        "train.num_steps=800 train.warmup_steps=80 train.eval_every=160",
+        "image": "train.num_steps=1000 train.warmup_steps=100 train.eval_every=200",
+    }.items()
+    for setting in settings.split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """A run of the grid.
 
-    Attributes:
-      config: name of a file in configs/.
-      attention: name of the attention.
-      seed: of the run.
-      workdir: its folder.
-      arguments: what train.py is told beside the workdir.
-      asked: what config.json of the run has to say.
-      departures: {field: [full setting, here]} for all that is not as in the full setting.
+    `arguments` is what train.py is told beside the workdir, `asked` what config.json of the run has
+    to say, and `departures` {field: [full setting, here]} for all that is not as in the full one.
     """
 
     config: str
@@ -60,12 +56,7 @@ class Cell:
 
 def shorter(configs: Sequence[str]) -> list[str]:
     """The overrides that the reduced setting has beside the variant small, of these configs."""
-    return [
-        f"{config}:{setting}"
-        for config, settings in _SHORTER.items()
-        if config in configs
-        for setting in settings
-    ]
+    return [setting for setting in _SHORTER if setting.partition(":")[0] in configs]
 
 
 def make_grid(
@@ -76,15 +67,9 @@ def make_grid(
     overrides: Sequence[str],
     directory: Path,
 ) -> list[Cell]:
-    """All cells, seed by seed, so that the first seed's table is whole first.
+    """All cells, with their folders in `directory`; overrides are [CONFIG:]FIELD=VALUE.
 
-    Args:
-      configs: names of files in configs/.
-      attentions: names of attentions.
-      seeds: numbers, as text.
-      variant: of the configs, or "".
-      overrides: each [CONFIG:]FIELD=VALUE.
-      directory: of the cells' folders.
+    They come seed by seed, so that the first seed's table is whole first.
 
     Raises:
       UserError: for the first thing that cannot work, before anything is started.
@@ -100,17 +85,14 @@ def make_grid(
     for what, values in (("configs", configs), ("attentions", attentions), ("seeds", seeds)):
         if not values:
             raise UserError(f"--{what} is empty; name at least one, or leave the flag out")
-    settings = [_parse_override(text, configs) for text in overrides]
+    settings: dict[str, list[str]] = {config: [] for config in configs}
+    for text in overrides:
+        owner, setting = _parse_override(text, configs)
+        for config in [owner] if owner else configs:
+            settings[config].append(setting)
     return [
-        _make_cell(
-            config,
-            name,
-            seed,
-            variant,
-            [setting for owner, setting in settings if owner in ("", config)],
-            directory,
-        )
-        for seed in dict.fromkeys(int(seed) for seed in seeds)
+        _make_cell(config, name, seed, variant, settings[config], directory)
+        for seed in dict.fromkeys(map(int, seeds))
         for config in configs
         for name in attentions
     ]
@@ -144,17 +126,22 @@ def _make_cell(
         raise UserError("--set cannot set attention.name, seed or num_seeds: each cell has its own")
     configs.check(config, num_devices=1)
     get_full = importlib.import_module(f"configs.{_FULL.get(config_name, config_name)}").get_config
-    full = get_full(name if variant == "paper" else attention_name)
+    full = setting_of(configs.to_dict(get_full(name if variant == "paper" else attention_name)))
     asked = configs.stored(config)
-    folder = "-".join(filter(None, (config_name, attention_name, variant, f"seed{seed}")))
+    here = setting_of(asked)
     return Cell(
         config=config_name,
         attention=attention_name,
         seed=seed,
-        workdir=directory / folder,
+        workdir=directory
+        / "-".join(filter(None, (config_name, attention_name, variant, f"seed{seed}"))),
         arguments=arguments,
         asked=asked,
-        departures=_departures(configs.to_dict(full), asked),
+        departures={
+            field: (full.get(field), here.get(field))
+            for field in sorted(full.keys() | here.keys())
+            if full.get(field) != here.get(field)
+        },
     )
 
 
@@ -168,14 +155,5 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 def setting_of(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a stored config, {"train.num_steps": 100, ...}, that are of its setting."""
-    flat = configs.flatten(config)
-    return {field: value for field, value in flat.items() if not field.startswith(NOT_SETTING)}
-
-
-def _departures(full: dict[str, Any], asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    full, asked = setting_of(full), setting_of(asked)
-    return {
-        field: (full.get(field), asked.get(field))
-        for field in sorted(full.keys() | asked.keys())
-        if full.get(field) != asked.get(field)
-    }
+    flat = configs.flatten(config).items()
+    return {field: value for field, value in flat if not field.startswith(NOT_SETTING)}

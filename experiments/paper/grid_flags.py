@@ -36,27 +36,13 @@ def overrides() -> list[str]:
 
 
 def variant() -> str:
-    """Of the configs.
-
-    Raises:
-      UserError: for --small beside another variant.
-    """
+    """Of the configs; a UserError refuses --small beside another one."""
     if SMALL.value and VARIANT.value not in ("", "small"):
         raise UserError(f"--small is of the variant small; leave out --variant={VARIANT.value}")
     return "small" if SMALL.value else VARIANT.value
 
 
 def make_cells() -> list[grid.Cell]:
-    """The grid that the flags ask for.
-
-    Raises:
-      UserError: for the first thing that cannot work.
-    """
-    return grid.make_grid(
-        CONFIGS.value,
-        ATTENTIONS.value,
-        SEEDS.value,
-        variant(),
-        overrides(),
-        Path(DIR.value),
-    )
+    """The grid that the flags ask for; a UserError is of the first thing that cannot work."""
+    asked = (CONFIGS.value, ATTENTIONS.value, SEEDS.value)
+    return grid.make_grid(*asked, variant(), overrides(), Path(DIR.value))

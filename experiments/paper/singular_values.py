@@ -10,13 +10,8 @@ steps of it, which stability.py also takes and which are kept in --dir.
 A task whose data are not there is skipped, with a line; so is what an earlier run of this code
 finished. --small needs a minute.
 
-Writes --out after each cell, beside provenance and what was asked for:
-
-    rows  config, attention, seed, batch_size, length, examples, tokens (real ones, on average),
-          initial and trained (each the mean over the examples of the values, descending from 1),
-          departures (see sweep.py), data (a checksum of the validation split), provenance
-
-and the picture beside it.
+Writes --out after each cell: the means over the examples of the values, descending from 1, and of
+the number of real tokens; and the picture beside it.
 """
 
 import jax

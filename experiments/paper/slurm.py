@@ -8,11 +8,11 @@ from pathlib import Path
 def slurm_script(
     command: Sequence[str], num_cells: int, at_a_time: int | None, directory: Path, cwd: Path
 ) -> str:
-    """A Slurm job array that trains each cell in a job with a GPU.
+    """The text of the script.
 
     Args:
       command: of the sweep, without --cell.
-      num_cells: jobs in the array.
+      num_cells: jobs in the array, each with a GPU.
       at_a_time: most that run at once; None leaves that to the cluster.
       directory: gets the jobs' logs; Slurm does not make it.
       cwd: where the command is to be run.

@@ -15,15 +15,8 @@ f on the first N of each batch.
 A task whose data are not there is skipped, with a line; so is what an earlier run of this code
 finished. --small needs a minute.
 
-Writes --out after each cell, beside provenance and what was asked for:
-
-    rows  config, attention, seed, batch_size, length, learning_rate (the peak), warmup_steps,
-          examples (of each batch, on which f was evaluated), instability (a score a step),
-          instability_before_norm (the same with f before the final norm),
-          instability_with_noise (with dropout and landmarks of training, drawn for each f),
-          departures (see sweep.py), data (a checksum of the training split), provenance
-
-and the picture beside it.
+Writes --out after each cell: a score a step, the same before the final norm and with noise, and the
+number of examples of each batch on which f was evaluated; and the picture beside it.
 """
 
 import jax
@@ -48,21 +41,18 @@ _EXAMPLES = flags.DEFINE_integer("examples", 0, "Of each batch; 0: all.", lower_
 
 def measure(cell: Cell) -> Row:
     """The scores of a cell's first steps, and what they are of."""
-    config = parse_config(cell.arguments)
-    run = first_steps.one_device_run(config)
-    split = run.load_split("train")
+    run = first_steps.one_device_run(parse_config(cell.arguments))
+    split, train = run.load_split("train"), run.config.train
     weights, where = first_steps.train(run, split, _STEPS.value, cell.workdir)
     scores = []
     for i, batch in enumerate(first_steps.first_batches(run, split, _STEPS.value)):
         some = jax.tree.map(lambda x: x[: _EXAMPLES.value or len(x)], batch)
-        tokens, mask = first_steps.model_inputs(run, some)
-        rng = jax.random.fold_in(jax.random.key(config.seed), i)
-        scores.append(
-            analysis.instability(run.model, weights[i], weights[i + 1], tokens, mask, rng)
-        )
+        inputs = first_steps.model_inputs(run, some)
+        rng = jax.random.fold_in(jax.random.key(run.config.seed), i)
+        scores.append(analysis.instability(run.model, *weights[i : i + 2], *inputs, rng))
     return {
-        "learning_rate": config.train.learning_rate,
-        "warmup_steps": config.train.warmup_steps,
+        "learning_rate": train.learning_rate,
+        "warmup_steps": train.warmup_steps,
         "examples": len(some.label),
         "instability": [score.normed for score in scores],
         "instability_before_norm": [score.raw for score in scores],

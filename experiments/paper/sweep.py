@@ -18,28 +18,13 @@ is refused, never counted. SIGTERM or Ctrl-C lets the running cells save and sto
 does not wait for that). If the sweep itself is killed its cells train on; the next start waits for
 them instead of starting them twice. Exit status: 0, 1 if a cell failed, 128 + signal if stopped.
 
-Writes --out anew after each cell. Beside provenance (of the process that wrote it):
-
-    configs, attentions, seeds, variant, overrides   what was asked for; locations are left out
-    cells     one entry for each cell, all with the same fields, null where not known:
-        config, attention, seed
-        status         finished, unfinished, failed (tried again next time) or refused (is not)
-        error          one line, if failed or refused
-        num_steps, batch_size
-        departures     {field: [full setting, this cell]}, empty if the run is not a reduced one;
-                       variant "paper" is a full setting of its own
-        task, examples, accuracy, interval_95, loss, checkpoint, floors, data   of eval_test.json
-        validation_accuracy   of that checkpoint
-        seconds        wall time of all attempts that a sweep saw the end of, all included
-        attempts       how many these were
-        provenance     commit, versions, device and cores of the last of them
-    summary   for each config and attention, over its finished cells: num_seeds, mean,
-              standard_deviation (of a sample: n - 1), standard_error; null where undefined
+Writes --out anew after each cell: what was asked for, "cells" with status (failed is tried again
+next time, refused is not), departures ({field: [full setting, here]}, empty if the run is not a
+reduced one; variant "paper" is a full setting of its own), what eval_test.json has, seconds of wall
+time of all attempts and the last one's provenance; and a "summary" over the finished cells.
 """
 
 import contextlib
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -50,13 +35,14 @@ import tqdm
 from absl import flags
 
 from experiments.paper import grid_flags, workers
-from experiments.paper.cell_results import TRAINABLE, Row, read_cell, read_others, summarise, table
+from experiments.paper.cell_results import TRAINABLE, read_cell, read_others, summarise, table
 from experiments.paper.grid import NOT_SETTING, Cell
 from experiments.paper.slurm import slurm_script
-from experiments.records import write_json
+from experiments.records import Row, write_json
 from skyformer_jax import cli
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import open_bar, say
+from skyformer_jax.training.logs import read_metrics
 
 flags.adopt_module_key_flags(grid_flags)
 _WORKERS = flags.DEFINE_integer(
@@ -71,29 +57,6 @@ _CELL = flags.DEFINE_integer("cell", None, "Train this cell of the grid alone.",
 _SLURM = flags.DEFINE_string(
     "slurm", None, "Train nothing: write a Slurm script with a job for each cell to this file."
 )
-
-
-def _last_step(cell: Cell) -> int:
-    """The step that the cell's metrics have got to."""
-    try:
-        with (cell.workdir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            whole_lines = file.read().rpartition(b"\n")[0].splitlines()
-    except FileNotFoundError:
-        return 0
-    return json.loads(whole_lines[-1])["step"] if whole_lines else 0
-
-
-def _count_steps(cells: Sequence[Cell], rows: dict[Path, Row]) -> tuple[int, int]:
-    """Steps that are taken, and in all, of the cells that have not failed."""
-    done = total = 0
-    for cell in cells:
-        row = rows[cell.workdir]
-        if row["status"] in ("finished", "unfinished"):
-            finished = row["status"] == "finished"
-            done += row["num_steps"] if finished else _last_step(cell)
-            total += row["num_steps"]
-    return done, total
 
 
 def _train(
@@ -111,78 +74,70 @@ def _train(
     todo = [cell for cell in cells if rows[cell.workdir]["status"] in TRAINABLE]
     for cell in todo:  # what failed before is tried again
         rows[cell.workdir].update(status="unfinished", error=None)
-    before, total = _count_steps(todo, rows)
+
+    def count(status: str) -> int:
+        return sum(row["status"] == status for row in rows.values())
+
+    def count_steps() -> tuple[int, int]:
+        """Steps that are taken, and in all, of the cells that have not failed."""
+        done = total = 0
+        for cell in todo:
+            row = rows[cell.workdir]
+            if row["status"] == "finished":
+                done += row["num_steps"]
+            elif row["status"] == "unfinished":
+                entries = read_metrics(cell.workdir / "metrics.jsonl")
+                done += entries[-1]["step"] if entries else 0
+            else:
+                continue
+            total += row["num_steps"]
+        return done, total
+
+    before, total = count_steps()
     start, bar = time.monotonic(), open_bar(total, initial=before, unit=" steps", unit_scale=True)
     with contextlib.closing(bar) if bar else contextlib.nullcontext():
         for ended in workers.train_cells(todo, environments, provenance, signals):
             for cell in ended:
                 rows[cell.workdir] = row = read_cell(cell)
-                done, total = _count_steps(todo, rows)
+                done, total = count_steps()
                 rate = max(done - before, 0) / (time.monotonic() - start)
                 eta = tqdm.tqdm.format_interval((total - done) / rate) if rate else "unknown"
-                finished = sum(row["status"] == "finished" for row in rows.values())
-                left = sum(rows[cell.workdir]["status"] == "unfinished" for cell in todo)
+                outcome = f"{row['status']}: {row['error']}" if row["error"] else "stopped"
+                if row["status"] == "finished":
+                    outcome = f"accuracy {100 * row['accuracy']:.2f} %"
                 say(
-                    f"{cell.workdir.name}: {_outcome(row)}; {finished} of {len(rows)} cells "
-                    f"finished, {left} left, ETA {eta}"
+                    f"{cell.workdir.name}: {outcome}; {count('finished')} of {len(rows)} cells "
+                    f"finished, {count('unfinished')} left, ETA {eta}"
                 )
                 yield
             if bar is not None:
-                done, bar.total = _count_steps(todo, rows)
+                done, bar.total = count_steps()
                 bar.update(done - bar.n)
         yield
 
 
-def _outcome(row: Row) -> str:
-    if row["status"] == "finished":
-        return f"accuracy {100 * row['accuracy']:.2f} %"
-    return f"{row['status']}: {row['error']}" if row["error"] else "stopped"
-
-
-def _command() -> list[str]:
-    """This command, with what decides the grid."""
-    given = {
-        "configs": ",".join(grid_flags.CONFIGS.value),
-        "attentions": ",".join(grid_flags.ATTENTIONS.value),
-        "seeds": ",".join(grid_flags.SEEDS.value),
-        "variant": grid_flags.variant(),
-        "dir": grid_flags.DIR.value,
-        "out": grid_flags.OUT.value,
-    }
-    pairs = [*given.items(), *(("set", text) for text in grid_flags.overrides())]
-    flags_given = [f"--{name}={value}" for name, value in pairs] + ["--add"] * _ADD.value
-    return [sys.executable, "-m", "experiments.paper.sweep", *flags_given]
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--dir={path}: that, or what it is in, is a file; name a folder") from None
-
-
 def _write_slurm(cells: Sequence[Cell], directory: Path) -> None:
+    names = ("configs", "attentions", "seeds", "variant", "small", "set", "dir", "out", "add")
+    given = "\n".join(flags.FLAGS[name].serialize() for name in names).split("\n")
+    command = [sys.executable, "-m", "experiments.paper.sweep", *filter(None, given)]
     path = Path(_SLURM.value)
-    script = slurm_script(_command(), len(cells), _WORKERS.value, directory, Path.cwd())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script)
+    path.write_text(slurm_script(command, len(cells), _WORKERS.value, directory, Path.cwd()))
     say(f"sbatch {path} trains {len(cells)} cells; its first lines say how to make the table")
 
 
 def _write(rows: Sequence[Row], header: dict[str, Any]) -> None:
-    overrides = [
-        text
-        for text in grid_flags.overrides()
-        if not text.partition("=")[0].rpartition(":")[2].startswith(NOT_SETTING)
-    ]
+    fields = {"configs": "config", "attentions": "attention", "seeds": "seed"}
     result = {
         "what": "test accuracy of the best checkpoint by validation, for each attention and seed",
         **header,
-        "configs": list(dict.fromkeys(row["config"] for row in rows)),
-        "attentions": list(dict.fromkeys(row["attention"] for row in rows)),
-        "seeds": list(dict.fromkeys(row["seed"] for row in rows)),
+        **{name: list(dict.fromkeys(row[field] for row in rows)) for name, field in fields.items()},
         "variant": grid_flags.variant(),
-        "overrides": overrides,
+        "overrides": [
+            text
+            for text in grid_flags.overrides()
+            if not text.partition("=")[0].rpartition(":")[2].startswith(NOT_SETTING)
+        ],
         "cells": rows,
         "summary": summarise(rows),
     }
@@ -194,7 +149,11 @@ def main() -> None:
     directory, cells = Path(grid_flags.DIR.value), grid_flags.make_cells()
     if Path(grid_flags.OUT.value).is_dir():
         raise UserError(f"--out={grid_flags.OUT.value} is a folder; name a file")
-    _make_folder(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        text = f"--dir={directory}: that, or what it is in, is a file; name a folder"
+        raise UserError(text) from None
     if _SLURM.value:
         return _write_slurm(cells, directory)
     alone = _CELL.value is not None

@@ -9,6 +9,7 @@ JSON holds, with a picture. --small needs minutes a cell on a CPU core. figure2.
 of the same runs.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -22,21 +23,18 @@ grid_flags.set_defaults(dir="runs/table1", out="results/table1.json")
 flags.adopt_module_key_flags(sweep)
 
 
-def _draw() -> None:
+def main() -> None:
+    """Sweeps, and draws what there is, after a signal or with failed cells too."""
+    status = 0
+    try:
+        sweep.main()
+    except SystemExit as stopped:
+        status = stopped.code
     path = Path(grid_flags.OUT.value)
     result = read_json(path) if path.exists() else {"cells": []}
     if any(cell["status"] == "finished" for cell in result["cells"]):
         pictures.table1(result, path.with_suffix(".png"))
-
-
-def main() -> None:
-    """Sweeps, and draws what there is, after a signal or with failed cells too."""
-    try:
-        sweep.main()
-    except SystemExit:
-        _draw()
-        raise
-    _draw()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,8 @@ results and temporaries. Beside the nine there is no recomputation of activation
 accumulation unless --set asks for it, but on a CPU, where a batch is computed in parts that fit its
 caches (docs/speed.md).
 
-Writes --out after each task, beside provenance:
-
-    small whether the batches are those of --small_batches
-    rows  config, attention, batch_size, full_batch_size, length, seconds (of each turn),
-          seconds_per_step (their median), hours (of 50,000 such steps), bytes, temporaries_bytes,
-          compile_seconds; or skipped, the reason
-
-and the picture beside it. Started again, it goes on with the tasks that are missing.
+Writes --out after each task (hours are those of 50,000 such steps), and the picture beside it.
+Started again, it goes on with the tasks that are missing.
 """
 
 from pathlib import Path
@@ -63,16 +57,17 @@ def measure(cells: list[Cell], name: str) -> list[Row]:
             "length": config.model.max_length,
         }
         if "skipped" in found:
-            rows.append(row | {"skipped": found["skipped"]})
-            continue
-        seconds = found["median_seconds_per_step"]
-        row |= {
-            "seconds": found["seconds_per_step"],
-            "seconds_per_step": seconds,
-            "hours": published.STEPS * seconds / 3600,
-        }
-        fields = ("bytes", "temporaries_bytes", "compile_seconds")
-        rows.append(row | {field: found[field] for field in fields})
+            row["skipped"] = found["skipped"]
+        else:
+            seconds = found["median_seconds_per_step"]
+            row |= {
+                "seconds": found["seconds_per_step"],
+                "seconds_per_step": seconds,
+                "hours": published.STEPS * seconds / 3600,
+            }
+            fields = ("bytes", "temporaries_bytes", "compile_seconds")
+            row |= {field: found[field] for field in fields}
+        rows.append(row)
     return rows
 
 
@@ -98,12 +93,6 @@ def main() -> None:
         result = {**header, "rows": rows}
         write_json(path, result)
         pictures.table2(result, path.with_suffix(".png"))
-    for row in rows:
-        found = row.get("skipped") or (
-            f"{row['seconds_per_step']:9.4f} s a step{row['hours']:9.2f} h"
-            f"{row['bytes'] / 2**20:10,.0f} MiB"
-        )
-        print(f"{row['config']:12}{row['attention']:15}{found}")
 
 
 if __name__ == "__main__":

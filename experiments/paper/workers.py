@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -113,14 +114,10 @@ def train_cells(
     provenance: dict[str, Any],
     signals: list[int],
 ) -> Iterator[list[Cell]]:
-    """Trains the cells, one at a time in each environment.
+    """Trains unfinished cells, one at a time in each environment.
 
-    Args:
-      cells: not finished.
-      environments: of the workers' processes.
-      provenance: for the records of the cells.
-      signals: that were received. The first one stops the runs, as SIGTERM, once they have saved,
-        and a further SIGINT stops them at once.
+    The first of the received signals stops the runs, as SIGTERM, once they have saved, and a
+    further SIGINT stops them at once.
 
     Yields:
       From time to time, the cells that have ended since.
@@ -131,16 +128,15 @@ def train_cells(
             if pending and worker not in at_work and not signals:
                 at_work[worker] = _start(pending.popleft(), environment)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-        while passed_on < len(signals):
-            number, first = signals[passed_on], passed_on == 0
-            passed_on += 1
-            if first:
-                say(f"{signal.Signals(number).name}: the running cells save and stop")
-            # A scheduler may send SIGTERM repeatedly; a second one would keep train.py from saving.
-            if first or number == signal.SIGINT:
-                for attempt in at_work.values():
-                    if attempt.process is not None:
-                        attempt.process.send_signal(signal.SIGTERM)
+        if signals and not passed_on:
+            say(f"{signal.Signals(signals[0]).name}: the running cells save and stop")
+        # A scheduler may send SIGTERM repeatedly; a second one would keep train.py from saving.
+        to_pass_on = signals[:1] + [n for n in signals[1:] if n == signal.SIGINT]
+        for _ in to_pass_on[passed_on:]:
+            for attempt in at_work.values():
+                if attempt.process is not None:
+                    attempt.process.send_signal(signal.SIGTERM)
+        passed_on = len(to_pass_on)
         ended, stopping = [], bool(signals)
         for worker, attempt in list(at_work.items()):
             state = _look(attempt, stopping)
@@ -159,13 +155,14 @@ def make_environments(workers: int | None, devices: Sequence[str]) -> list[dict[
     workers = workers or len(devices) or 1
     if not devices:
         return [dict(os.environ)] * workers
-    environments = []
-    for worker in range(workers):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]}
-        if workers > len(devices):
-            share = 0.9 / math.ceil(workers / len(devices))
+    environments = [
+        {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+        for device in itertools.islice(itertools.cycle(devices), workers)
+    ]
+    if workers > len(devices):
+        share = 0.9 / math.ceil(workers / len(devices))
+        for environment in environments:
             environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
-        environments.append(environment)
     return environments
 
 
@@ -179,13 +176,9 @@ def find_provenance(environment: dict[str, str]) -> dict[str, Any]:
         "import json, jax; from experiments.records import provenance; "
         "print(json.dumps(provenance(jax.device_count())))"
     )
+    command = [sys.executable, "-c", program]
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise UserError(f"JAX does not start: {done.stderr.strip().splitlines()[-1]}")
@@ -196,12 +189,10 @@ def find_provenance(environment: dict[str, str]) -> dict[str, Any]:
 def stop_signals() -> Iterator[list[int]]:
     """A list that SIGTERM and SIGINT are appended to."""
     received: list[int] = []
-
-    def receive(number: int, frame: Any) -> None:
-        del frame
-        received.append(number)
-
-    old = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield received
     finally:

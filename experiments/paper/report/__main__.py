@@ -4,9 +4,9 @@ python -m experiments.paper.report
 python -m experiments.paper.report --results=DIR
 """
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from absl import flags
 
@@ -21,22 +21,17 @@ _RESULTS = flags.DEFINE_string(
 )
 
 
-class Section(NamedTuple):
-    """A part of the report: what it is called, and how it is made of a result."""
-
-    title: str
-    table: Callable[[Result], str]
-    draw: Callable[[Result, Path], None]
-
-
-SECTIONS = {
-    "table1": Section("Table 1: accuracy", tables.table1, pictures.table1),
-    "table2": Section("Table 2: time and memory", tables.table2, pictures.table2),
-    "figure1": Section("Figure 1: error", tables.figure1, pictures.figure1),
-    "figure2": Section("Figure 2: accuracy against time", tables.figure2, pictures.figure2),
-    "stability": Section("Appendix table 1: instability", tables.stability, pictures.stability),
-    "singular_values": Section(
-        "Appendix figure 2: singular values", tables.singular_values, pictures.singular_values
+# {name of the result: (title, its text, its picture)}
+SECTIONS: dict[str, tuple[str, Callable[[Result], str], Callable[[Result, Path], None]]] = {
+    "table1": ("Table 1: accuracy", tables.table1, pictures.table1),
+    "table2": ("Table 2: time and memory", tables.table2, pictures.table2),
+    "figure1": ("Figure 1: error", tables.figure1, pictures.figure1),
+    "figure2": ("Figure 2: accuracy against time", tables.figure2, pictures.figure2),
+    "stability": ("Appendix table 1: instability", tables.stability, pictures.stability),
+    "singular_values": (
+        "Appendix figure 2: singular values",
+        tables.singular_values,
+        pictures.singular_values,
     ),
 }
 
@@ -65,25 +60,26 @@ def render(results: dict[str, Result]) -> str:
       UserError: if a result lacks what its script writes today.
     """
     sections = []
-    for name, section in SECTIONS.items():
-        sections.append(f"## {section.title}")
+    for name, (title, make_text, _) in SECTIONS.items():
+        sections.append(f"## {title}")
         if name not in results:
             sections.append(f"Not yet run: `python -m experiments.paper.{name}`.")
             continue
-        result = results[name]
         try:
-            sections += [tables.origin(result), section.table(result)]
+            sections += [tables.origin(results[name]), make_text(results[name])]
         except KeyError as error:
             raise UserError(
                 f"{name}.json has no {error}: an earlier experiments/paper/{name}.py wrote it; "
                 "measure it again"
             ) from None
-        sections.append(f"![{section.title}]({name}.png)")
+        sections.append(f"![{title}]({name}.png)")
     verdicts = claims.judge(results)
-    counts = ", ".join(
-        f"{sum(v.status == status for v in verdicts)} {status}"
-        for status in (claims.CONFIRMED, claims.NOT_CONFIRMED, claims.NOT_RUN)
-    )
+    count = Counter(verdict.status for verdict in verdicts)
+    statuses = (claims.CONFIRMED, claims.NOT_CONFIRMED, claims.NOT_RUN)
+    rows = []
+    for claim, rule, status, reduced, evidence in verdicts:
+        runs = "-" if status == claims.NOT_RUN else "reduced" if reduced else "full"
+        rows.append([claim, f"**{status}**", runs, evidence or "-", rule])
     parts = [
         "# The paper and this code",
         "Made by `python -m experiments.paper.report` from the JSON beside it, and from that "
@@ -91,20 +87,8 @@ def render(results: dict[str, Result]) -> str:
         "section says how its runs are reduced against the paper's: a reduced run neither confirms "
         "nor refutes what the paper says of 50,000 steps, only what it says of itself.",
         "## Claims of the paper",
-        f"In these runs {counts}.",
-        tables.markdown(
-            ["claim", "here", "runs", "evidence", "confirmed if"],
-            [
-                [
-                    v.claim,
-                    f"**{v.status}**",
-                    "-" if v.status == claims.NOT_RUN else "reduced" if v.reduced else "full",
-                    v.evidence or "-",
-                    v.rule,
-                ]
-                for v in verdicts
-            ],
-        ),
+        f"In these runs {', '.join(f'{count[status]} {status}' for status in statuses)}.",
+        tables.markdown(["claim", "here", "runs", "evidence", "confirmed if"], rows),
         *sections,
         "## All results",
         tables.everything(results),
@@ -117,9 +101,9 @@ def main() -> None:
     folder = Path(_RESULTS.value)
     results = read_results(folder)
     text = render(results)
-    for name, section in SECTIONS.items():
+    for name, (_, _, draw) in SECTIONS.items():
         if name in results:
-            section.draw(results[name], folder / f"{name}.png")
+            draw(results[name], folder / f"{name}.png")
     path = folder / "REPORT.md"
     with replacing(path) as part:
         part.write_text(text)

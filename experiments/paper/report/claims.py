@@ -1,7 +1,8 @@
 """Which claims of the paper the results bear out, each decided by a stated rule."""
 
 import itertools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from experiments.paper.report import statistics
@@ -18,14 +19,7 @@ Decision = tuple[bool, str] | None
 
 
 class Claim(NamedTuple):
-    """A claim of the paper.
-
-    Attributes:
-      text: in words.
-      rule: when it counts as confirmed.
-      result: name of the result that decides, without .json.
-      decide: decides by it.
-    """
+    """A claim of the paper, when it counts as confirmed, and by which file of results/."""
 
     text: str
     rule: str
@@ -34,21 +28,22 @@ class Claim(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a claim.
-
-    Attributes:
-      claim: its text.
-      rule: its rule.
-      status: CONFIRMED, NOT_CONFIRMED or NOT_RUN.
-      reduced: whether the runs that decided it are reduced ones.
-      evidence: the figures that decided, in words.
-    """
+    """What became of a claim: `evidence` has the figures that decided, maybe of reduced runs."""
 
     claim: str
     rule: str
     status: str
     reduced: bool
     evidence: str
+
+
+def _both(of_configs: Mapping[str, Mapping[str, Any]], *names: str) -> dict[str, list[Any]]:
+    """What the configs that have both attentions have of them."""
+    return {
+        config: [of_name[name] for name in names]
+        for config, of_name in of_configs.items()
+        if all(name in of_name for name in names)
+    }
 
 
 def _percent_points(difference: Estimate) -> str:
@@ -60,13 +55,10 @@ def _accuracy(text: str, name: str, other: str) -> Claim:
     """The claim that an attention is at least as accurate as another."""
 
     def decide(table1: Result) -> Decision:
-        differences = {
-            config: statistics.minus(of_task[name], of_task[other])
-            for config, of_task in statistics.accuracies(table1).items()
-            if name in of_task and other in of_task
-        }
-        if not differences:
+        found = _both(statistics.accuracies(table1), name, other)
+        if not found:
             return None
+        differences = {config: statistics.minus(*pair) for config, pair in found.items()}
         mean = statistics.mean(list(differences.values()))
         tasks = ", ".join(f"{config} {_percent_points(d)}" for config, d in differences.items())
         lower = mean.value - 2 * (mean.error or 0)
@@ -79,23 +71,19 @@ def _accuracy(text: str, name: str, other: str) -> Claim:
 
 def _best_average(table1: Result) -> Decision:
     accuracies = statistics.accuracies(table1)
-    everywhere = [
-        name
+    means = {
+        name: statistics.mean([of_task[name] for of_task in accuracies.values()]).value
         for name in next(iter(accuracies.values()), {})
         if all(name in of_task for of_task in accuracies.values())
-    ]
-    if "skyformer" not in everywhere or len(everywhere) < 2:
-        return None
-    means = {
-        name: statistics.mean([of_task[name] for of_task in accuracies.values()])
-        for name in everywhere
     }
-    ranked = sorted(means, key=lambda name: -means[name].value)
-    evidence = ", ".join(f"{name} {means[name].value:.2f}" for name in ranked)
+    if "skyformer" not in means or len(means) < 2:
+        return None
+    ranked = sorted(means, key=means.get, reverse=True)
+    evidence = ", ".join(f"{name} {means[name]:.2f}" for name in ranked)
     return ranked[0] == "skyformer", f"{evidence} (mean of {', '.join(accuracies)})"
 
 
-def _listed(ratios: dict[str, float]) -> str:
+def _listed(ratios: Mapping[str, float]) -> str:
     return ", ".join(f"{config} {ratio:.2f}" for config, ratio in ratios.items())
 
 
@@ -105,9 +93,10 @@ def _stability(text: str, name: str, low: float = 0.0, high: float = 1.0) -> Cla
     def decide(stability: Result) -> Decision:
         ratios, noisy = (
             {
-                config: of_config[name].value
-                for config, of_config in statistics.instability_ratios(stability, field).items()
-                if name in of_config
+                config: ratio.value
+                for config, (ratio,) in _both(
+                    statistics.instability_ratios(stability, field), name
+                ).items()
             }
             for field in ("instability", "instability_with_noise")
         )
@@ -127,15 +116,10 @@ def _cheaper(text: str, name: str, other: str, what: str = "time") -> Claim:
     field = {"time": "seconds_per_step", "memory": "bytes"}[what]
 
     def decide(table2: Result) -> Decision:
-        ratios = {
-            config: of_config[name] / of_config[other]
-            for config, of_config in statistics.cost_ratios(table2, field).items()
-            if name in of_config and other in of_config
-        }
-        if not ratios:
-            return None
+        found = _both(statistics.cost_ratios(table2, field), name, other)
+        ratios = {config: ours.value / theirs.value for config, (ours, theirs) in found.items()}
         less = all(ratio < 1 for ratio in ratios.values())
-        return less, f"{what} over {other}'s: {_listed(ratios)}"
+        return (less, f"{what} over {other}'s: {_listed(ratios)}") if ratios else None
 
     per_step = "a step" if what == "time" else "of a step"
     return Claim(text, f"less {what} {per_step} {_ALL_TASKS}", "table2", decide)
@@ -152,32 +136,26 @@ def _error_falls(figure1: Result) -> Decision:
 
 
 def _least_error(figure1: Result) -> Decision:
-    winners: list[str] = []
+    winners: Counter[str] = Counter()
     for (_, length), of_name in statistics.spectral_errors(figure1).items():
         for num_features in figure1["features"]:
             errors = {n: e[num_features] for n, e in of_name.items() if num_features in e}
             # With as many features as tokens most are exact.
             if num_features < length and "skyformer" in errors and len(errors) > 1:
-                winners.append(min(errors, key=errors.get))
-    if not winners:
-        return None
-    ranked = sorted(dict.fromkeys(winners), key=lambda name: -winners.count(name))
-    evidence = ", ".join(f"{name} {winners.count(name)}" for name in ranked)
-    return (
-        set(winners) == {"skyformer"},
-        f"least error in so many of {len(winners)} settings: {evidence}",
-    )
+                winners[min(errors, key=errors.get)] += 1
+    evidence = ", ".join(f"{name} {count}" for name, count in winners.most_common())
+    text = f"least error in so many of {winners.total()} settings: {evidence}"
+    return (set(winners) == {"skyformer"}, text) if winners else None
 
 
 def _sooner(figure2: Result) -> Decision:
     sooner, texts = [], []
-    for config, of_config in statistics.mean_curves(figure2).items():
-        if not {"skyformer", "softmax"} <= of_config.keys():
-            continue
-        wanted = max(accuracy for _, accuracy, _ in of_config["softmax"])
-        softmax, skyformer = (
-            next((time for time, accuracy, _ in of_config[name] if accuracy >= wanted), None)
-            for name in ("softmax", "skyformer")
+    found = _both(statistics.mean_curves(figure2), "skyformer", "softmax")
+    for config, curves in found.items():
+        wanted = max(accuracy for _, accuracy, _ in curves[1])
+        skyformer, softmax = (
+            next((time for time, accuracy, _ in curve if accuracy >= wanted), None)
+            for curve in curves
         )
         sooner.append(skyformer is not None and skyformer < softmax)
         share = "never" if skyformer is None else f"{skyformer / softmax:.2f} of the time"
@@ -226,19 +204,17 @@ CLAIMS = (
 def judge(results: dict[str, Any]) -> list[Verdict]:
     """All claims, by the results that there are, {name of the file without .json: content}."""
     verdicts = []
-    for claim in CLAIMS:
-        result = results.get(claim.result)
-        decided = None if result is None else claim.decide(result)
+    for text, rule, name, decide in CLAIMS:
+        decided = decide(results[name]) if name in results else None
         if decided is None:
-            verdicts.append(Verdict(claim.text, claim.rule, NOT_RUN, False, ""))
+            verdicts.append(Verdict(text, rule, NOT_RUN, False, ""))
         else:
             status = CONFIRMED if decided[0] else NOT_CONFIRMED
-            reduced = is_reduced(result)
-            verdicts.append(Verdict(claim.text, claim.rule, status, reduced, decided[1]))
+            verdicts.append(Verdict(text, rule, status, _is_reduced(results[name]), decided[1]))
     return verdicts
 
 
-def is_reduced(result: Result) -> bool:
+def _is_reduced(result: Result) -> bool:
     """Whether a result's setting is not that of the paper; fewer seeds are not counted.
 
     Scores of a training step, of some of its batch's examples alone, are reduced as well.

@@ -1,9 +1,12 @@
 """What the report computes from results: means, differences and their standard errors."""
 
 import math
+import operator
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from skyformer_jax.attention import NAMES
 
@@ -12,13 +15,7 @@ Result = dict[str, Any]
 
 
 class Estimate(NamedTuple):
-    """A figure and its standard error.
-
-    Attributes:
-      value: the figure.
-      error: its standard error; None where nothing is known of it.
-      count: independent runs that it is the mean of.
-    """
+    """A mean of `count` independent runs and its standard error; None if that is not known."""
 
     value: float
     error: float | None
@@ -27,17 +24,20 @@ class Estimate(NamedTuple):
 
 def minus(a: Estimate, b: Estimate) -> Estimate:
     """The difference of two independent estimates."""
-    known = a.error is not None and b.error is not None
-    error = math.hypot(a.error, b.error) if known else None
+    error = None if None in (a.error, b.error) else math.hypot(a.error, b.error)
     return Estimate(a.value - b.value, error, min(a.count, b.count))
 
 
 def mean(estimates: list[Estimate]) -> Estimate:
     """The mean of independent estimates."""
-    known = all(e.error is not None for e in estimates)
-    error = math.hypot(*(e.error for e in estimates)) / len(estimates) if known else None
-    value = statistics.fmean(e.value for e in estimates)
-    return Estimate(value, error, min(e.count for e in estimates))
+    values, errors, counts = zip(*estimates, strict=True)
+    error = None if None in errors else math.hypot(*errors) / len(errors)
+    return Estimate(statistics.fmean(values), error, min(counts))
+
+
+def error_of_mean(values: Sequence[float]) -> float | None:
+    """The standard error of a mean, from the spread of its values; None for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def finished(result: Result) -> list[Row]:
@@ -71,23 +71,18 @@ def accuracies(result: Result) -> dict[str, dict[str, Estimate]]:
     The variance between seeds is taken to be the same for all attentions of a task, and pooled over
     them. Where none has two seeds, the error is that of a test set of this size alone.
     """
-    of_tasks = group(finished(result), "config", "attention")
-    return {config: _of_task(of_name) for config, of_name in of_tasks.items()}
-
-
-def _of_task(cells: dict[str, list[Row]]) -> dict[str, Estimate]:
-    percents = {name: [100 * cell["accuracy"] for cell in own] for name, own in cells.items()}
-    squares = sum((x - statistics.fmean(own)) ** 2 for own in percents.values() for x in own)
-    freedom = sum(len(own) - 1 for own in percents.values())
-    estimates = {}
-    for name, own in percents.items():
-        value = statistics.fmean(own)
-        if freedom:
-            variance = squares / freedom
-        else:
-            variance = value * (100 - value) / cells[name][0]["examples"]
-        estimates[name] = Estimate(value, math.sqrt(variance / len(own)), len(own))
-    return estimates
+    found: dict[str, dict[str, Estimate]] = {}
+    for config, of_name in group(finished(result), "config", "attention").items():
+        percents = {name: [100 * cell["accuracy"] for cell in own] for name, own in of_name.items()}
+        means = {name: statistics.fmean(own) for name, own in percents.items()}
+        squares = sum((x - means[name]) ** 2 for name, own in percents.items() for x in own)
+        freedom = sum(len(own) - 1 for own in percents.values())
+        found[config] = {}
+        for name, value in means.items():
+            of_test_set = value * (100 - value) / of_name[name][0]["examples"]
+            variance, count = squares / freedom if freedom else of_test_set, len(percents[name])
+            found[config][name] = Estimate(value, math.sqrt(variance / count), count)
+    return found
 
 
 def instability_ratios(
@@ -103,22 +98,14 @@ def instability_ratios(
         softmax = {row["seed"]: row[field] for row in of_name.pop("softmax", [])}
         for name, rows in of_name.items():
             pairs = [(row[field], softmax[row["seed"]]) for row in rows if row["seed"] in softmax]
-            if pairs:
-                found.setdefault(config, {})[name] = _ratio(pairs)
+            if not pairs:
+                continue
+            ratios = [statistics.fmean(ours) / statistics.fmean(theirs) for ours, theirs in pairs]
+            of_steps = [a / b for a, b in zip(*pairs[0], strict=True)]
+            error = error_of_mean(ratios if len(ratios) > 1 else of_steps)
+            ratio = Estimate(statistics.fmean(ratios), error, len(ratios))
+            found.setdefault(config, {})[name] = ratio
     return found
-
-
-def _ratio(pairs: list[tuple[list[float], list[float]]]) -> Estimate:
-    of_seeds = [statistics.fmean(a) / statistics.fmean(b) for a, b in pairs]
-    ratios = of_seeds
-    if len(of_seeds) == 1:
-        ((ours, softmax),) = pairs
-        ratios = [a / b for a, b in zip(ours, softmax, strict=True)]
-    return Estimate(statistics.fmean(of_seeds), _error_of_mean(ratios), len(of_seeds))
-
-
-def _error_of_mean(values: list[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def noise_of_softmax(result: Result) -> dict[str, float]:
@@ -134,20 +121,21 @@ def noise_of_softmax(result: Result) -> dict[str, float]:
     }
 
 
-def cost_ratios(result: Result, field: str) -> dict[str, dict[str, float]]:
-    """A field of table2.json over softmax's, {config: {attention: ratio}}."""
-    return {
-        config: {name: rows[0][field] / own["softmax"][0][field] for name, rows in own.items()}
-        for config, own in group(measured(result), "config", "attention").items()
-        if "softmax" in own
-    }
+def cost_ratios(result: Result, field: str) -> dict[str, dict[str, Estimate]]:
+    """A field of table2.json over softmax's, {config: {attention: ratio}}.
 
-
-def time_ratio_error(result: Result, config: str, name: str) -> float | None:
-    """Standard error of a ratio of times to softmax's, from the turns' own ratios."""
-    own = group(measured(result), "config", "attention")[config]
-    turns, of_softmax = own[name][0]["seconds"], own["softmax"][0]["seconds"]
-    return _error_of_mean([a / b for a, b in zip(turns, of_softmax, strict=False)])
+    The error of times is from the ratios of the turns; that of memory is None.
+    """
+    found: dict[str, dict[str, Estimate]] = {}
+    for config, of_name in group(measured(result), "config", "attention").items():
+        for name, (row, *_) in of_name.items() if "softmax" in of_name else ():
+            softmax, error = of_name["softmax"][0], None
+            if field == "seconds_per_step":
+                turns = zip(row["seconds"], softmax["seconds"], strict=False)
+                error = error_of_mean([a / b for a, b in turns])
+            ratio = Estimate(row[field] / softmax[field], error, 1)
+            found.setdefault(config, {})[name] = ratio
+    return found
 
 
 def spectral_errors(result: Result) -> dict[tuple[str, int], dict[str, dict[int, float]]]:
@@ -164,16 +152,13 @@ def spectral_errors(result: Result) -> dict[tuple[str, int], dict[str, dict[int,
 
 def mean_curves(result: Result) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
     """figure2.json, {config: {attention: [(seconds, accuracy, loss)]}}, means over the seeds."""
+
+    def mean_curve(rows: list[Row]) -> list[tuple[float, float, float]]:
+        columns = operator.itemgetter("seconds", "accuracy", "loss")
+        curves = [[columns(point) for point in row["validation"]] for row in rows]
+        return [tuple(point) for point in np.mean(curves, axis=0).tolist()]
+
     return {
-        config: {
-            name: [
-                tuple(
-                    statistics.fmean(point[key] for point in points)
-                    for key in ("seconds", "accuracy", "loss")
-                )
-                for points in zip(*(row["validation"] for row in rows), strict=True)
-            ]
-            for name, rows in of_name.items()
-        }
+        config: {name: mean_curve(rows) for name, rows in of_name.items()}
         for config, of_name in group(result["rows"], "config", "attention").items()
     }

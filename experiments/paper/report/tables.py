@@ -32,37 +32,26 @@ def origin(result: Result) -> str:
 
 
 def _value(x: Any) -> str:
-    if isinstance(x, int) and not isinstance(x, bool):
-        return f"{x:,}"
-    return "none" if x is None else str(x)
+    return "none" if x is None else f"{x:,}" if type(x) is int else str(x)
 
 
-def reduction(rows: Sequence[dict[str, Any]], num_seeds: int | None = None) -> str:
-    """How the setting of rows departs from the full one; "" if it does not.
-
-    Args:
-      rows: of one task, each with departures, {field: [full, here]}.
-      num_seeds: that the figures are of, if fewer than the paper's is a reduction.
-    """
+def _reduced(rows: Sequence[dict[str, Any]], num_seeds: int = published.SEEDS) -> str:
+    """How the setting of a task's rows, {field: [full, here]}, departs from the full one."""
     found: dict[str, set[str]] = {}
     for row in rows:
         for field, (full, here) in row["departures"].items():
             found.setdefault(field, set()).add(f"{_value(full)} → {_value(here)}")
     parts = [f"`{field}` {', '.join(sorted(how))}" for field, how in sorted(found.items())]
-    if num_seeds is not None and num_seeds < published.SEEDS:
+    if num_seeds < published.SEEDS:
         parts.append(f"seeds {published.SEEDS} → {num_seeds}")
-    return "; ".join(parts)
+    return f"Reduced: {'; '.join(parts)}." if parts else "The full setting."
 
 
-def _reduced(text: str) -> str:
-    return f"Reduced: {text}." if text else "The full setting."
-
-
-def _compared(ours: Estimate | None, printed: float | None, digits: int) -> list[str]:
+def _compared(ours: Estimate | None, printed: float | None) -> list[str]:
     """The paper's figure, ours, the difference and its standard error."""
 
     def number(x: float | None, sign: str = "") -> str:
-        return "-" if x is None else f"{x:{sign}.{digits}f}"
+        return "-" if x is None else f"{x:{sign}.2f}"
 
     if ours is None:
         return [number(printed), "-", "-", "-"]
@@ -76,7 +65,7 @@ def summary(result: Result) -> str:
     It is what the README shows.
     """
     accuracies = statistics.accuracies(result)
-    configs = [c for c in published.CONFIGS if c in accuracies]
+    configs = [config for config in published.CONFIGS if config in accuracies]
 
     def text(name: str, config: str) -> str:
         found = accuracies[config].get(name)
@@ -107,7 +96,7 @@ def table1(result: Result) -> str:
         rows = [
             [
                 f"`{name}`",
-                *_compared(own.get(name), published.ACCURACY[name].get(config), 2),
+                *_compared(own.get(name), published.ACCURACY[name].get(config)),
                 str(own[name].count) if name in own else "0",
             ]
             for name in NAMES
@@ -119,8 +108,8 @@ def table1(result: Result) -> str:
             f"Trivial classifiers: {floors}. {cells[0]['examples']:,} test examples of "
             f"{cells[0]['task']} (data {data})."
         )
-        reduced = reduction(cells, min(estimate.count for estimate in own.values()))
-        parts.append(f"### {config}\n\n{_reduced(reduced)} {about}\n\n{table}")
+        reduced = _reduced(cells, min(estimate.count for estimate in own.values()))
+        parts.append(f"### {config}\n\n{reduced} {about}\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -131,37 +120,32 @@ def table2(result: Result) -> str:
         "task take turns in one process. Ratios to softmax, ours beside the paper's; the standard "
         "error is that of the turns' ratios. Memory is what the compiled step asks for.",
     ]
-    times = statistics.cost_ratios(result, "seconds_per_step")
-    memories = statistics.cost_ratios(result, "bytes")
+    times, memories = (statistics.cost_ratios(result, x) for x in ("seconds_per_step", "bytes"))
     of_tasks = group(result["rows"], "config", "attention")
-    for config in [c for c in published.CONFIGS if c in times]:
-        own = {name: rows[0] for name, rows in of_tasks[config].items()}
-        rows = []
+    for config in [config for config in published.CONFIGS if config in times]:
+        own, rows = of_tasks[config], []
         for name in NAMES:
             hours, memory = (
                 printed[name][config] / printed["softmax"][config]
                 for printed in (published.HOURS, published.MEMORY)
             )
-            cost, our_time, our_memory = ["-", "-"], None, None
-            if name in times[config]:
-                cost = [
-                    f"{own[name]['seconds_per_step']:.4g}",
-                    f"{own[name]['bytes'] / 2**20:,.0f}",
-                ]
-                error = statistics.time_ratio_error(result, config, name)
-                our_time = Estimate(times[config][name], error, 1)
-                our_memory = Estimate(memories[config][name], None, 1)
-            of_memory = _compared(our_memory, memory, 2)[:2]
-            rows.append([f"`{name}`", *cost, *_compared(our_time, hours, 2), *of_memory])
+            cost, time = ["-", "-"], times[config].get(name)
+            if time:
+                row = own[name][0]
+                cost = [f"{row['seconds_per_step']:.4g}", f"{row['bytes'] / 2**20:,.0f}"]
+            of_memory = _compared(memories[config].get(name), memory)[:2]
+            rows.append([f"`{name}`", *cost, *_compared(time, hours), *of_memory])
         of_time = ("time: paper", "ours", "difference", "error")
         table = markdown(["", "s a step", "MiB", *of_time, "memory: paper", "ours"], rows)
-        some, reduced = next(iter(own.values())), []
+        some, reduced = next(iter(own.values()))[0], []
         if result["variant"] == "small":
             reduced.append("variant small of the configs")
         if some["batch_size"] != some["full_batch_size"]:
             reduced.append(f"batch {some['full_batch_size']} → {some['batch_size']}")
-        text = ", ".join([*reduced, "and this is not the paper's V100"]) if reduced else ""
-        parts.append(f"### {config}\n\n{_reduced(text)} Length {some['length']:,}.\n\n{table}")
+        setting = "The full setting."
+        if reduced:
+            setting = f"Reduced: {', '.join(reduced)}, and this is not the paper's V100."
+        parts.append(f"### {config}\n\n{setting} Length {some['length']:,}.\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -173,7 +157,7 @@ def figure1(result: Result) -> str:
         "output over that of the exact output. The paper shows a figure without numbers. The "
         f"trained weights are those of softmax on Text after {training['steps']:,} steps of "
         f"{training['batch_size']} (test accuracy {100 * training['accuracy']:.1f} %). "
-        + _reduced(reduction([training]).replace("`", ""))
+        + _reduced([training]).replace("`", "")
     ]
     features = result["features"]
     for (weights, length), of_name in statistics.spectral_errors(result).items():
@@ -191,6 +175,7 @@ def figure2(result: Result) -> str:
         "Training time is steps times the seconds of a step, measured side by side in one "
         "process; means over the seeds. The paper shows curves.",
     ]
+    of_tasks = group(result["rows"], "config")
     for config, of_config in statistics.mean_curves(result).items():
         rows = []
         for name, curve in of_config.items():
@@ -198,10 +183,16 @@ def figure2(result: Result) -> str:
             texts = (f"{100 * accuracy:.2f}", f"{loss:.4f}", f"{time:,.0f}", f"{curve[-1][0]:,.0f}")
             rows.append([f"`{name}`", *texts])
         table = markdown(["", "best accuracy, %", "loss there", "after s", "s in all"], rows)
-        own = [row for row in result["rows"] if row["config"] == config]
-        reduced = reduction(own, len({row["seed"] for row in own}))
-        parts.append(f"### {config}\n\n{_reduced(reduced)}\n\n{table}")
+        reduced = _reduced(of_tasks[config], len({row["seed"] for row in of_tasks[config]}))
+        parts.append(f"### {config}\n\n{reduced}\n\n{table}")
     return "\n\n".join(parts)
+
+
+def _notes(result: Result, *texts: str) -> str:
+    """The texts, and which tasks were skipped."""
+    reasons = {row["config"]: row["skipped"] for row in result["rows"] if "skipped" in row}
+    skipped = [f"{config}: not yet run ({reason})." for config, reason in reasons.items()]
+    return " ".join([*texts, *skipped])
 
 
 def stability(result: Result) -> str:
@@ -209,10 +200,10 @@ def stability(result: Result) -> str:
     ratios = statistics.instability_ratios(result)
     noisy = statistics.instability_ratios(result, "instability_with_noise")
     rows = []
-    for config in [c for c in published.CONFIGS if c in ratios]:
+    for config in [config for config in published.CONFIGS if config in ratios]:
         for name, ratio in ratios[config].items():
             printed = published.INSTABILITY.get(name, {}).get(config)
-            figures = _compared(ratio, printed, 2) + _compared(noisy[config][name], printed, 2)[1:]
+            figures = _compared(ratio, printed) + _compared(noisy[config][name], printed)[1:]
             rows.append([config, f"`{name}`", *figures, str(ratio.count)])
     of_error = ("difference", "standard error")
     columns = ["", "", "paper", "ours", *of_error, "with noise", *of_error, "seeds"]
@@ -220,7 +211,7 @@ def stability(result: Result) -> str:
         f"Mean instability score over the first {result['steps']} steps, as a ratio to softmax's. "
         "The standard error is from the spread between seeds; with one seed, from that of the "
         "ratio from step to step.",
-        _reduced(reduction(measured(result))),
+        _reduced(measured(result)),
     ]
     factors = sorted(statistics.noise_of_softmax(result).values())
     if factors:
@@ -231,33 +222,25 @@ def stability(result: Result) -> str:
         )
     if result["examples"]:
         notes.append(f"f is evaluated on the first {result['examples']} examples of each batch.")
-    return f"{' '.join([*notes, *_skipped(result)])}\n\n{markdown(columns, rows)}"
+    return f"{_notes(result, *notes)}\n\n{markdown(columns, rows)}"
 
 
 def singular_values(result: Result) -> str:
     """Where the spectrum falls below a tenth and a hundredth, a row an attention and task."""
+    levels = [(when, level) for when in ("initial", "trained") for level in (0.1, 0.01)]
     rows = []
     for row in measured(result):
-        counts = [
-            str(sum(value >= level for value in row[when]))
-            for when in ("initial", "trained")
-            for level in (0.1, 0.01)
-        ]
+        counts = [str(sum(value >= level for value in row[when])) for when, level in levels]
         rows.append([row["config"], f"`{row['attention']}`", str(row["seed"]), *counts])
     table = markdown(["", "", "seed", "before: > 0.1", "> 0.01", "after: > 0.1", "> 0.01"], rows)
-    notes = [
+    notes = _notes(
+        result,
         "How many singular values of the second attention layer's output are above a tenth and a "
         f"hundredth of the greatest, before training and after {result['steps']} steps; each the "
         f"mean spectrum of {result['examples']} validation examples. The paper shows a figure.",
-        _reduced(reduction(measured(result))),
-        *_skipped(result),
-    ]
-    return f"{' '.join(notes)}\n\n{table}"
-
-
-def _skipped(result: Result) -> list[str]:
-    reasons = {row["config"]: row["skipped"] for row in result["rows"] if "skipped" in row}
-    return [f"{config}: not yet run ({reason})." for config, reason in reasons.items()]
+        _reduced(measured(result)),
+    )
+    return f"{notes}\n\n{table}"
 
 
 def everything(results: dict[str, Result]) -> str:
