@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments.benchmarks import attention_cells, common_flags
-from experiments.benchmarks.timing import measure_calls, measure_steps
+from experiments.benchmarks.timing import as_text, measure_calls, measure_steps
 from experiments.paper import published
 from experiments.records import Row, provenance, write_json
 from skyformer_jax import attention, cli
@@ -121,53 +121,44 @@ def measure_roofline(
       deadline: time.monotonic() after which nothing more is begun.
 
     Returns:
-      Rows of the pass, the count_work, median_seconds, and shares: for the units "float32" and
-      "tf32", if they have a peak, the least time that the device needs over the median.
+      Rows of the pass, the count_work, the fields of timing.measure, and shares: for the units
+      "float32" and "tf32", if they have a peak, the least time that the device needs over the
+      median.
     """
-    scale = _HEAD_DIM**-0.5
 
     def forward(query: jax.Array, key: jax.Array, value: jax.Array, _: jax.Array) -> jax.Array:
-        return gaussian_attention(query, key, value, scale=scale)
+        return gaussian_attention(query, key, value, scale=_HEAD_DIM**-0.5)
 
     def gradients(query: jax.Array, key: jax.Array, value: jax.Array, weights: jax.Array) -> Any:
         out, pull = jax.vjp(lambda *x: forward(*x, weights), query, key, value)
         return out, pull(weights)
 
-    calls, rows = {}, {}
+    calls = {}
     for length, which in itertools.product(lengths, ("queries", "keys")):
-        batch = tokens // length
         num_queries, num_keys = (length, _LANDMARKS)[:: 1 if which == "queries" else -1]
         inputs = tuple(
-            jax.random.normal(jax.random.key(i), (batch, num, _HEADS, _HEAD_DIM))
+            jax.random.normal(jax.random.key(i), (tokens // length, num, _HEADS, _HEAD_DIM))
             for i, num in enumerate((num_queries, num_keys, num_keys, num_queries))
         )
-        for kind, function in (("forward", forward), ("gradients", gradients)):
-            calls[length, which, kind] = (function, inputs)
-            rows[length, which, kind] = {
-                "rows": which,
-                "pass": kind,
-                "length": length,
-                "batch": batch,
-                **count_work(
-                    kind,
-                    batch * _HEADS * length * _LANDMARKS,
-                    batch * _HEADS * (length + _LANDMARKS),
-                    _HEAD_DIM,
-                ),
-            }
+        calls[which, "forward", length] = (forward, inputs)
+        calls[which, "gradients", length] = (gradients, inputs)
     measured = measure_calls(calls, _ROUNDS, "Gaussian passes", workers=_WORKERS, deadline=deadline)
-    for name, row in measured.items():
-        rows[name] |= row
+    rows = []
+    for (which, kind, length), row in measured.items():
+        of_all = tokens // length * _HEADS
+        work = count_work(
+            kind, of_all * length * _LANDMARKS, of_all * (length + _LANDMARKS), _HEAD_DIM
+        )
+        size = {"rows": which, "pass": kind, "length": length, "batch": tokens // length}
+        rows.append(size | work | row)
         if "median_seconds" in row:
-            rows[name]["shares"] = {
-                unit: max(
-                    rows[name]["operations"] / peaks[unit], rows[name]["bytes"] / peaks["bytes"]
-                )
+            rows[-1]["shares"] = {
+                unit: max(work["operations"] / peaks[unit], work["bytes"] / peaks["bytes"])
                 / row["median_seconds"]
                 for unit in ("float32", "tf32")
                 if {unit, "bytes"} <= peaks.keys()
             }
-    return list(rows.values())
+    return rows
 
 
 def step_rows(names: tuple[str, ...], tasks: tuple[str, ...], deadline: float) -> list[Row]:
@@ -179,42 +170,18 @@ def step_rows(names: tuple[str, ...], tasks: tuple[str, ...], deadline: float) -
     }
     what = f"steps of {', '.join(tasks)}"
     measured = measure_steps(configs, _ROUNDS, what, workers=_WORKERS, deadline=deadline)
-    rows = [{"task": task, "attention": name, **row} for (task, name), row in measured.items()]
-    for row in rows:
+    rows = []
+    for (task, name), row in measured.items():
+        rows.append({"task": task, "attention": name, **row})
         if "median_seconds_per_step" in row and not _SMALL.value:
             seconds = published.STEPS * row["median_seconds_per_step"]
-            row["hours_of_50000_steps"] = seconds / 3600
-            row["paper_v100_hours"] = published.HOURS[row["attention"]][row["task"]]
+            rows[-1]["hours_of_50000_steps"] = seconds / 3600
+            rows[-1]["paper_v100_hours"] = published.HOURS[name][task]
     return rows
 
 
-def print_tables(result: Mapping[str, Any]) -> None:
-    """What a section measured, or why not, in a line each."""
-    for unit, value in result["measured_peaks"].items():
-        print(f"measured peak, {unit:10}{value / 1e12:10.2f} T/s")
-    for row in result["gaussian_passes"]:
-        what = f"{row['rows']:8}{row['length']:9,}  {row['pass']:10}"
-        if "median_seconds" in row:
-            shares = (f"{100 * share:6.1f} % of {unit}" for unit, share in row["shares"].items())
-            print(f"{what}{1e3 * row['median_seconds']:9.3f} ms{','.join(shares)}")
-        else:
-            print(f"{what}{row['skipped']}")
-    print(attention_cells.tables(result["attention"]["cells"]))
-    for row in result["steps"]:
-        what = f"{row['task']:11}{row['attention']:14}"
-        if "steps_per_second" in row:
-            what += f"{row['steps_per_second']:9.2f} steps/s"
-            what += f"{row['temporaries_bytes'] / 2**20:10,.0f} MiB"
-            if "paper_v100_hours" in row:
-                what += f"{row['hours_of_50000_steps']:9.2f} h for 50,000"
-                what += f"{row['paper_v100_hours']:7.2f} h in the paper"
-            print(what)
-        else:
-            print(f"{what}{row['skipped']}")
-
-
 def main() -> None:
-    """Measures one section after the other, writing each; prints tables and plots at the end."""
+    """Measures one section after the other, writing each; plots, and prints tables at the end."""
     start = time.monotonic()
     if jax.default_backend() == "cpu" and not _SMALL.value:
         raise UserError("jax finds no accelerator here; --small tries the script on a CPU")
@@ -232,6 +199,9 @@ def main() -> None:
         max_temporaries=attention_cells.device_memory(),
     )
     lengths = (128, 256) if small else (1024, 4096, 16_384, 65_536, 131_072)
+    data_sheet_peaks = PEAKS.get(jax.devices()[0].device_kind)
+    peaks = measured_peaks(deadline)
+    cells: list[Row] = []
     result: dict[str, Any] = {
         "what": "Gaussian passes against the device's peaks; attention functions at a fixed number "
         "of tokens in a call; training steps of the paper's settings on random tokens",
@@ -239,22 +209,18 @@ def main() -> None:
         "seed": 0,
         "minutes": _MINUTES.value,
         "small": small,
-        "data_sheet_peaks": PEAKS.get(jax.devices()[0].device_kind),
-        "measured_peaks": {},
-        "gaussian_passes": [],
-        "attention": {"settings": dataclasses.asdict(settings), "cells": [], "exponents": []},
+        "data_sheet_peaks": data_sheet_peaks,
+        "measured_peaks": peaks,
+        "gaussian_passes": measure_roofline(
+            settings.tokens,
+            lengths[:1] if small else (lengths[1], lengths[-1]),
+            data_sheet_peaks or peaks,
+            deadline,
+        ),
+        "attention": {"settings": dataclasses.asdict(settings), "cells": cells, "exponents": []},
         "steps": [],
     }
-    result["measured_peaks"] = measured_peaks(deadline)
-    result["gaussian_passes"] = measure_roofline(
-        settings.tokens,
-        lengths[:1] if small else (lengths[1], lengths[-1]),
-        result["data_sheet_peaks"] or result["measured_peaks"],
-        deadline,
-    )
     write_json(path, result)
-
-    cells = result["attention"]["cells"]
     for length in lengths:
         cells += attention_cells.measure_length(
             settings,
@@ -271,11 +237,13 @@ def main() -> None:
     for names, tasks in groups:
         result["steps"] += step_rows(names, tasks, deadline)
         write_json(path, result)
-    print_tables(result)
-    if cells:
-        title = f"{result['device']}, {settings.tokens:,} tokens in a call"
-        title += f", {_HEADS} heads of {_HEAD_DIM}"
-        attention_cells.plot(result["attention"], title, path.with_suffix(".png"))
+    print(as_text(result["gaussian_passes"], "rows", "pass", "length"))
+    print(attention_cells.tables(cells))
+    print(as_text(result["steps"], "task", "attention"))
+    title = (
+        f"{result['device']}, {settings.tokens:,} tokens in a call, {_HEADS} heads of {_HEAD_DIM}"
+    )
+    attention_cells.plot(result["attention"], title, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

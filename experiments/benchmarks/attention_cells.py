@@ -5,6 +5,7 @@ A cell is one attention at one length, dtype and pass, "forward" or "gradients".
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import time
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.benchmarks.timing import measure_calls
+from experiments.benchmarks.timing import as_text, measure_calls
 from experiments.palette import line_style
 from experiments.records import Row
 from skyformer_jax.attention import NAMES, REGISTRY, kernelized_attention, layer_variables
@@ -29,7 +30,7 @@ DTYPES = ("float32", "bfloat16")
 # depend on the length no longer counts.
 _FIT_FROM = 4096
 _FIT_POINTS = 3
-# What is drawn and printed of a cell: its exponent's name, unit, field and factor.
+# What is drawn of a cell: its exponent's name, unit, field and factor.
 _SHOWN = (
     ("time", "ms", "median_seconds", 1e3),
     ("temporaries", "MiB", "temporaries_bytes", 2**-20),
@@ -80,21 +81,20 @@ EXTRAS: dict[str, Callable[..., jax.Array]] = {
 ATTENTIONS = (*NAMES, *EXTRAS)
 
 
-def variables_of(name: str, settings: Settings, length: int) -> tuple[Arrays, Arrays]:
+def _variables_of(name: str, settings: Settings, length: int) -> tuple[Arrays, Arrays]:
     """Returns the variables that a layer keeps for an attention: the trained, and the fixed.
 
     What training draws anew in every step, the stream "landmarks", is not among the fixed.
     """
-    if name in EXTRAS:
-        return {}, {}
-    specs = layer_variables(
-        name, {}, num_heads=settings.heads, head_dim=settings.head_dim, kv_length=length
-    )
     trained, fixed = {}, {}
-    for i, (argument, spec) in enumerate(specs.items()):
-        if spec.trained or REGISTRY[name].stream != "landmarks":
-            key = jax.random.fold_in(jax.random.key(settings.seed), i)
-            (trained if spec.trained else fixed)[argument] = spec.init(key, spec.shape)
+    if name in REGISTRY:
+        specs = layer_variables(
+            name, {}, num_heads=settings.heads, head_dim=settings.head_dim, kv_length=length
+        )
+        for i, (argument, spec) in enumerate(specs.items()):
+            if spec.trained or REGISTRY[name].stream != "landmarks":
+                key = jax.random.fold_in(jax.random.key(settings.seed), i)
+                (trained if spec.trained else fixed)[argument] = spec.init(key, spec.shape)
     return trained, fixed
 
 
@@ -123,29 +123,22 @@ def make_call(
         key = None
 
     def forward(
-        query: jax.Array,
-        key: jax.Array | None,
-        value: jax.Array,
-        trained: Arrays,
-        fixed: Arrays,
-        rng: jax.Array,
+        arrays: tuple[jax.Array | None, ...], trained: Arrays, fixed: Arrays, rng: jax.Array
     ) -> jax.Array:
         if name in EXTRAS:
-            return EXTRAS[name](query, key, value)
+            return EXTRAS[name](*arrays)
         drawn_anew = REGISTRY[name].stream == "landmarks"
-        return REGISTRY[name].function(
-            query, key, value, rng=rng if drawn_anew else None, **trained, **fixed
-        )
+        return REGISTRY[name].function(*arrays, rng=rng if drawn_anew else None, **trained, **fixed)
 
     def total(*arguments: Any) -> jax.Array:
         *others, weights = arguments
         return (forward(*others).astype(jnp.float32) * weights).sum()
 
-    variables = variables_of(name, settings, query.shape[1])
-    arguments = (query, key, value, *variables, jax.random.key(settings.seed))
+    variables = _variables_of(name, settings, query.shape[1])
+    arguments = ((query, key, value), *variables, jax.random.key(settings.seed))
     if kind == "forward":
         return forward, arguments
-    return jax.grad(total, argnums=(0, 1, 2, 3)), (*arguments, weights)
+    return jax.grad(total, argnums=(0, 1)), (*arguments, weights)
 
 
 def device_memory() -> int:
@@ -161,14 +154,8 @@ def _same(cell: Cell, other: Cell) -> bool:
     return all(cell[field] == other[field] for field in ("attention", "dtype", "pass"))
 
 
-def skip_reason(cell: Cell, shorter: Sequence[Cell], settings: Settings) -> str | None:
-    """Says why a compiled cell is not run, or None.
-
-    Args:
-      cell: with temporaries_bytes.
-      shorter: the cells of smaller lengths, of any attention.
-      settings: with the limits.
-    """
+def _skip_reason(cell: Cell, shorter: Sequence[Cell], settings: Settings) -> str | None:
+    """Says why a compiled cell is not run after the cells of smaller lengths, or None."""
     if cell["temporaries_bytes"] > settings.max_temporaries:
         return (
             f"needs {cell['temporaries_bytes'] / 2**30:.1f} GiB of temporaries, more than "
@@ -184,12 +171,7 @@ def skip_reason(cell: Cell, shorter: Sequence[Cell], settings: Settings) -> str 
 
 
 def measure_length(
-    settings: Settings,
-    length: int,
-    shorter: Sequence[Cell],
-    *,
-    workers: int = 1,
-    deadline: float = math.inf,
+    settings: Settings, length: int, shorter: Sequence[Cell], **options: Any
 ) -> list[Cell]:
     """Compiles all cells of one length, then times them by turns.
 
@@ -197,32 +179,27 @@ def measure_length(
       settings: what to measure.
       length: tokens of a sequence.
       shorter: the cells of smaller lengths.
-      workers: programs compiled at the same time; compile seconds compare only where it is 1.
-      deadline: time.monotonic() after which nothing more is begun.
+      **options: workers and deadline of timing.measure.
 
     Returns:
       For each of the settings' attentions, dtypes and passes: attention, length, batch, dtype,
-      pass, compile_seconds, temporaries_bytes, argument_bytes, output_bytes, seconds, a list with
-      those of one call in each round, and median_seconds. One that is not run has skipped, the
-      reason, in place of what it lacks.
+      pass, and the fields of timing.measure.
     """
     start = time.perf_counter()
     cells, calls = {}, {}
     for dtype in settings.dtypes:
         inputs = make_inputs(settings, length, dtype)
-        for kind in settings.passes:
-            for name in settings.attentions:
-                cell = {"attention": name, "length": length, "batch": len(inputs[0])}
-                cells[name, dtype, kind] = cell | {"dtype": dtype, "pass": kind}
-                calls[name, dtype, kind] = make_call(name, kind, settings, inputs)
+        for kind, name in itertools.product(settings.passes, settings.attentions):
+            cell = {"attention": name, "length": length, "batch": len(inputs[0])}
+            cells[name, dtype, kind] = cell | {"dtype": dtype, "pass": kind}
+            calls[name, dtype, kind] = make_call(name, kind, settings, inputs)
     rows = measure_calls(
         calls,
         settings.rounds,
         f"n={length}",
-        reason_to_skip=lambda which, row: skip_reason(cells[which] | row, shorter, settings),
-        workers=workers,
+        reason_to_skip=lambda which, row: _skip_reason(cells[which] | row, shorter, settings),
         max_seconds=settings.max_seconds,
-        deadline=deadline,
+        **options,
     )
     timed = sum("seconds" in row for row in rows.values())
     say(f"n={length}: {timed} of {len(rows)} timed, {time.perf_counter() - start:.0f} s")
@@ -257,36 +234,15 @@ def exponents(cells: Sequence[Cell]) -> list[Row]:
 
 
 def tables(cells: Sequence[Cell]) -> str:
-    """Milliseconds and MiB of temporaries of a call, a row an attention, a column a length."""
-    lengths = sorted({cell["length"] for cell in cells})
-    names = list(dict.fromkeys(cell["attention"] for cell in cells))
-    lines = []
-    for dtype, kind in dict.fromkeys((cell["dtype"], cell["pass"]) for cell in cells):
-        at = {
-            (cell["attention"], cell["length"]): cell
-            for cell in cells
-            if (cell["dtype"], cell["pass"]) == (dtype, kind)
-        }
-        for _, unit, field, factor in _SHOWN:
-            head = "".join(f"{length:12,}" for length in lengths)
-            lines.append(f"{f'{kind}, {dtype}, {unit}':32}{head}")
-            for name in names:
-                row = (at.get((name, length), {}).get(field) for length in lengths)
-                texts = ("-" if x is None else f"{factor * x:,.2f}" for x in row)
-                lines.append(f"{name:32}" + "".join(f"{text:>12}" for text in texts))
-    skipped: dict[str, list[str]] = {}
-    for cell in cells:
-        if "skipped" in cell:
-            which = f"{cell['attention']}, {cell['pass']}, {cell['dtype']}, {cell['length']:,}"
-            skipped.setdefault(cell["skipped"], []).append(which)
-    for reason, which in skipped.items():
-        more = f" and {len(which) - 1} more" if len(which) > 1 else ""
-        lines.append(f"{which[0]}{more}: {reason}")
-    return "\n".join(lines)
+    """Time and temporaries of every cell, in a line each."""
+    return as_text(cells, "attention", "dtype", "pass", "length")
 
 
 def _draw(
-    axis: plt.Axes, cells: Sequence[Cell], rows: Sequence[Row], shown: tuple[str, str, str, float]
+    axis: plt.Axes,
+    cells: Sequence[Cell],
+    slopes: Sequence[Row],
+    shown: tuple[str, str, str, float],
 ) -> None:
     """One panel: what is shown of the cells of one pass against the length, a line an attention."""
     what, unit, field, factor = shown
@@ -296,7 +252,7 @@ def _draw(
         if not points:
             continue
         points = [cell for cell in points if _same(cell, points[0])]
-        slope = next(row for row in rows if _same(row, points[0]))[what]
+        slope = next(row for row in slopes if _same(row, points[0]))[what]
         dtype = points[0]["dtype"]
         label = name if dtype == cells[0]["dtype"] else f"{name} ({dtype})"
         (line,) = axis.plot(

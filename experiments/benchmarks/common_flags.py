@@ -4,6 +4,7 @@ A script defines those that it has: OUT = common_flags.out("results/speed_cpu.js
 """
 
 import os
+from typing import Any
 
 import jax
 from absl import flags
@@ -28,6 +29,12 @@ def small() -> flags.FlagHolder:
     return flags.DEFINE_bool(
         "small", False, "The reduced setting, for a CPU or a test; the script says which."
     )
+
+
+def set_defaults(**defaults: Any) -> None:
+    """Gives flags other defaults, for --small."""
+    for name, value in defaults.items():
+        flags.FLAGS.set_default(name, value)
 
 
 def fake_devices() -> flags.FlagHolder:

@@ -22,41 +22,36 @@ import math
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
 from experiments.palette import STYLES
-from experiments.records import provenance, read_json, write_json
+from experiments.records import Row, provenance, read_json, write_json
 from skyformer_jax import cli
 
 _RESULTS = flags.DEFINE_string("results", "results", "Folder of the measurements, and for this.")
 _LENGTHS = tuple(4**i for i in range(6, 13))  # 4,096 to 16,777,216
 _DEVICES = (1, 8, 64, 256)
 _LAYERS, _WIDTH = 2, 64
+_GRADIENTS = {"pass": "gradients"}
 
 
 def constants(folder: Path) -> dict[str, Any]:
     """What the formulas need, in seconds, bytes and bytes per second, and where each is from."""
 
-    def longest(name: str, attention: str) -> dict[str, Any]:
-        cells = [
-            cell
-            for cell in read_json(folder / name)["cells"]
-            if (cell["attention"], cell["pass"]) == (attention, "gradients")
-            and "median_seconds" in cell
-        ]
-        return max(cells, key=lambda cell: cell["length"])
+    def read(name: str) -> Any:
+        return read_json(folder / f"{name}.json")
 
-    skyformer = longest("speed_skyformer.json", "skyformer")
-    exact = longest("speed_cpu.json", "kernelized")
-    step = read_json(folder / "step_speed_text.json")
-    tokens = step["batch_size"] * step["length"]
-    a = skyformer["median_seconds"] / skyformer["length"]
-    scaling = read_json(folder / "scaling.json")
-    crossing = max(
-        (row for row in scaling["crossing"] if row["attention"] == "skyformer"),
-        key=lambda row: row["length"],
-    )
+    def longest(rows: list[Row], **fields: str) -> Row:
+        rows = [row for row in rows if fields.items() <= row.items() and "skipped" not in row]
+        return max(rows, key=lambda row: row["length"])
+
+    skyformer = longest(read("speed_skyformer")["cells"], attention="skyformer", **_GRADIENTS)
+    exact = longest(read("speed_cpu")["cells"], attention="kernelized", **_GRADIENTS)
+    step, scaling = read("step_speed_text"), read("scaling")
+    step_seconds = step["attentions"]["skyformer"]["median_seconds_per_step"]
+    token = skyformer["median_seconds"] / skyformer["length"]
     wire = {}
     for kind in ("all-reduce", "collective-permute"):
         rows = [row for row in scaling["wire"] if row["kind"] == kind]
@@ -67,7 +62,7 @@ def constants(folder: Path) -> dict[str, Any]:
         }
     return {
         "skyformer_token": {
-            "value": a,
+            "value": token,
             "of": f"results/speed_skyformer.json, {skyformer['length']}",
         },
         "pair": {
@@ -75,61 +70,58 @@ def constants(folder: Path) -> dict[str, Any]:
             "of": f"results/speed_cpu.json, kernelized, {exact['length']}",
         },
         "rest_token": {
-            "value": step["attentions"]["skyformer"]["median_seconds_per_step"] / tokens
-            - _LAYERS * a,
+            "value": step_seconds / (step["batch_size"] * step["length"]) - _LAYERS * token,
             "of": "results/step_speed_text.json, less the attention's",
         },
         "wire": {**wire, "of": "results/scaling.json, two processes on 127.0.0.1"},
-        "collectives": {**crossing["collectives"], "of": "results/scaling.json"},
+        "collectives": {
+            **longest(scaling["crossing"], attention="skyformer")["collectives"],
+            "of": "results/scaling.json",
+        },
     }
 
 
 def step_time(known: dict[str, Any], n: int, devices: int) -> dict[str, dict[str, float]]:
     """Seconds of a step and bytes that a device sends, for both, by the formulas above."""
-    reduce, passing = known["wire"]["all-reduce"], known["wire"]["collective-permute"]
     own = n / devices
     rest = own * known["rest_token"]["value"]
-    sky_sent, sky_wire = 0.0, 0.0
-    if devices > 1:
-        for kind in ("all-reduce", "all-gather"):
-            row = known["collectives"][kind]
-            factor = (2 if kind == "all-reduce" else 1) * (devices - 1) / devices
-            sky_sent += row["bytes"] * factor
-            sky_wire += row["count"] * math.log2(devices) * reduce["latency"]
-            sky_wire += row["bytes"] * factor / reduce["bandwidth"]
-    sky = rest + own * _LAYERS * known["skyformer_token"]["value"]
-    # Keys and values pass in the forward pass, these and their gradients in the backward pass.
-    part = own * _WIDTH * 4
-    ring_sent = 6 * part * devices if devices > 1 else 0.0
-    passes = 3 * devices * passing["latency"] + ring_sent / passing["bandwidth"]
+    skyformer = rest + own * _LAYERS * known["skyformer_token"]["value"]
     ring = n * own * known["pair"]["value"]
-    ring = max(ring, passes) if devices > 1 else ring
+    sent = wire = ring_sent = passes = 0.0
+    if devices > 1:
+        reduce, passing = known["wire"]["all-reduce"], known["wire"]["collective-permute"]
+        for kind, factor in (("all-reduce", 2), ("all-gather", 1)):
+            row = known["collectives"][kind]
+            num_bytes = row["bytes"] * (factor * (devices - 1) / devices)
+            sent += num_bytes
+            wire += row["count"] * math.log2(devices) * reduce["latency"]
+            wire += num_bytes / reduce["bandwidth"]
+        # Keys and values pass in the forward pass, these and their gradients in the backward pass.
+        ring_sent = 6 * own * _WIDTH * 4 * devices
+        passes = 3 * devices * passing["latency"] + ring_sent / passing["bandwidth"]
     return {
-        "skyformer": {"seconds": sky + sky_wire, "wire_seconds": sky_wire, "sent_bytes": sky_sent},
+        "skyformer": {"seconds": skyformer + wire, "wire_seconds": wire, "sent_bytes": sent},
         "exact": {
-            "seconds": rest + _LAYERS * ring + sky_wire,
-            "wire_seconds": _LAYERS * passes if devices > 1 else 0.0,
-            "sent_bytes": _LAYERS * ring_sent + sky_sent,
+            "seconds": rest + _LAYERS * max(ring, passes) + wire,
+            "wire_seconds": _LAYERS * passes,
+            "sent_bytes": _LAYERS * ring_sent + sent,
         },
     }
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """Seconds and bytes against the length, for each number of devices."""
-    from matplotlib.figure import Figure  # imported late: it is slow to load
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    seconds, sent = figure.subplots(1, 2)
-    ours, ring = STYLES["skyformer"][0], STYLES["kernelized"][0]
+    figure, (seconds, sent) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for shade, devices in zip(np.linspace(0.35, 1, len(_DEVICES)), _DEVICES, strict=True):
         of_devices = [row for row in rows if row["devices"] == devices]
-        for name, color in (("skyformer", ours), ("exact", ring)):
-            lengths = [row["length"] for row in of_devices]
-            style = {"color": color, "alpha": shade, "marker": "."}
-            label = f"{'Skyformer' if name == 'skyformer' else 'exact, a ring'}, {devices}"
-            seconds.loglog(
-                lengths, [row[name]["seconds"] for row in of_devices], label=label, **style
-            )
+        lengths = [row["length"] for row in of_devices]
+        for name, label, color_of in (
+            ("skyformer", "Skyformer", "skyformer"),
+            ("exact", "exact, a ring", "kernelized"),
+        ):
+            style = {"color": STYLES[color_of][0], "alpha": shade, "marker": "."}
+            values = [row[name]["seconds"] for row in of_devices]
+            seconds.loglog(lengths, values, label=f"{label}, {devices}", **style)
             if devices > 1:
                 sent.loglog(lengths, [row[name]["sent_bytes"] for row in of_devices], **style)
     seconds.set(xlabel="tokens", ylabel="seconds of a step, modelled")
@@ -157,14 +149,6 @@ def main() -> None:
     }
     write_json(folder / "cost_model.json", result)
     plot(rows, folder / "cost_model.png")
-    print(
-        "| tokens | devices | Skyformer, s | sends | exact, s | sends |\n|---|---|---|---|---|---|"
-    )
-    for row in rows:
-        cells = [f"{row['length']:,}", str(row["devices"])]
-        for name in ("skyformer", "exact"):
-            cells += [f"{row[name]['seconds']:,.3g}", f"{row[name]['sent_bytes'] / 2**20:,.3g} MiB"]
-        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from typing import Any
 from unittest import mock
 
 import jax
-from absl import flags
 
 from experiments.benchmarks import common_flags
 from experiments.benchmarks.timing import as_text, measure_calls
-from experiments.records import provenance, write_json
+from experiments.records import Row, provenance, write_json
 from skyformer_jax import cli
 from skyformer_jax.attention import gaussian
 
@@ -34,38 +33,29 @@ _TILES = ((256, 128), (512, 128), (1024, 64), (1024, 128), (1024, 512), (2048, 1
 
 
 def value_and_gradients(
-    implementation: str,
-    tile: tuple[int, int] | None,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    implementation: str, tile: tuple[int, int] | None, *arrays: jax.Array
 ) -> Any:
     """The output, and its gradients against itself, each example by itself.
 
     Args:
       implementation: of gaussian_attention.
       tile: rows of a chunk's sides, in place of those that gaussian_attention chooses.
-      query: [batch, q_length, heads, head_dim].
-      key: [batch, kv_length, heads, head_dim].
-      value: as key.
+      *arrays: query, key and value, [batch, length, heads, head_dim].
     """
 
-    def one(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def one(*arrays: jax.Array) -> jax.Array:
+        batch_of_one = (x[None] for x in arrays)
         return gaussian.gaussian_attention(
-            query[None],
-            key[None],
-            value[None],
-            scale=_HEAD_DIM**-0.5,
-            implementation=implementation,
+            *batch_of_one, scale=_HEAD_DIM**-0.5, implementation=implementation
         )[0]
 
     tiles = {jax.default_backend(): tile} if tile else gaussian._TILE
     with mock.patch.object(gaussian, "_TILE", tiles):
-        out, pull = jax.vjp(jax.vmap(one), query, key, value)
+        out, pull = jax.vjp(jax.vmap(one), *arrays)
         return out, pull(out)
 
 
-def measure_size(num_queries: int, num_keys: int, batch: int) -> list[dict[str, Any]]:
+def measure_size(num_queries: int, num_keys: int, batch: int) -> list[Row]:
     """A row for each form at one size."""
     inputs = tuple(
         jax.random.normal(jax.random.key(i), (batch, num_rows, _HEADS, _HEAD_DIM))
@@ -92,21 +82,12 @@ def main() -> None:
     tokens, lengths = 4096, _LENGTHS
     if _SMALL.value:
         tokens, lengths = 256, (32, 256)
-        flags.set_default(_ROUNDS, 1)
+        common_flags.set_defaults(rounds=1)
+    # Keys of a dict: each size once, in this order.
     sizes = {
-        size: tokens // max(size)
-        for n in lengths
-        for d in (*_LANDMARKS, n)
-        if d <= n
-        for size in ((n, d), (d, n))
+        size: None for n in lengths for d in (*_LANDMARKS, n) if d <= n for size in ((n, d), (d, n))
     }
-    cells = []
-    for (num_queries, num_keys), batch in sizes.items():
-        rows = measure_size(num_queries, num_keys, batch)
-        print(f"{num_queries:,} queries, {num_keys:,} keys, {batch} examples")
-        for row in rows:
-            print(f"  {row['form']:22}{as_text(row)}")
-        cells += rows
+    cells = [row for size in sizes for row in measure_size(*size, tokens // max(size))]
     result = {
         "what": "output and gradients of the Gaussian primitive by its forms",
         **provenance(1),
@@ -118,6 +99,7 @@ def main() -> None:
         "cells": cells,
     }
     write_json(Path(_OUT.value), result)
+    print(as_text(cells, "queries", "keys", "form"))
 
 
 if __name__ == "__main__":

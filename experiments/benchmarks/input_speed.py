@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.input_speed --tasks=text,image --data_dir=data
 
 For each task: seconds to read the training split into memory; examples a second that batching
-delivers, padded to the paper's length, with and without buckets, medians of several turns; and of
+delivers, padded to the paper's length, with and without buckets, medians of five turns; and of
 training steps run one by one, each waited for, the share of the time that went into making the
 batch and putting it on the devices. Nothing overlaps in that, so it is more than a run waits.
 Writes JSON with commit, versions, hardware and the data's checksums. --small measures only the
@@ -33,13 +33,11 @@ from skyformer_jax.training.state import init_states
 _TASKS = flags.DEFINE_list("tasks", ["text", "image"], "Which tasks; their data are prepared.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of all data sets.")
 _SOURCE = flags.DEFINE_string("source", "", "Folder of the published files.")
-_ATTENTION = flags.DEFINE_string("attention", "skyformer", "Attention of the training steps.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Training steps of each setting.", lower_bound=1)
-_TURNS = flags.DEFINE_integer("turns", 5, "Turns of batching.", lower_bound=1)
 _SMALL = common_flags.small()
 _OUT = common_flags.out("results/input_speed.json")
 
-_SECONDS_A_TURN = 1.0
+_TURNS, _SECONDS_A_TURN = 5, 1.0  # of batching
 
 
 def examples_a_second(
@@ -49,7 +47,7 @@ def examples_a_second(
     batches = training_batches(examples, size, max_length, seed=0, buckets=buckets)
     next(batches)
     rates = []
-    for _ in range(_TURNS.value):
+    for _ in range(_TURNS):
         start, count = time.perf_counter(), 0
         while time.perf_counter() - start < _SECONDS_A_TURN:
             next(batches)
@@ -81,7 +79,7 @@ def measure(name: str) -> dict[str, Any]:
     get_config = importlib.import_module(f"configs.{name}").get_config
     result: dict[str, Any] = {}
     for variant in ("small",) if _SMALL.value else ("", "small"):
-        config = get_config(f"{_ATTENTION.value},{variant}")
+        config = get_config(f"skyformer,{variant}")
         config.data.dir, config.data.source = _DATA_DIR.value, _SOURCE.value
         start = time.perf_counter()
         run = new_run(config)
@@ -105,12 +103,6 @@ def measure(name: str) -> dict[str, Any]:
             "seconds_per_step": total / _STEPS.value,
             "input_share_of_step": spent / total,
         }
-        print(
-            f"{name:11}{variant or 'full':6}{rates['fixed length']:12,.0f} examples/s"
-            f"{rates['buckets']:12,.0f} in buckets{total / _STEPS.value:9.3f} s/step"
-            f"{100 * spent / total:8.2f} % input",
-            flush=True,
-        )
     return result
 
 
@@ -118,11 +110,11 @@ def main() -> None:
     """Measures the tasks one after the other and writes the JSON."""
     result = {
         "what": "input from memory, and its share of training steps that are waited for",
-        "attention": _ATTENTION.value,
+        "attention": "skyformer",
         **provenance(jax.device_count()),
         "seed": 0,
         "steps": _STEPS.value,
-        "turns": _TURNS.value,
+        "turns": _TURNS,
         "small": _SMALL.value,
         "tasks": {name: measure(name) for name in _TASKS.value},
     }

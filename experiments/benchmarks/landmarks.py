@@ -22,24 +22,24 @@ import scipy.sparse.linalg
 from absl import flags
 
 from experiments.benchmarks import common_flags
-from experiments.benchmarks.timing import compile_all, take_turns
-from experiments.records import provenance, write_json
+from experiments.benchmarks.timing import as_text, measure_calls
+from experiments.records import Row, provenance, write_json
 from skyformer_jax import cli
 from skyformer_jax.attention.gaussian import gaussian_scores, kernelized_attention
 from skyformer_jax.attention.skyformer import LANDMARKS, skyformer_attention
 from skyformer_jax.progress import track
 
-_LENGTH = flags.DEFINE_integer("length", 2048, "Queries, and keys.", lower_bound=2)
 _NUM_LANDMARKS = flags.DEFINE_list("num_landmarks", "16,32,64,128,256", "Which d to compare.")
 _DRAWS = flags.DEFINE_integer("draws", 10, "Draws of the random landmarks.", lower_bound=1)
 _ROUNDS = common_flags.rounds(15)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the data; draw i of the landmarks has seed i.")
 _SMALL = common_flags.small()
 _OUT = common_flags.out("results/landmarks.json")
 
 _DETERMINISTIC = ("strided", "segment_means")
 _EXACT = ("exact", 0)
+_LENGTH, _SMALL_LENGTH = 2048, 128  # of queries, and of keys
 _HEADS, _HEAD_DIM = 2, 32  # of the paper
+_SEED = 0  # of the data; draw i of the landmarks has seed i
 
 Rows = np.ndarray
 Setting = tuple[str, int]  # kind and number of landmarks
@@ -77,12 +77,12 @@ def smooth_data(rng: np.random.Generator, length: int, width: int) -> tuple[Rows
 DATA = {"gaussian": gaussian_data, "clustered": clustered_data, "smooth": smooth_data}
 
 
-def make_inputs(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+def make_inputs(name: str, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query, key and normal value of one data set, float32 [1, length, heads, head_dim]."""
-    rng = np.random.default_rng([_SEED.value, list(DATA).index(name)])
-    shape = (1, _LENGTH.value, _HEADS, _HEAD_DIM)
-    query, key = DATA[name](rng, _LENGTH.value, _HEADS * _HEAD_DIM)
-    value = rng.normal(size=shape)
+    rng = np.random.default_rng([_SEED, list(DATA).index(name)])
+    query, key = DATA[name](rng, length, _HEADS * _HEAD_DIM)
+    value = rng.normal(size=query.shape)
+    shape = (1, length, _HEADS, _HEAD_DIM)
     return tuple(jnp.asarray(x.reshape(shape), jnp.float32) for x in (query, key, value))
 
 
@@ -144,7 +144,7 @@ def measure_errors(
     return result
 
 
-def plot(rows: list[dict[str, Any]], exact_seconds: dict[str, float], path: Path) -> None:
+def plot(rows: list[Row], exact_seconds: dict[str, float], path: Path) -> None:
     """One panel a data set: kernel error against seconds, a line a kind, a marker a d."""
     figure, axes = plt.subplots(1, len(DATA), figsize=(14, 4), layout="tight", squeeze=False)
     for axis, name in zip(axes[0], DATA, strict=True):
@@ -168,45 +168,32 @@ def plot(rows: list[dict[str, Any]], exact_seconds: dict[str, float], path: Path
     figure.savefig(path, dpi=100)
 
 
-def print_table(rows: list[dict[str, Any]], exact_seconds: dict[str, float]) -> None:
-    """A line a row, and one a data set for exact attention."""
-    for row in rows:
-        line = f"{row['data']:10}{row['landmarks']:15}{row['num_landmarks']:5}"
-        for what in ("kernel", "output"):
-            error = row[f"{what}_error"]
-            line += f"   {what} {error['mean']:.5f} +- {error['deviation']:.5f}"
-        print(f"{line}{1000 * row['median_seconds']:9.1f} ms")
-    for name, seconds in exact_seconds.items():
-        print(f"{name:10}exact{1000 * seconds:9.1f} ms")
-
-
-def measure(nums_landmarks: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(nums_landmarks: Sequence[int], length: int) -> tuple[list[Row], dict[str, Any]]:
     """Rows of all data sets and settings, and what the result says of exact attention."""
     settings = [(kind, num) for kind in LANDMARKS for num in nums_landmarks]
-    inputs = {name: make_inputs(name) for name in DATA}
+    inputs = {name: make_inputs(name, length) for name in DATA}
 
-    def call(kind: str, num: int, query: Any, key: Any, value: Any, rng: Any) -> jax.Array:
+    def attend(kind: str, num: int, query: Any, key: Any, value: Any, rng: Any) -> jax.Array:
         if (kind, num) == _EXACT:
             return kernelized_attention(query, key, value)
         return skyformer_attention(query, key, value, rng=rng, num_landmarks=num, landmarks=kind)
 
-    lowerings = {
-        setting: functools.partial(
-            jax.jit(functools.partial(call, *setting)).lower, *inputs["gaussian"], jax.random.key(0)
-        )
-        for setting in [_EXACT, *settings]
-    }
-    programs, compiled = compile_all(lowerings, "attention")
-    rows, exact_seconds = [], {}
+    times = measure_calls(
+        {
+            (name, *setting): (
+                functools.partial(attend, *setting),
+                (*inputs[name], jax.random.key(0)),
+            )
+            for name in DATA
+            for setting in [_EXACT, *settings]
+        },
+        _ROUNDS.value,
+        "times",
+    )
+    rows = []
     for name in DATA:
-        arguments = (*inputs[name], jax.random.key(0))
-        turns = take_turns(
-            {setting: lambda p=p, x=arguments: p(*x) for setting, p in programs.items()},
-            _ROUNDS.value,
-            f"{name}, times",
-        )
-        exact_seconds[name] = turns[_EXACT]["median_seconds"]
         for setting, found in measure_errors(settings, inputs[name], f"{name}, errors").items():
+            time = times[name, *setting]
             row = {"data": name, "landmarks": setting[0], "num_landmarks": setting[1]}
             for what, errors in found.items():
                 row[f"{what}_error"] = {
@@ -214,22 +201,24 @@ def measure(nums_landmarks: Sequence[int]) -> tuple[list[dict[str, Any]], dict[s
                     "deviation": statistics.pstdev(errors),
                     "count": len(errors),
                 }
-            row["median_seconds"] = turns[setting]["median_seconds"]
-            row["fastest_seconds"] = min(turns[setting]["seconds"])
-            row["compile_seconds"] = compiled[setting]["compile_seconds"]
+            row["median_seconds"] = time["median_seconds"]
+            row["fastest_seconds"] = min(time["seconds"])
+            row["compile_seconds"] = time["compile_seconds"]
             rows.append(row)
-    compile_seconds = compiled[_EXACT]["compile_seconds"]
-    return rows, {"median_seconds": exact_seconds, "compile_seconds": compile_seconds}
+    exact = {name: times[name, *_EXACT] for name in DATA}
+    return rows, {
+        "median_seconds": {name: row["median_seconds"] for name, row in exact.items()},
+        "compile_seconds": statistics.median(row["compile_seconds"] for row in exact.values()),
+    }
 
 
 def main() -> None:
-    """Measures times and errors; writes the JSON and the plot, and prints a table."""
+    """Measures times and errors; writes the JSON and the plot, and prints the times."""
+    length = _SMALL_LENGTH if _SMALL.value else _LENGTH
     if _SMALL.value:
-        for flag, value in ((_LENGTH, 128), (_NUM_LANDMARKS, "16,64"), (_DRAWS, 2), (_ROUNDS, 1)):
-            flags.set_default(flag, value)
-    nums_landmarks = common_flags.integers(_NUM_LANDMARKS, 2 * _LENGTH.value)
-    rows, exact = measure(nums_landmarks)
-    print_table(rows, exact["median_seconds"])
+        common_flags.set_defaults(num_landmarks="16,64", draws=2, rounds=1)
+    rows, exact = measure(common_flags.integers(_NUM_LANDMARKS, 2 * length), length)
+    print(as_text(rows, "data", "landmarks", "num_landmarks"))
     result = {
         "what": "skyformer_attention against the exact kernelized_attention, by landmarks and "
         "their number: spectral norm of the error relative to that of the exact, of the kernel "
@@ -240,12 +229,12 @@ def main() -> None:
         **provenance(1),
         "small": _SMALL.value,
         "batch_size": 1,
-        "length": _LENGTH.value,
+        "length": length,
         "heads": _HEADS,
         "head_dim": _HEAD_DIM,
         "gamma": 0.1,
         "num_iterations": 6,
-        "seed": _SEED.value,
+        "seed": _SEED,
         "draws": {kind: 1 if kind in _DETERMINISTIC else _DRAWS.value for kind in LANDMARKS},
         "draw_seeds": list(range(_DRAWS.value)),
         "rounds": _ROUNDS.value,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib.pyplot as plt
 import ml_collections
 import numpy as np
 from absl import flags
@@ -46,15 +47,8 @@ def make_config(length: int, num_steps: int) -> ml_collections.ConfigDict:
     """The paper's model for that length, and a schedule for so few steps."""
     config = common.paper_config("text", "skyformer", max_length=length)
     config.model.update({"positions": "sinusoidal", "remat": True})
-    config.train.update(
-        {
-            "num_steps": num_steps,
-            "warmup_steps": 2,
-            "learning_rate": 1e-3,
-            "batch_size": 2,
-            "log_every": 1,
-        }
-    )
+    config.train.update({"num_steps": num_steps, "warmup_steps": 2, "learning_rate": 1e-3})
+    config.train.update({"batch_size": 2, "log_every": 1})
     return config
 
 
@@ -95,38 +89,30 @@ def measure(config: ml_collections.ConfigDict, shards: int, num_steps: int) -> d
         batch, start = sharded_batch(i), time.perf_counter()
         states, sums = compiled(states, batch)
         row["loss"].append(float(sums["loss"][0] / sums["examples"][0]))
-        seconds = time.perf_counter() - start
-        if i:  # the first one also warms
-            row["seconds"].append(seconds)
-        say(f"  step {i + 1}/{num_steps}  loss {row['loss'][-1]:.4f}  {seconds:.1f} s")
+        row["seconds"].append(time.perf_counter() - start)
+        say(f"  step {i + 1}/{num_steps}  loss {row['loss'][-1]:.4f}  {row['seconds'][-1]:.1f} s")
+    del row["seconds"][0]  # the first one also warms
     row["median_seconds"] = statistics.median(row["seconds"])
     return row
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Memory of a device against the shards, and the loss."""
-    from matplotlib.figure import Figure  # imported late: it is slow to load
-
     rows = result["rows"]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    memory, loss = figure.subplots(1, 2)
     shards = [row["parts"] for row in rows]
     mebibytes = [row["temporaries_bytes"] / 2**20 for row in rows]
+    losses = rows[-1]["loss"]
+    figure, (memory, loss) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     memory.loglog(shards, mebibytes, "o-", label="temporaries of a device")
-    memory.loglog(
-        shards, [mebibytes[0] / n for n in shards], "--", color="gray", label="1 / shards"
-    )
+    ideal = [mebibytes[0] / n for n in shards]
+    memory.loglog(shards, ideal, "--", color="gray", label="1 / shards")
     memory.set(xlabel="shards of the sequence", ylabel="MiB", xticks=shards, xticklabels=shards)
     memory.minorticks_off()
     memory.legend()
-    steps_taken = range(1, len(rows[-1]["loss"]) + 1)
-    loss.plot(steps_taken, rows[-1]["loss"], "o-")
+    loss.plot(range(1, len(losses) + 1), losses, "o-")
     loss.axhline(np.log(2), ls="--", color="gray")
-    loss.set(
-        xlabel="step",
-        ylabel="loss, nats",
-        title=f"{result['length']:,} tokens, {shards[-1]} shards",
-    )
+    title = f"{result['length']:,} tokens, {shards[-1]} shards"
+    loss.set(xlabel="step", ylabel="loss, nats", title=title)
     for axis in (memory, loss):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -135,8 +121,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measures with 1, 2, 4, ... shards, trains with the most, writes JSON and picture."""
     if _SMALL.value:
-        for flag, value in ((_LENGTH, 1024), (_FAKE_DEVICES, 2), (_STEPS, 2)):
-            flags.set_default(flag, value)
+        common_flags.set_defaults(length=1024, fake_devices=2, steps=2)
     common_flags.use_fake_devices(_FAKE_DEVICES)
     config = make_config(_LENGTH.value, _STEPS.value)
     counts = [n for n in (2**i for i in range(20)) if n <= jax.device_count()]
@@ -157,11 +142,6 @@ def main() -> None:
     out = Path(_OUT.value)
     write_json(out, result)
     plot(result, out.with_suffix(".png"))
-    for row in rows:
-        print(
-            f"{row['parts']} shard(s): {row['temporaries_bytes'] / 2**20:8,.0f} MiB, "
-            f"{row['median_seconds']:6.1f} s a step, sends {row['collectives']}"
-        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ versions and hardware. --small has two devices, none of them alone, the small Te
 of 256, the bytes of Skyformer only, messages of up to 4 KiB and one round.
 """
 
+import itertools
+import json
 import socket
 import statistics
 import subprocess
@@ -19,7 +21,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +34,12 @@ from configs import quickstart, text
 from experiments.benchmarks import common_flags
 from experiments.benchmarks.collectives import collectives
 from experiments.benchmarks.timing import as_text, lower_train_step, random_batch, time_steps
-from experiments.records import provenance, write_json
+from experiments.records import Row, provenance, write_json
 from skyformer_jax import attention, cli
 from skyformer_jax.progress import track
 from skyformer_jax.training.mesh import make_mesh
 from skyformer_jax.training.run import Run, make_run
 
-_LENGTHS = flags.DEFINE_list("lengths", "1024,4096,16384", "Of the bytes that cross devices.")
 _WIRE = flags.DEFINE_string("wire", "", "Used by the script itself: this is one of two processes.")
 _WIRE_BYTES = tuple(4**i for i in range(5, 13))  # 1 KiB to 16 MiB
 _FAKE_DEVICES = common_flags.fake_devices()
@@ -48,47 +48,42 @@ _SMALL = common_flags.small()
 _OUT = common_flags.out("results/scaling.json")
 
 
-def _run_on(config: ml_collections.ConfigDict, data: int, seq: int) -> Run:
-    return make_run(config, make_mesh(data, seq, jax.devices()[: data * seq]))
-
-
-def _quickstart(backend: str) -> ml_collections.ConfigDict:
-    config = quickstart.get_config()
+def _run(config: ml_collections.ConfigDict, data: int, seq: int) -> Run:
+    """A run on the first data x seq devices, the batch in one part."""
     config.train.accumulation = 1
-    config.parallel.backend = backend
-    return config
+    return make_run(config, make_mesh(data, seq, jax.devices()[: data * seq]))
 
 
 def _text(name: str, batch_size: int, length: int) -> ml_collections.ConfigDict:
     config = text.get_config(f"{name},small" if _SMALL.value else name)
-    config.model.max_length = length
-    config.train.update({"batch_size": batch_size, "accumulation": 1})
+    config.model.max_length, config.train.batch_size = length, batch_size
     return config
 
 
-def throughput() -> list[dict[str, Any]]:
+def throughput() -> list[Row]:
     """Rows of data, seq, backend and seconds of a step, for two models."""
     counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()][-1 if _SMALL.value else 0 :]
-    long = _text("skyformer", 4, 256 if _SMALL.value else 4096)
-    configs = {
-        **{("quickstart", n, 1, "shard_map"): _quickstart("shard_map") for n in counts},
-        **{("quickstart", n, 1, "pmap"): _quickstart("pmap") for n in counts},
-        **{("text", 1, n, "shard_map"): long for n in counts},
-    }
-    runs = {way: _run_on(config, *way[1:3]) for way, config in configs.items()}
+    runs = {}
+    for backend, n in itertools.product(("shard_map", "pmap"), counts):
+        config = quickstart.get_config()
+        config.parallel.backend = backend
+        runs["quickstart", n, 1, backend] = _run(config, n, 1)
+    for n in counts:
+        config = _text("skyformer", 4, 256 if _SMALL.value else 4096)
+        runs["text", 1, n, "shard_map"] = _run(config, 1, n)
     rows = time_steps(runs, _ROUNDS.value, "steps")
     fields = ("config", "data", "seq", "backend")
     return [{**dict(zip(fields, way, strict=True)), **row} for way, row in rows.items()]
 
 
-def crossing(names: Sequence[str], lengths: Sequence[int]) -> list[dict[str, Any]]:
+def crossing(names: Sequence[str], lengths: Sequence[int]) -> list[Row]:
     """Rows of attention, length and the bytes that cross devices in a step, by kind."""
     rows, shards = [], jax.device_count()
-    cells = [(name, length) for name in names for length in lengths]
+    cells = list(itertools.product(names, lengths))
     for name, length in track(cells, len(cells), "bytes between devices", "programs"):
         config = _text(name, 1, length)
         config.model.positions = "sinusoidal"
-        run = _run_on(config, 1, shards)
+        run = _run(config, 1, shards)
         program = lower_train_step(run, random_batch(run)).compile()
         sent = collectives(program.as_text())
         rows.append({"attention": name, "length": length, "parts": shards, "collectives": sent})
@@ -96,7 +91,7 @@ def crossing(names: Sequence[str], lengths: Sequence[int]) -> list[dict[str, Any
 
 
 def _one_of_two(where: str) -> None:
-    """Times both collectives between two processes, and prints bytes and seconds.
+    """Times both collectives between two processes, and prints each row as JSON.
 
     Args:
       where: address of process 0, a slash, and which of the two this is.
@@ -104,61 +99,48 @@ def _one_of_two(where: str) -> None:
     address, _, index = where.rpartition("/")
     jax.distributed.initialize(address, num_processes=2, process_id=int(index))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("wire",))
+    along = P("wire")
     kinds = {
         "all-reduce": lambda x: jax.lax.psum(x, "wire"),
         "collective-permute": lambda x: jax.lax.ppermute(x, "wire", [(0, 1), (1, 0)]),
     }
-    for kind, function in kinds.items():
+    sizes = _WIRE_BYTES[: 2 if _SMALL.value else None]
+    for (kind, function), size in itertools.product(kinds.items(), sizes):
         call = jax.jit(
-            jax.shard_map(
-                function, mesh=mesh, in_specs=P("wire"), out_specs=P("wire"), check_vma=False
-            )
+            jax.shard_map(function, mesh=mesh, in_specs=along, out_specs=along, check_vma=False)
         )
-        for size in _WIRE_BYTES[: 2 if _SMALL.value else None]:
-            make = jax.jit(
-                lambda size=size: jnp.zeros(2 * size // 4),
-                out_shardings=NamedSharding(mesh, P("wire")),
-            )
-            x, seconds = make(), []
-            for _ in range(21):
-                start = time.perf_counter()
-                jax.block_until_ready(call(x))
-                seconds.append(time.perf_counter() - start)
-            print(f"row {kind} {size} {statistics.median(seconds[1:])}")
+        x = jnp.zeros(2 * size // 4, device=NamedSharding(mesh, along))
+        seconds = []
+        for _ in range(21):
+            start = time.perf_counter()
+            jax.block_until_ready(call(x))
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds[1:])
+        print(json.dumps({"kind": kind, "bytes": size, "median_seconds": median}))
 
 
-def wire() -> list[dict[str, Any]]:
+def wire() -> list[Row]:
     """Rows of kind, bytes of a device and median seconds, between two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "experiments.benchmarks.scaling", f"--small={_SMALL.value}"]
     both = [
-        subprocess.Popen(
-            [*command, f"--wire={address}/{i}"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        subprocess.Popen([*command, f"--wire={address}/{i}"], stdout=subprocess.PIPE, text=True)
         for i in range(2)
     ]
     out, _ = [process.communicate()[0] for process in both]
-    rows = [line.split()[1:] for line in out.splitlines() if line.startswith("row ")]
-    return [
-        {"kind": kind, "bytes": int(size), "median_seconds": float(seconds)}
-        for kind, size, seconds in rows
-    ]
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
 def main() -> None:
     """Measures all three, prints and writes them."""
     if _WIRE.value:
         return _one_of_two(_WIRE.value)
-    names = attention.SPLITTABLE
+    names, lengths = attention.SPLITTABLE, (1024, 4096, 16_384)
     if _SMALL.value:
-        names = ("skyformer",)
-        for flag, value in ((_FAKE_DEVICES, 2), (_LENGTHS, "256"), (_ROUNDS, 1)):
-            flags.set_default(flag, value)
-    lengths = common_flags.integers(_LENGTHS)
+        names, lengths = ("skyformer",), (256,)
+        common_flags.set_defaults(fake_devices=2, rounds=1)
     common_flags.use_fake_devices(_FAKE_DEVICES)
     result = {
         "what": "what dividing a training step over devices costs: throughput, bytes, wire",
@@ -171,12 +153,8 @@ def main() -> None:
         "throughput": throughput(),
     }
     write_json(Path(_OUT.value), result)
-    for row in result["wire"]:
-        print(f"{row['kind']:20}{row['bytes']:12,} bytes  {1e3 * row['median_seconds']:9.3f} ms")
-    for row in result["crossing"]:
-        print(f"{row['attention']:16}{row['length']:8,}  {row['collectives']}")
-    for row in result["throughput"]:
-        print(f"{row['config']:12}{row['data']} x {row['seq']}  {row['backend']:10}{as_text(row)}")
+    print(as_text(result["wire"], "kind", "bytes"))
+    print(as_text(result["throughput"], "config", "data", "seq", "backend"))
     return None
 
 

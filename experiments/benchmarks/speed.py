@@ -3,12 +3,13 @@
     python -m experiments.benchmarks.speed --lengths=1024,2048,4096,8192,16384
 
 Measures the forward pass and the gradients (of a weighted sum of the output, with respect to query,
-key, value and trained variables) on normal inputs without padding. Every function is compiled ahead
-of time, which is timed apart. It is given what a layer gives it in training: the variables that the
-layer keeps, and a key where training draws anew in every step, so that drawing Skyformer's
-landmarks, Informer's sample and Reformer's hashes is part of the time. At each length the functions
-take turns in one process, and medians are reported. Temporaries are what the compiled program says
-it needs; if XLA hides them in fusions on a CPU,
+key, value and trained variables) on normal float32 inputs without padding, a sequence in a call.
+Every function is compiled ahead of time, which is timed apart. It is given what a layer gives it in
+training: the variables that the layer keeps, and a key where training draws anew in every step, so
+that drawing Skyformer's landmarks, Informer's sample and Reformer's hashes is part of the time. At
+each length the functions take turns in one process, and medians are reported. Temporaries are what
+the compiled program says it needs, and what needs more than half of a CPU's memory, or than all of
+a GPU's, is not run; if XLA hides them in fusions on a CPU,
 XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= shows them.
 
 Writes JSON after each length, with commit, versions and hardware, and a plot beside it. Started
@@ -22,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 from experiments.benchmarks import attention_cells, common_flags
@@ -30,19 +30,11 @@ from experiments.records import as_read, provenance, resume, write_json
 from skyformer_jax import attention, cli
 from skyformer_jax.errors import UserError, one_of
 
-_ATTENTIONS = flags.DEFINE_list("attentions", None, "Which; default: all.")
+_ATTENTIONS = flags.DEFINE_list("attentions", [*attention.NAMES, "kernelized-dense"], "Which.")
 _LENGTHS = flags.DEFINE_list("lengths", "1024,2048,4096,8192,16384", "Tokens of a sequence.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Sequences in a call.", lower_bound=1)
-_DTYPES = flags.DEFINE_list("dtypes", "float32", "Of query, key and value; also bfloat16.")
 _PASSES = flags.DEFINE_list("passes", "forward,gradients", "Which.")
 _MAX_SECONDS = flags.DEFINE_float(
     "max_seconds", 30, "What takes longer is timed once, and not at greater lengths.", lower_bound=0
-)
-_MAX_TEMPORARIES = flags.DEFINE_float(
-    "max_temporaries",
-    None,
-    "GiB; what needs more is not run. Default: half of a CPU's memory, all that a GPU gives.",
-    lower_bound=0,
 )
 _ROUNDS = common_flags.rounds(5)
 _SMALL = common_flags.small()
@@ -81,43 +73,30 @@ def measure(
     return result
 
 
-def _settings() -> attention_cells.Settings:
-    names = _ATTENTIONS.value
-    if names is None:
-        flash = ["flash"] if jax.default_backend() == "gpu" else []
-        names = [*attention.NAMES, "kernelized-dense", *flash]
-    for flag, values, allowed in (
-        ("attention", names, attention_cells.ATTENTIONS),
-        ("dtype", _DTYPES.value, attention_cells.DTYPES),
-        ("pass", _PASSES.value, attention_cells.PASSES),
+def main() -> None:
+    """Measures, plots, and prints the table."""
+    if _SMALL.value:
+        common_flags.set_defaults(lengths="64,128,256", rounds=1)
+    for flag, what, allowed in (
+        (_ATTENTIONS, "attention", attention_cells.ATTENTIONS),
+        (_PASSES, "pass", attention_cells.PASSES),
     ):
-        if not values:
-            raise UserError(f"no {flag} given; choose of: {', '.join(allowed)}")
-        for value in values:
-            one_of(flag, value, allowed)
-    if _MAX_TEMPORARIES.value is None:
-        max_temporaries = attention_cells.device_memory()
-    else:
-        max_temporaries = _MAX_TEMPORARIES.value * 2**30
-    return attention_cells.Settings(
-        attentions=tuple(names),
-        dtypes=tuple(_DTYPES.value),
+        if not flag.value:
+            raise UserError(f"no {what} given; choose of: {', '.join(allowed)}")
+        for value in flag.value:
+            one_of(what, value, allowed)
+    lengths = common_flags.integers(_LENGTHS)
+    settings = attention_cells.Settings(
+        attentions=tuple(_ATTENTIONS.value),
+        dtypes=("float32",),
         passes=tuple(_PASSES.value),
-        batch=_BATCH.value,
+        batch=1,
         heads=2,  # of the paper
         head_dim=32,
         rounds=_ROUNDS.value,
         max_seconds=_MAX_SECONDS.value,
-        max_temporaries=max_temporaries,
+        max_temporaries=attention_cells.device_memory(),
     )
-
-
-def main() -> None:
-    """Measures, plots, and prints the tables."""
-    if _SMALL.value:
-        flags.set_default(_LENGTHS, ["64", "128", "256"])
-        flags.set_default(_ROUNDS, 1)
-    lengths, settings = common_flags.integers(_LENGTHS), _settings()
     header = {
         "what": "attention functions, compiled: seconds of a call by turns, and bytes that the "
         "program needs; exponents are slopes in log-log from 4096 tokens on",

@@ -4,8 +4,9 @@ import concurrent.futures
 import functools
 import math
 import statistics
+import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -22,6 +23,9 @@ from skyformer_jax.training.state import init_states
 
 K = TypeVar("K", bound=Hashable)
 Program = jax.stages.Compiled
+Lower = Callable[[], jax.stages.Lowered]
+MakeCall = Callable[[Program], Callable[[], Any]]
+Job = tuple[Lower, MakeCall]
 
 NOT_REACHED = "not reached: time"
 # A call shorter than _SHORT seconds is repeated in its turn until _TURN seconds have passed. The
@@ -47,61 +51,38 @@ def attempt(action: Callable[[], Any], deadline: float) -> tuple[Any, str | None
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def compile_all(
-    lowerings: Mapping[K, Callable[[], jax.stages.Lowered]],
-    what: str,
-    *,
-    workers: int = 1,
-    deadline: float = math.inf,
-) -> tuple[dict[K, Program], dict[K, Row]]:
-    """Compiles programs ahead of time; one that the platform refuses is recorded, not raised.
+def _compile_all(
+    jobs: Mapping[K, Job], what: str, workers: int, deadline: float
+) -> tuple[dict[K, Callable[[], Any]], dict[K, Row]]:
+    """Returns the calls of the programs that compiled, and a row of measure for every name."""
+    one_traces = threading.Lock()
 
-    Args:
-      lowerings: traces and lowers each program. They are called one after the other.
-      what: names the work for the person who waits.
-      workers: programs compiled at the same time. Compile seconds compare only if it is 1.
-      deadline: time.monotonic() after which nothing more is begun.
-
-    Returns:
-      The programs that compiled, and a row for every name: compile_seconds (tracing included),
-      temporaries_bytes, argument_bytes, output_bytes and alias_bytes (of outputs that share the
-      memory of arguments); or skipped, the reason.
-    """
-
-    def lower(name: K) -> tuple[jax.stages.Lowered, float]:
-        start = time.perf_counter()
-        return lowerings[name](), time.perf_counter() - start
-
-    def compile_one(lowered: jax.stages.Lowered, seconds: float) -> tuple[Program, Row]:
-        start = time.perf_counter()
+    def compile_one(lower: Lower, make_call: MakeCall) -> tuple[Callable[[], Any], Row]:
+        with one_traces:
+            start = time.perf_counter()
+            lowered = lower()
         program = lowered.compile()
+        seconds = time.perf_counter() - start
         memory = program.memory_analysis()
-        return program, {
-            "compile_seconds": seconds + time.perf_counter() - start,
+        return make_call(program), {
+            "compile_seconds": seconds,
             "temporaries_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
             "output_bytes": memory.output_size_in_bytes,
             "alias_bytes": memory.alias_size_in_bytes,
         }
 
-    futures, programs, rows = {}, {}, {}
+    calls, rows = {}, {}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for name in track(lowerings, len(lowerings), f"{what}, compiling", "programs"):
-            lowered, reason = attempt(lambda name=name: lower(name), deadline)
-            rows[name] = {"skipped": reason}
+        results = pool.map(lambda job: attempt(lambda: compile_one(*job), deadline), jobs.values())
+        for name, (found, reason) in track(
+            zip(jobs, results, strict=True), len(jobs), f"{what}, compiling", "programs"
+        ):
             if reason is None:
-                futures[name] = pool.submit(
-                    attempt, lambda lowered=lowered: compile_one(*lowered), deadline
-                )
-                if workers == 1:
-                    concurrent.futures.wait([futures[name]])
-    for name, future in futures.items():
-        found, reason = future.result()
-        if reason is None:
-            programs[name], rows[name] = found
-        else:
-            rows[name] = {"skipped": reason}
-    return programs, rows
+                calls[name], rows[name] = found
+            else:
+                rows[name] = {"skipped": reason}
+    return calls, rows
 
 
 def _seconds(call: Callable[[], Any], count: int) -> float:
@@ -117,30 +98,17 @@ def _seconds(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def take_turns(
+def _take_turns(
     calls: Mapping[K, Callable[[], Any]],
     rounds: int,
     what: str,
-    *,
-    max_seconds: float = math.inf,
-    deadline: float = math.inf,
+    max_seconds: float,
+    deadline: float,
 ) -> dict[K, Row]:
-    """Warms all calls, then times each of them once a round, so that their times compare.
-
-    Args:
-      calls: run a compiled program each.
-      rounds: turns that each call takes.
-      what: names the work for the person who waits.
-      max_seconds: a call whose warming takes longer takes no turns; its warming is its time.
-      deadline: time.monotonic() after which nothing more is begun.
-
-    Returns:
-      For every name seconds, a list of the seconds of one call in each turn, and median_seconds;
-      or skipped, the reason.
-    """
+    """Warms all calls, then times each of them once a round, so that their times compare."""
     rows, counts = {}, {}
     for name, call in track(calls.items(), len(calls), f"{what}, warming", "programs"):
-        seconds, reason = attempt(lambda call=call: _seconds(call, 1), deadline)
+        seconds, reason = attempt(functools.partial(_seconds, call, 1), deadline)
         if reason is not None:
             rows[name] = {"skipped": reason}
         elif seconds > max_seconds:
@@ -162,8 +130,8 @@ def take_turns(
     return rows
 
 
-def measure_calls(
-    calls: Mapping[K, tuple[Callable[..., Any], tuple[Any, ...]]],
+def measure(
+    jobs: Mapping[K, Job],
     rounds: int,
     what: str,
     *,
@@ -172,39 +140,48 @@ def measure_calls(
     max_seconds: float = math.inf,
     deadline: float = math.inf,
 ) -> dict[K, Row]:
-    """Compiles functions for their arguments, then times them by turns.
+    """Compiles programs ahead of time, then times them by turns.
+
+    A program that the platform refuses is recorded, not raised.
 
     Args:
-      calls: functions to be jitted, each with its arguments.
+      jobs: for each program a function that traces and lowers it, of which one runs at a time,
+        and one that makes the call to be timed out of the compiled program.
       rounds: turns that each takes.
       what: names the work for the person who waits.
-      reason_to_skip: says of a name and its row of compile_all why the program is not to run, or
-        None.
-      workers: see compile_all.
-      max_seconds: see take_turns.
-      deadline: see both.
+      reason_to_skip: says of a name and its compiled row why it is not to run, or None.
+      workers: programs compiled at the same time. Compile seconds compare only if it is 1.
+      max_seconds: a call whose warming takes longer takes no turns; its warming is its time.
+      deadline: time.monotonic() after which nothing more is begun.
 
     Returns:
-      For every name the fields of compile_all and of take_turns.
+      For every name compile_seconds (tracing included), temporaries_bytes, argument_bytes,
+      output_bytes and alias_bytes (of outputs that share the memory of arguments); seconds, a list
+      of the seconds of one call in each turn, and median_seconds; or, for what is missing of
+      these, skipped, the reason.
     """
-    programs, rows = compile_all(
-        {name: lambda f=f, x=x: jax.jit(f).lower(*x) for name, (f, x) in calls.items()},
-        what,
-        workers=workers,
-        deadline=deadline,
-    )
-    for name in list(programs):
+    calls, rows = _compile_all(jobs, what, workers, deadline)
+    for name in list(calls):
         if reason := reason_to_skip(name, rows[name]):
             rows[name]["skipped"] = reason
-            del programs[name]
-    turns = take_turns(
-        {name: lambda p=p, x=calls[name][1]: p(*x) for name, p in programs.items()},
-        rounds,
-        what,
-        max_seconds=max_seconds,
-        deadline=deadline,
-    )
+            del calls[name]
+    turns = _take_turns(calls, rounds, what, max_seconds, deadline)
     return {name: row | turns.get(name, {}) for name, row in rows.items()}
+
+
+def measure_calls(
+    calls: Mapping[K, tuple[Callable[..., Any], tuple[Any, ...]]],
+    rounds: int,
+    what: str,
+    **options: Any,
+) -> dict[K, Row]:
+    """Measures functions that it jits, each with its arguments."""
+
+    def job(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Job:
+        lower = functools.partial(jax.jit(function).lower, *arguments)
+        return lower, lambda program: functools.partial(program, *arguments)
+
+    return measure({name: job(*call) for name, call in calls.items()}, rounds, what, **options)
 
 
 def random_batch(run: Run) -> Batch:
@@ -229,53 +206,25 @@ def lower_train_step(run: Run, batch: Batch) -> jax.stages.Lowered:
     return make_train_step(run).lower(states, batch)
 
 
-def _training(step: Program, init: Program, batch: Batch) -> Callable[[], Any]:
-    """A call that takes the next step and returns its sums."""
-    states = init()
+def time_steps(runs: Mapping[K, Run], rounds: int, what: str, **options: Any) -> dict[K, Row]:
+    """Measures each run's training step on a random batch. With num_seeds, that of all models."""
 
-    def call() -> dict[str, jax.Array]:
-        nonlocal states
-        states, sums = step(states, batch)
-        return sums
+    def job(run: Run) -> Job:
+        batch = random_batch(run)
 
-    return call
+        def make_call(step: Program) -> Callable[[], Any]:
+            states = init_states(run)
 
+            def call() -> dict[str, jax.Array]:
+                nonlocal states
+                states, sums = step(states, batch)
+                return sums
 
-def time_steps(
-    runs: Mapping[K, Run],
-    rounds: int,
-    what: str,
-    *,
-    workers: int = 1,
-    deadline: float = math.inf,
-) -> dict[K, Row]:
-    """Times the training step of each run on random_batch. With num_seeds, that of all models.
+            return call
 
-    Args:
-      runs: of complete configurations.
-      rounds: turns that each takes.
-      what: names the work for the person who waits.
-      workers: see compile_all.
-      deadline: see both.
+        return functools.partial(lower_train_step, run, batch), make_call
 
-    Returns:
-      For every name the fields of compile_all, for the step, and of take_turns.
-    """
-    batches = {name: random_batch(run) for name, run in runs.items()}
-    lowerings = {}
-    for name, run in runs.items():
-        init = functools.partial(init_states, run)
-        lowerings[name, "init"] = jax.jit(init, out_shardings=replicated(run.mesh)).lower
-        lowerings[name, "step"] = functools.partial(lower_train_step, run, batches[name])
-    programs, compiled = compile_all(lowerings, what, workers=workers, deadline=deadline)
-    calls = {
-        name: _training(programs[name, "step"], programs[name, "init"], batches[name])
-        for name in runs
-        if {(name, "step"), (name, "init")} <= programs.keys()
-    }
-    turns = take_turns(calls, rounds, what, deadline=deadline)
-    # The row of a program that was refused holds the reason alone.
-    return {name: turns.get(name, compiled[name, "init"]) | compiled[name, "step"] for name in runs}
+    return measure({name: job(run) for name, run in runs.items()}, rounds, what, **options)
 
 
 def measure_steps(
@@ -293,23 +242,29 @@ def measure_steps(
     """
     rows, runs = {}, {name: new_run(config) for name, config in configs.items()}
     for name, found in time_steps(runs, rounds, what, **options).items():
-        row = {k: found[k] for k in ("compile_seconds", "temporaries_bytes") if k in found}
+        kept = ("compile_seconds", "temporaries_bytes", "skipped")
+        rows[name] = row = {field: found[field] for field in kept if field in found}
         if "temporaries_bytes" in found:
             fields = ("temporaries_bytes", "argument_bytes", "output_bytes")
             row["bytes"] = sum(found[field] for field in fields) - found["alias_bytes"]
-        if "skipped" in found:
-            row["skipped"] = found["skipped"]
-        else:
+        if "skipped" not in found:
             row["seconds_per_step"] = found["seconds"]
             row["median_seconds_per_step"] = found["median_seconds"]
             row["steps_per_second"] = 1 / found["median_seconds"]
-        rows[name] = row
     return rows
 
 
-def as_text(row: Row) -> str:
-    """Milliseconds and MiB of temporaries of a row, or why it was skipped."""
-    if "skipped" in row:
-        return row["skipped"]
-    seconds = row.get("median_seconds_per_step", row.get("median_seconds"))
-    return f"{1e3 * seconds:12,.2f} ms{row['temporaries_bytes'] / 2**20:12,.1f} MiB of temporaries"
+def as_text(rows: Iterable[Row], *fields: str) -> str:
+    """A line for each row: the fields that name it, its time and memory, or why it has none."""
+    lines = []
+    for row in rows:
+        texts = [f"{row[field]!s:14}" for field in fields]
+        seconds = row.get("median_seconds_per_step", row.get("median_seconds"))
+        if seconds is not None:
+            texts.append(f"{1e3 * seconds:12,.2f} ms")
+        if "steps_per_second" in row:
+            texts.append(f"{row['steps_per_second']:9.2f} steps/s")
+        if "temporaries_bytes" in row:
+            texts.append(f"{row['temporaries_bytes'] / 2**20:12,.1f} MiB of temporaries")
+        lines.append(" ".join([*texts, row.get("skipped", "")]).rstrip())
+    return "\n".join(lines)
