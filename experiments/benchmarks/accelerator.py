@@ -46,7 +46,8 @@ TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 _FIRST = ("skyformer", "softmax", "kernelized")
 # The share of the minutes after which the training steps begin.
 _STEPS_FROM = 0.6
-_HEADS, _HEAD_DIM, _LANDMARKS = 2, 32, 128  # of the paper
+_HEADS, _HEAD_DIM = attention_cells.PAPER_HEADS.values()
+_LANDMARKS = 128  # of the paper
 _ROUNDS = 3
 _WORKERS = os.cpu_count() or 1
 
@@ -83,7 +84,7 @@ def measured_peaks(deadline: float) -> dict[str, float]:
     }
 
 
-def count_work(kind: str, pairs: int, rows: int, head_dim: int) -> dict[str, int]:
+def count_work(kind: str, pairs: int, rows: int) -> dict[str, int]:
     """The least that a Gaussian pass has to do, in float32.
 
     Forward, it multiplies queries by keys and scores by values: 2 products of 2 * head_dim
@@ -94,8 +95,7 @@ def count_work(kind: str, pairs: int, rows: int, head_dim: int) -> dict[str, int
     Args:
       kind: "forward" or "gradients".
       pairs: of a query and a key, over batch and heads.
-      rows: queries and keys together, over batch and heads.
-      head_dim: size of a row.
+      rows: queries and keys together, over batch and heads, of head_dim each.
 
     Returns:
       operations, exponentials, and bytes: query, key, value (and the output's gradient) read
@@ -103,9 +103,9 @@ def count_work(kind: str, pairs: int, rows: int, head_dim: int) -> dict[str, int
     """
     products, exponentials, arrays = {"forward": (2, 1, 2), "gradients": (7, 2, 4)}[kind]
     return {
-        "operations": products * 2 * head_dim * pairs,
+        "operations": products * 2 * _HEAD_DIM * pairs,
         "exponentials": exponentials * pairs,
-        "bytes": arrays * 4 * head_dim * rows,
+        "bytes": arrays * 4 * _HEAD_DIM * rows,
     }
 
 
@@ -146,9 +146,7 @@ def measure_roofline(
     rows = []
     for (which, kind, length), row in measured.items():
         of_all = tokens // length * _HEADS
-        work = count_work(
-            kind, of_all * length * _LANDMARKS, of_all * (length + _LANDMARKS), _HEAD_DIM
-        )
+        work = count_work(kind, of_all * length * _LANDMARKS, of_all * (length + _LANDMARKS))
         size = {"rows": which, "pass": kind, "length": length, "batch": tokens // length}
         rows.append(size | work | row)
         if "median_seconds" in row:
@@ -192,8 +190,7 @@ def main() -> None:
         dtypes=attention_cells.DTYPES,
         passes=attention_cells.PASSES,
         tokens=512 if small else 131_072,
-        heads=_HEADS,
-        head_dim=_HEAD_DIM,
+        **attention_cells.PAPER_HEADS,
         rounds=_ROUNDS,
         max_seconds=2,
         max_temporaries=attention_cells.device_memory(),
@@ -222,12 +219,9 @@ def main() -> None:
     }
     write_json(path, result)
     for length in lengths:
+        until = start + _STEPS_FROM * 60 * _MINUTES.value
         cells += attention_cells.measure_length(
-            settings,
-            length,
-            tuple(cells),
-            workers=_WORKERS,
-            deadline=start + _STEPS_FROM * 60 * _MINUTES.value,
+            settings, length, tuple(cells), workers=_WORKERS, deadline=until
         )
         result["attention"]["exponents"] = attention_cells.exponents(cells)
         write_json(path, result)
@@ -240,9 +234,8 @@ def main() -> None:
     print(as_text(result["gaussian_passes"], "rows", "pass", "length"))
     print(attention_cells.tables(cells))
     print(as_text(result["steps"], "task", "attention"))
-    title = (
-        f"{result['device']}, {settings.tokens:,} tokens in a call, {_HEADS} heads of {_HEAD_DIM}"
-    )
+    call = f"{settings.tokens:,} tokens in a call, {_HEADS} heads of {_HEAD_DIM}"
+    title = f"{result['device']}, {call}"
     attention_cells.plot(result["attention"], title, path.with_suffix(".png"))
 
 

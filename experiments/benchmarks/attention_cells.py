@@ -26,6 +26,7 @@ from skyformer_jax.progress import say
 
 PASSES = ("forward", "gradients")
 DTYPES = ("float32", "bfloat16")
+PAPER_HEADS = {"heads": 2, "head_dim": 32}
 # Exponents are fitted to at least so many points at lengths from this on, where what does not
 # depend on the length no longer counts.
 _FIT_FROM = 4096
@@ -48,11 +49,9 @@ class Settings:
       attentions: of ATTENTIONS.
       dtypes: of DTYPES, those of query, key and value.
       passes: of PASSES.
-      heads: number of heads.
-      head_dim: size of a head.
+      heads: number of heads, of head_dim each.
       rounds: turns that each cell takes.
       batch: sequences in a call; 0 means as many as have `tokens` tokens altogether.
-      tokens: see batch.
       max_seconds: a cell that takes longer is timed once, and is not timed at greater lengths.
       max_temporaries: bytes; a cell that needs more is not run.
       seed: of inputs, variables and what is drawn.

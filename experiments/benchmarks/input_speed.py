@@ -42,8 +42,8 @@ _TURNS, _SECONDS_A_TURN = 5, 1.0  # of batching
 
 def examples_a_second(
     examples: Examples, size: int, max_length: int, buckets: tuple[int, ...]
-) -> list[float]:
-    """Of batching alone, one figure a turn."""
+) -> float:
+    """Of batching alone, the median of the turns."""
     batches = training_batches(examples, size, max_length, seed=0, buckets=buckets)
     next(batches)
     rates = []
@@ -53,7 +53,7 @@ def examples_a_second(
             next(batches)
             count += size
         rates.append(count / (time.perf_counter() - start))
-    return rates
+    return statistics.median(rates)
 
 
 def step_times(examples: Examples, run: Run) -> tuple[float, float]:
@@ -87,9 +87,7 @@ def measure(name: str) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         total, spent = step_times(examples, run)
         size, longest = config.train.batch_size, config.model.max_length
-        rates = {}
-        for what, buckets in (("fixed length", ()), ("buckets", (longest // 4, longest // 2))):
-            rates[what] = statistics.median(examples_a_second(examples, size, longest, buckets))
+        buckets = {"fixed length": (), "buckets": (longest // 4, longest // 2)}
         data_set = tasks.get(config.task).data_set(_DATA_DIR.value, source=_SOURCE.value or None)
         result[variant or "full"] = {
             "data": store.describe(data_set),
@@ -99,7 +97,10 @@ def measure(name: str) -> dict[str, Any]:
             "padded_length": longest,
             "batch_size": size,
             "seconds_to_load": seconds,
-            "examples_per_second": rates,
+            "examples_per_second": {
+                what: examples_a_second(examples, size, longest, lengths)
+                for what, lengths in buckets.items()
+            },
             "seconds_per_step": total / _STEPS.value,
             "input_share_of_step": spent / total,
         }

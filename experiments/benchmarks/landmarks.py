@@ -104,7 +104,8 @@ def approximate_matrix(
 ) -> jax.Array:
     """What skyformer_attention has in place of the kernel matrix, [heads, q_length, kv_length].
 
-    It is read off with the columns of the identity, head_dim at a time, as values.
+    It is read off with the columns of the identity, head_dim at a time, as values. head_dim must
+    divide kv_length.
     """
     attend = functools.partial(
         skyformer_attention,
@@ -116,31 +117,35 @@ def approximate_matrix(
         inverse="cholesky",
     )
     _, length, heads, head_dim = key.shape
-    pieces = -(-length // head_dim)
-    identity = jnp.eye(length, pieces * head_dim).reshape(length, pieces, head_dim)
-    values = jnp.moveaxis(identity, 1, 0)[:, None, :, None]  # [pieces, 1, length, 1, head_dim]
-    values = jnp.broadcast_to(values, (pieces, 1, length, heads, head_dim))
-    out = jax.vmap(attend)(values)[:, 0]  # [pieces, length, heads, head_dim]
-    return jnp.transpose(out, (2, 1, 0, 3)).reshape(heads, length, -1)[..., :length]
+    identity = jnp.eye(length).reshape(1, length, -1, 1, head_dim)
+    out = jax.vmap(attend, 2, 2)(jnp.repeat(identity, heads, axis=3))
+    return jnp.moveaxis(out[0], 2, 0).reshape(heads, length, length)
 
 
 def measure_errors(
     settings: list[Setting], inputs: tuple[jax.Array, ...], what: str
-) -> dict[Setting, dict[str, list[float]]]:
-    """Relative spectral errors of kernel matrix and output, one a draw and head."""
+) -> dict[Setting, Row]:
+    """Relative spectral errors of kernel matrix and output, over draws and heads."""
     query, key, value = inputs
     exact = np.asarray(gaussian_scores(query, key, query.shape[-1] ** -0.5)[0])
     values = np.moveaxis(np.asarray(value[0]), 1, 0)  # [heads, length, head_dim]
     norms = spectral_norms(exact), spectral_norms(exact @ values)
     result = {}
     for kind, num in track(settings, len(settings), what, "settings"):
-        kernel, output = [], []
+        errors: dict[str, list[float]] = {"kernel_error": [], "output_error": []}
         for draw in range(1 if kind in _DETERMINISTIC else _DRAWS.value):
             matrix = approximate_matrix(query, key, jax.random.key(draw), kind, num)
             error = np.asarray(matrix) - exact
-            kernel += (spectral_norms(error) / norms[0]).tolist()
-            output += (spectral_norms(error @ values) / norms[1]).tolist()
-        result[kind, num] = {"kernel": kernel, "output": output}
+            errors["kernel_error"] += (spectral_norms(error) / norms[0]).tolist()
+            errors["output_error"] += (spectral_norms(error @ values) / norms[1]).tolist()
+        result[kind, num] = {
+            what: {
+                "mean": statistics.fmean(found),
+                "deviation": statistics.pstdev(found),
+                "count": len(found),
+            }
+            for what, found in errors.items()
+        }
     return result
 
 
@@ -178,33 +183,28 @@ def measure(nums_landmarks: Sequence[int], length: int) -> tuple[list[Row], dict
             return kernelized_attention(query, key, value)
         return skyformer_attention(query, key, value, rng=rng, num_landmarks=num, landmarks=kind)
 
-    times = measure_calls(
-        {
-            (name, *setting): (
-                functools.partial(attend, *setting),
-                (*inputs[name], jax.random.key(0)),
-            )
-            for name in DATA
-            for setting in [_EXACT, *settings]
-        },
-        _ROUNDS.value,
-        "times",
-    )
+    calls = {
+        (name, *setting): (functools.partial(attend, *setting), (*inputs[name], jax.random.key(0)))
+        for name in DATA
+        for setting in [_EXACT, *settings]
+    }
+    times = measure_calls(calls, _ROUNDS.value, "times")
     rows = []
     for name in DATA:
-        for setting, found in measure_errors(settings, inputs[name], f"{name}, errors").items():
-            time = times[name, *setting]
-            row = {"data": name, "landmarks": setting[0], "num_landmarks": setting[1]}
-            for what, errors in found.items():
-                row[f"{what}_error"] = {
-                    "mean": statistics.fmean(errors),
-                    "deviation": statistics.pstdev(errors),
-                    "count": len(errors),
+        errors = measure_errors(settings, inputs[name], f"{name}, errors")
+        for (kind, num), found in errors.items():
+            time = times[name, kind, num]
+            rows.append(
+                {
+                    "data": name,
+                    "landmarks": kind,
+                    "num_landmarks": num,
+                    **found,
+                    "median_seconds": time["median_seconds"],
+                    "fastest_seconds": min(time["seconds"]),
+                    "compile_seconds": time["compile_seconds"],
                 }
-            row["median_seconds"] = time["median_seconds"]
-            row["fastest_seconds"] = min(time["seconds"])
-            row["compile_seconds"] = time["compile_seconds"]
-            rows.append(row)
+            )
     exact = {name: times[name, *_EXACT] for name in DATA}
     return rows, {
         "median_seconds": {name: row["median_seconds"] for name, row in exact.items()},

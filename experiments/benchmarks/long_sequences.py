@@ -26,7 +26,7 @@ from absl import flags
 from configs import common
 from experiments.benchmarks import common_flags
 from experiments.benchmarks.collectives import collectives
-from experiments.benchmarks.timing import lower_train_step
+from experiments.benchmarks.timing import lower_train_step, memory
 from experiments.records import provenance, write_json
 from skyformer_jax import cli
 from skyformer_jax.data.batches import Batch
@@ -73,17 +73,14 @@ def measure(config: ml_collections.ConfigDict, shards: int, num_steps: int) -> d
         return shard_batch(make_batch(config.model.max_length, i), run.mesh, axis=1)
 
     compiled = lower_train_step(run, sharded_batch(0)).compile()
-    memory = compiled.memory_analysis()
     row = {
         "parts": shards,
-        "temporaries_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
+        **memory(compiled),
         "collectives": collectives(compiled.as_text()),
         "seconds": [],
         "loss": [],
     }
-    say(f"{shards} shard(s): {memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries a device")
+    say(f"{shards} shard(s): {row['temporaries_bytes'] / 2**20:,.0f} MiB of temporaries a device")
     states = init_states(run)
     for i in range(num_steps):
         batch, start = sharded_batch(i), time.perf_counter()
@@ -102,18 +99,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
     shards = [row["parts"] for row in rows]
     mebibytes = [row["temporaries_bytes"] / 2**20 for row in rows]
     losses = rows[-1]["loss"]
-    figure, (memory, loss) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    memory.loglog(shards, mebibytes, "o-", label="temporaries of a device")
+    figure, (size, loss) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    size.loglog(shards, mebibytes, "o-", label="temporaries of a device")
     ideal = [mebibytes[0] / n for n in shards]
-    memory.loglog(shards, ideal, "--", color="gray", label="1 / shards")
-    memory.set(xlabel="shards of the sequence", ylabel="MiB", xticks=shards, xticklabels=shards)
-    memory.minorticks_off()
-    memory.legend()
+    size.loglog(shards, ideal, "--", color="gray", label="1 / shards")
+    size.set(xlabel="shards of the sequence", ylabel="MiB", xticks=shards, xticklabels=shards)
+    size.minorticks_off()
+    size.legend()
     loss.plot(range(1, len(losses) + 1), losses, "o-")
     loss.axhline(np.log(2), ls="--", color="gray")
     title = f"{result['length']:,} tokens, {shards[-1]} shards"
     loss.set(xlabel="step", ylabel="loss, nats", title=title)
-    for axis in (memory, loss):
+    for axis in (size, loss):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 

@@ -12,12 +12,11 @@ versions and hardware. --small has two devices, none of them alone, the small Te
 of 256, the bytes of Skyformer only, messages of up to 4 KiB and one round.
 """
 
+import concurrent.futures
 import itertools
-import json
+import multiprocessing
 import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,8 +38,6 @@ from skyformer_jax.progress import track
 from skyformer_jax.training.mesh import make_mesh
 from skyformer_jax.training.run import Run, make_run
 
-_WIRE = flags.DEFINE_string("wire", "", "Used by the script itself: this is one of two processes.")
-_WIRE_BYTES = tuple(4**i for i in range(5, 13))  # 1 KiB to 16 MiB
 _FAKE_DEVICES = common_flags.fake_devices()
 _ROUNDS = common_flags.rounds(5)
 _SMALL = common_flags.small()
@@ -90,21 +86,21 @@ def crossing(names: Sequence[str], lengths: Sequence[int]) -> list[Row]:
     return rows
 
 
-def _one_of_two(where: str) -> None:
-    """Times both collectives between two processes, and prints each row as JSON.
+def _time_collectives(address: str, index: int, sizes: Sequence[int]) -> list[Row]:
+    """The rows of wire, measured by one of two processes that both call this.
 
     Args:
-      where: address of process 0, a slash, and which of the two this is.
+      address: of process 0.
+      index: of this process.
+      sizes: bytes of each process.
     """
-    address, _, index = where.rpartition("/")
-    jax.distributed.initialize(address, num_processes=2, process_id=int(index))
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("wire",))
-    along = P("wire")
+    jax.distributed.initialize(address, num_processes=2, process_id=index)
+    mesh, along = jax.sharding.Mesh(np.array(jax.devices()), ("wire",)), P("wire")
     kinds = {
         "all-reduce": lambda x: jax.lax.psum(x, "wire"),
         "collective-permute": lambda x: jax.lax.ppermute(x, "wire", [(0, 1), (1, 0)]),
     }
-    sizes = _WIRE_BYTES[: 2 if _SMALL.value else None]
+    rows = []
     for (kind, function), size in itertools.product(kinds.items(), sizes):
         call = jax.jit(
             jax.shard_map(function, mesh=mesh, in_specs=along, out_specs=along, check_vma=False)
@@ -116,7 +112,9 @@ def _one_of_two(where: str) -> None:
             jax.block_until_ready(call(x))
             seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds[1:])
-        print(json.dumps({"kind": kind, "bytes": size, "median_seconds": median}))
+        rows.append({"kind": kind, "bytes": size, "median_seconds": median})
+    jax.distributed.shutdown()
+    return rows
 
 
 def wire() -> list[Row]:
@@ -124,19 +122,15 @@ def wire() -> list[Row]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "experiments.benchmarks.scaling", f"--small={_SMALL.value}"]
-    both = [
-        subprocess.Popen([*command, f"--wire={address}/{i}"], stdout=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    out, _ = [process.communicate()[0] for process in both]
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    sizes = [4**i for i in range(5, 7 if _SMALL.value else 13)]  # 1 KiB to 16 MiB
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, spawn) as pool:
+        of_first, _ = pool.map(_time_collectives, [address] * 2, range(2), [sizes] * 2)
+    return of_first
 
 
 def main() -> None:
     """Measures all three, prints and writes them."""
-    if _WIRE.value:
-        return _one_of_two(_WIRE.value)
     names, lengths = attention.SPLITTABLE, (1024, 4096, 16_384)
     if _SMALL.value:
         names, lengths = ("skyformer",), (256,)
@@ -155,7 +149,6 @@ def main() -> None:
     write_json(Path(_OUT.value), result)
     print(as_text(result["wire"], "kind", "bytes"))
     print(as_text(result["throughput"], "config", "data", "seq", "backend"))
-    return None
 
 
 if __name__ == "__main__":

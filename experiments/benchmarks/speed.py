@@ -26,9 +26,10 @@ from typing import Any
 from absl import flags
 
 from experiments.benchmarks import attention_cells, common_flags
+from experiments.benchmarks.attention_cells import Settings
 from experiments.records import as_read, provenance, resume, write_json
 from skyformer_jax import attention, cli
-from skyformer_jax.errors import UserError, one_of
+from skyformer_jax.errors import one_of
 
 _ATTENTIONS = flags.DEFINE_list("attentions", [*attention.NAMES, "kernelized-dense"], "Which.")
 _LENGTHS = flags.DEFINE_list("lengths", "1024,2048,4096,8192,16384", "Tokens of a sequence.")
@@ -42,10 +43,7 @@ _OUT = common_flags.out("results/speed_cpu.json")
 
 
 def measure(
-    settings: attention_cells.Settings,
-    lengths: Sequence[int],
-    path: Path,
-    header: Mapping[str, Any],
+    settings: Settings, lengths: Sequence[int], path: Path, header: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Measures length by length into a JSON file, from where an interrupted run left it.
 
@@ -77,22 +75,17 @@ def main() -> None:
     """Measures, plots, and prints the table."""
     if _SMALL.value:
         common_flags.set_defaults(lengths="64,128,256", rounds=1)
-    for flag, what, allowed in (
-        (_ATTENTIONS, "attention", attention_cells.ATTENTIONS),
-        (_PASSES, "pass", attention_cells.PASSES),
-    ):
-        if not flag.value:
-            raise UserError(f"no {what} given; choose of: {', '.join(allowed)}")
-        for value in flag.value:
-            one_of(what, value, allowed)
+    for name in _ATTENTIONS.value or [""]:
+        one_of("attention", name, attention_cells.ATTENTIONS)
+    for kind in _PASSES.value or [""]:
+        one_of("pass", kind, attention_cells.PASSES)
     lengths = common_flags.integers(_LENGTHS)
-    settings = attention_cells.Settings(
+    settings = Settings(
         attentions=tuple(_ATTENTIONS.value),
         dtypes=("float32",),
         passes=tuple(_PASSES.value),
         batch=1,
-        heads=2,  # of the paper
-        head_dim=32,
+        **attention_cells.PAPER_HEADS,
         rounds=_ROUNDS.value,
         max_seconds=_MAX_SECONDS.value,
         max_temporaries=attention_cells.device_memory(),

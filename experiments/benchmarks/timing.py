@@ -51,6 +51,17 @@ def attempt(action: Callable[[], Any], deadline: float) -> tuple[Any, str | None
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def memory(program: Program) -> Row:
+    """Bytes of a program on a device; alias_bytes are of outputs that share arguments' memory."""
+    found = program.memory_analysis()
+    return {
+        "temporaries_bytes": found.temp_size_in_bytes,
+        "argument_bytes": found.argument_size_in_bytes,
+        "output_bytes": found.output_size_in_bytes,
+        "alias_bytes": found.alias_size_in_bytes,
+    }
+
+
 def _compile_all(
     jobs: Mapping[K, Job], what: str, workers: int, deadline: float
 ) -> tuple[dict[K, Callable[[], Any]], dict[K, Row]]:
@@ -63,14 +74,7 @@ def _compile_all(
             lowered = lower()
         program = lowered.compile()
         seconds = time.perf_counter() - start
-        memory = program.memory_analysis()
-        return make_call(program), {
-            "compile_seconds": seconds,
-            "temporaries_bytes": memory.temp_size_in_bytes,
-            "argument_bytes": memory.argument_size_in_bytes,
-            "output_bytes": memory.output_size_in_bytes,
-            "alias_bytes": memory.alias_size_in_bytes,
-        }
+        return make_call(program), {"compile_seconds": seconds, **memory(program)}
 
     calls, rows = {}, {}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -155,10 +159,9 @@ def measure(
       deadline: time.monotonic() after which nothing more is begun.
 
     Returns:
-      For every name compile_seconds (tracing included), temporaries_bytes, argument_bytes,
-      output_bytes and alias_bytes (of outputs that share the memory of arguments); seconds, a list
-      of the seconds of one call in each turn, and median_seconds; or, for what is missing of
-      these, skipped, the reason.
+      For every name compile_seconds (tracing included), the fields of memory, seconds, a list of
+      the seconds of one call in each turn, and median_seconds; or, for what is missing of these,
+      skipped, the reason.
     """
     calls, rows = _compile_all(jobs, what, workers, deadline)
     for name in list(calls):
