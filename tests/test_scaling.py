@@ -11,10 +11,9 @@ from scripts import import_script
 from test_model import tiny_config
 
 from experiments.benchmarks.collectives import collectives
+from experiments.benchmarks.timing import lower_train_step, random_batch
 from skyformer_jax.attention import kernelized_attention, skyformer_attention
-from skyformer_jax.data.batches import Batch
-from skyformer_jax.training.sharded_step import make_train_step
-from skyformer_jax.training.state import init_states
+from skyformer_jax.training.state import state_spec
 
 long_sequences = import_script("benchmarks.long_sequences")
 
@@ -22,11 +21,9 @@ long_sequences = import_script("benchmarks.long_sequences")
 def compiled_step(length, parts=8, **changes):
     """A training step of two sequences, each over so many devices; compiled, not run."""
     config = tiny_config("skyformer", num_layers=1, max_length=length, **changes)
-    run = run_on(config, 1, parts, optimizer=optax.sgd(1.0), log_every=10, accumulation=1)
-    states = jax.eval_shape(lambda: init_states(run))
-    numbers = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    batch = Batch(jax.ShapeDtypeStruct((1, 2, length), jnp.uint8), numbers, numbers)
-    return states, make_train_step(run).lower(states, batch).compile()
+    train = {"batch_size": 2, "log_every": 10, "accumulation": 1}
+    run = run_on(config, 1, parts, optimizer=optax.sgd(1.0), **train)
+    return state_spec(run), lower_train_step(run, random_batch(run)).compile()
 
 
 def sent_by_gradients(attend, length, parts):
@@ -63,12 +60,12 @@ def test_what_skyformer_sends_does_not_grow_with_the_length():
 @pytest.mark.slow
 def test_what_a_step_sends_does_not_grow_with_the_length():
     """Of a whole training step of Skyformer; memory does grow."""
-    states, short = compiled_step(256, positions="sinusoidal")
+    state, short = compiled_step(256, positions="sinusoidal")
     _, long = compiled_step(1024, positions="sinusoidal")
     sent = collectives(short.as_text())
     assert collectives(long.as_text()) == sent
     # At the least the gradients, of which a table of positions would be a part.
-    num_parameters = sum(x.size for x in jax.tree.leaves(states.params))
+    num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     assert sum(x["bytes"] for x in sent.values()) > 4 * num_parameters
     assert "collective-permute" not in sent
     grown = long.memory_analysis().temp_size_in_bytes

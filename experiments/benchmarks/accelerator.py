@@ -60,7 +60,7 @@ PEAKS = {
 }
 
 
-def measured_peaks(deadline: float) -> dict[str, float]:
+def measure_peaks(deadline: float) -> dict[str, float]:
     """Operations a second of large square products, and bytes a second of a large sum.
 
     "float32" is at the highest precision, "tf32" as a GPU multiplies float32 otherwise.
@@ -112,18 +112,10 @@ def count_work(kind: str, pairs: int, rows: int) -> dict[str, int]:
 def measure_roofline(
     tokens: int, lengths: tuple[int, ...], peaks: Mapping[str, float], deadline: float
 ) -> list[Row]:
-    """A row for each Gaussian pass, length and kind.
+    """A row for each Gaussian pass, length and kind, with tokens // length sequences in a call.
 
-    Args:
-      tokens: in a call.
-      lengths: of a sequence; there are tokens // length of them.
-      peaks: operations a second by unit, and bytes a second.
-      deadline: time.monotonic() after which nothing more is begun.
-
-    Returns:
-      Rows of the pass, the count_work, the fields of timing.measure, and shares: for the units
-      "float32" and "tf32", if they have a peak, the least time that the device needs over the
-      median.
+    It has the count_work, the fields of timing.measure, and shares: for the units "float32" and
+    "tf32", if they have a peak, the least time that the device needs over the median.
     """
 
     def forward(query: jax.Array, key: jax.Array, value: jax.Array, _: jax.Array) -> jax.Array:
@@ -179,7 +171,7 @@ def step_rows(names: tuple[str, ...], tasks: tuple[str, ...], deadline: float) -
 
 
 def main() -> None:
-    """Measures one section after the other, writing each; plots, and prints tables at the end."""
+    """Measures one section after the other, writing each; prints tables and plots at the end."""
     start = time.monotonic()
     if jax.default_backend() == "cpu" and not _SMALL.value:
         raise UserError("jax finds no accelerator here; --small tries the script on a CPU")
@@ -197,7 +189,7 @@ def main() -> None:
     )
     lengths = (128, 256) if small else (1024, 4096, 16_384, 65_536, 131_072)
     data_sheet_peaks = PEAKS.get(jax.devices()[0].device_kind)
-    peaks = measured_peaks(deadline)
+    peaks = measure_peaks(deadline)
     cells: list[Row] = []
     result: dict[str, Any] = {
         "what": "Gaussian passes against the device's peaks; attention functions at a fixed number "

@@ -274,12 +274,8 @@ def _draw(
 def plot(result: Mapping[str, Any], title: str, path: Path) -> None:
     """Draws time and temporaries of a call against the length, with exponents in the legends.
 
-    An attention is drawn in the first dtype that it was measured in.
-
-    Args:
-      result: with settings, cells (of measure_length) and exponents.
-      title: says what all cells have in common.
-      path: of the picture.
+    An attention is drawn in the first dtype that it was measured in. The result has settings, cells
+    (of measure_length) and exponents; the title says what all cells have in common.
     """
     kinds = result["settings"]["passes"]
     figure, axes = plt.subplots(

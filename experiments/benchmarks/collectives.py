@@ -31,9 +31,8 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
     Returns:
       For each kind that occurs, the count of an execution and the bytes of their results. An
-      all-reduce of B bytes over S devices
-      sends about 2 B (S - 1) / S of them from each device, an all-gather B (S - 1) / S, a
-      collective-permute B.
+      all-reduce of B bytes over S devices sends about 2 B (S - 1) / S of them from each device, an
+      all-gather B (S - 1) / S, a collective-permute B.
 
     Raises:
       ValueError: for a collective in a loop whose number of turns is not known.

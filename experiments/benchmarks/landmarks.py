@@ -107,15 +107,11 @@ def approximate_matrix(
     It is read off with the columns of the identity, head_dim at a time, as values. head_dim must
     divide kv_length.
     """
-    attend = functools.partial(
-        skyformer_attention,
-        query,
-        key,
-        rng=rng,
-        num_landmarks=num_landmarks,
-        landmarks=kind,
-        inverse="cholesky",
-    )
+
+    def attend(value: jax.Array) -> jax.Array:
+        options = {"num_landmarks": num_landmarks, "landmarks": kind, "inverse": "cholesky"}
+        return skyformer_attention(query, key, value, rng=rng, **options)
+
     _, length, heads, head_dim = key.shape
     identity = jnp.eye(length).reshape(1, length, -1, 1, head_dim)
     out = jax.vmap(attend, 2, 2)(jnp.repeat(identity, heads, axis=3))

@@ -87,13 +87,7 @@ def crossing(names: Sequence[str], lengths: Sequence[int]) -> list[Row]:
 
 
 def _time_collectives(address: str, index: int, sizes: Sequence[int]) -> list[Row]:
-    """The rows of wire, measured by one of two processes that both call this.
-
-    Args:
-      address: of process 0.
-      index: of this process.
-      sizes: bytes of each process.
-    """
+    """The rows of wire, by one of two processes that both call this; process 0 has the address."""
     jax.distributed.initialize(address, num_processes=2, process_id=index)
     mesh, along = jax.sharding.Mesh(np.array(jax.devices()), ("wire",)), P("wire")
     kinds = {

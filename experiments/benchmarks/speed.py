@@ -47,12 +47,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measures length by length into a JSON file, from where an interrupted run left it.
 
-    Args:
-      settings: what to measure.
-      lengths: in rising order.
-      path: of the file, written whole after each length. If it is there already, from the same
-        settings and header, only lengths that it lacks are measured.
-      header: what the file says first, with the commit.
+    The file is written whole after each length. If it is there already, from the same settings and
+    header, which has the commit, only lengths that it lacks are measured, in rising order.
 
     Returns:
       What the file holds: the header, settings, cells (see attention_cells.measure_length) and
