@@ -60,15 +60,14 @@ def _kind(checkpoint: Path, path: Path) -> str:
     return str((path.parent if path.parent.name == "d" else path).relative_to(checkpoint))
 
 
-def fill(folder: Path, spare: int) -> Path:
-    """Fills the disk of a folder but for `spare` bytes, by a file whose path it returns."""
+def fill(folder: Path, spare: int) -> None:
+    """Fills the disk of a folder but for `spare` bytes, by one file."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
     # The last write was short by a page at most.
     os.truncate(filler, max(filler.stat().st_size - spare, 0))
-    return filler
 
 
 @contextlib.contextmanager
@@ -79,6 +78,11 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
         yield
     finally:
         administer("umount", folder)
+
+
+def remount(folder: Path, options: str) -> None:
+    """Changes the options of a small disk that is mounted there."""
+    administer("mount", "-o", f"remount,{options}", folder)
 
 
 def administer(*words: str | Path) -> None:
