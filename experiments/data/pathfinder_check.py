@@ -118,10 +118,10 @@ def compare(original: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> dic
     return table
 
 
-def draw_picture(original: Set, ours: Set, path: Path) -> None:
-    """Ten images of each label from both, and histograms of some statistics."""
-    sources = {"original": original, "ours": ours}
-    values = {who: statistics(images) for who, (images, _) in sources.items()}
+def draw_picture(
+    sources: dict[str, Set], described: dict[str, dict[str, np.ndarray]], path: Path
+) -> None:
+    """Ten images of each label from each source, and histograms of some statistics."""
     names = ("mean", "pixels above 60", "their connected components")
     names = (*names, "pixels of discs", "distance of discs")
     figure = plt.figure(figsize=(15, 8.5), layout="constrained")
@@ -134,8 +134,8 @@ def draw_picture(original: Set, ours: Set, path: Path) -> None:
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{who}, label {label}")
     for axis, name in zip(below.subplots(1, len(names)), names, strict=True):
-        bins = np.histogram_bin_edges(np.concatenate([x[name] for x in values.values()]), 24)
-        for who, x in values.items():
+        bins = np.histogram_bin_edges(np.concatenate([x[name] for x in described.values()]), 24)
+        for who, x in described.items():
             axis.hist(x[name], bins, density=True, histtype="step", label=who)
         axis.set(title=name, yticks=[])
     axis.legend()
@@ -272,9 +272,12 @@ def main() -> None:
         for difficulty in pathfinder.DIFFICULTIES
     ]
     ours = pathfinder.generate(sizes.compared, seed=0)
-    described = [{**statistics(images), "label": labels} for images, labels in (original, ours)]
+    sources = {"original": original, "ours": ours}
+    described = {
+        who: {**statistics(images), "label": labels} for who, (images, labels) in sources.items()
+    }
     with replacing(path.with_suffix(".png")) as part:
-        draw_picture(original, ours, part)
+        draw_picture(sources, described, part)
     before = time.perf_counter()
     hard = pathfinder.settings(32, "hard")
     sets = [
@@ -292,8 +295,8 @@ def main() -> None:
         "with github.com/drewlinsley/pathfinder; ours: skyformer_jax.data.pathfinder, seeds 0 "
         "(compared), 100 and 101 (training), 102 (test)",
         **provenance(1),
-        "compared": {"original": len(original[1]), "ours": len(ours[1])},
-        "statistics": compare(*described),
+        "compared": {who: len(labels) for who, (_, labels) in sources.items()},
+        "statistics": compare(**described),
         "training": {
             "dashes_of_targets": [*_CURRICULUM, pathfinder.DIFFICULTIES["hard"]],
             "images": [len(labels) for _, labels in sets],

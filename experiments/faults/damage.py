@@ -86,11 +86,7 @@ def remount(folder: Path, options: str) -> None:
 
 
 def administer(*words: str | Path) -> None:
-    """Runs a command of the system's administration.
-
-    Raises:
-      NotTriedError: if there is no such command, or no right to use it.
-    """
+    """Runs a command; a NotTriedError if there is none, or no right to use it."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     except FileNotFoundError:

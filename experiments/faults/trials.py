@@ -95,21 +95,15 @@ def _refused(
     again: bool = False,
     others: Sequence[str] = (),
 ) -> list[Row]:
-    """Judges a process that had to end with one line, also if started again, and finishes its run.
+    """Judges a process that had to end with one line, mends the cause and finishes the run.
 
-    Args:
-      lab: of the trial.
-      folder: of the trial.
-      end: of the process.
-      detail: of the fault.
-      mend: removes the cause, before the run is finished.
-      again: whether to start once before that.
-      others: what else is wrong.
+    again starts once before that, which must end with one line too; others are the problems that
+    the caller found.
     """
     before = judge.look(workdir(folder))
     line, problems = judge.complaint(end)
     if again:
-        detail += ", and started again before this was mended"
+        detail += ", and started again before there were more"
         problems += judge.complaint(run(folder))[1]
     mend()
     problems += [*others, *_finish(lab, folder, before)]
@@ -201,22 +195,20 @@ def _damage(
 def _full_disk(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
     """A disk too small to start on, or one that is filled, nearly, while a run goes on."""
     disk = folder / "disk"
+    target = ("", "steps", "save", "validation", "compiling", "final evaluation")[index % 6]
+    spare = rng.choice((0, 0, 4096, 30_000, 100_000, 300_000))
     with damage.small_disk(disk, 24 if index else 8):
         if index == 0:
             end, detail = run(folder)._replace(phase="before the start"), "8 MiB"
         else:
-            target = ("", "steps", "save", "validation", "compiling", "final evaluation")[index % 6]
-            spare = rng.choice((0, 0, 4096, 30_000, 100_000, 300_000))
-            seconds, detail = (
-                rng.uniform(0, 0.05 if target else lab.seconds),
-                f"{spare:,} bytes left",
-            )
+            seconds = rng.uniform(0, 0.05 if target else lab.seconds)
             end = run(folder, Fault(lambda process: damage.fill(disk, spare), seconds, target))
-            if not end.phase:
-                raise NotTriedError(_TOO_LATE)
-            if end.status == 0:
-                problems = judge.finished(lab.end, workdir(folder), end)
-                return [make_row(end.phase, detail, f"enough, {_SAME_END}", problems)]
+            detail = f"{spare:,} bytes left"
+        if not end.phase:
+            raise NotTriedError(_TOO_LATE)
+        if end.status == 0 and index:
+            problems = judge.finished(lab.end, workdir(folder), end)
+            return [make_row(end.phase, detail, f"enough, {_SAME_END}", problems)]
         mend = functools.partial(damage.remount, disk, "size=64m")
         return _refused(lab, folder, end, detail, mend, again=index % 2 == 1)
 
@@ -259,18 +251,19 @@ def _not_a_number(lab: Lab, folder: Path, rng: random.Random, index: int) -> lis
     bad = rng.randrange(1, runner.NUM_STEPS + 1)
     program = ("-m", "experiments.faults.poisoned", f"--poisoned_step={bad}")
     end = run(folder, program=program, **{"train.non_finite": non_finite})
-    lines, newest = judge.strays(end.log), judge.look(workdir(folder)).newest
+    lines, seen = judge.strays(end.log), judge.look(workdir(folder))
     problems = []
     if len(lines) != 1 or f" at step {bad}," not in lines[0]:
         problems.append(f"{len(lines)} lines instead of one that names the step")
-    good = (bad - 1) // runner.EVAL_EVERY * runner.EVAL_EVERY
     detail = f"at step {bad}, train.non_finite={non_finite}"
     if non_finite == "stop":
-        if newest != good:
-            problems.append(f"the newest checkpoint is {newest}, not {good}")
+        good = (bad - 1) // runner.EVAL_EVERY * runner.EVAL_EVERY
+        if seen.newest != good:
+            problems.append(f"the newest checkpoint is {seen.newest}, not {good}")
         return _refused(lab, folder, end._replace(phase="steps"), detail, others=problems)
     outcome = "one step skipped and said so, parameters finite"
-    problems += [f"exit status {end.status}"] if end.status != 0 else []
+    if end.status != 0:
+        problems.append(f"exit status {end.status}")
     problems = problems or _skipped(lab, workdir(folder), bad)
     return [make_row("steps", detail, outcome, problems, *lines[:1])]
 
