@@ -229,7 +229,7 @@ def train_and_test(sets: list[Set], num_steps: int, held_out: Set, original: Set
     classify = jax.jit(lambda images: state.apply_fn(variables, images, False).argmax(-1))
     tests = {}
     for who, (images, labels) in (("ours", held_out), ("original", original)):
-        mean = float((classify(images) == labels).mean())
+        mean = float((np.asarray(classify(images)) == labels).mean())
         error = float(np.sqrt(mean * (1 - mean) / len(labels)))
         tests[who] = {"accuracy": mean, "standard_error": error, "images": len(labels)}
     difference = tests["original"]["accuracy"] - tests["ours"]["accuracy"]
