@@ -4,16 +4,13 @@
 
 Compares statistics of the images; draws some of both; trains a small convolutional network on ours
 and tests it on both; times the generator. The reference holds the arrays image, uint8
-[images, 32, 32], and label, of the original generator at "hard". Writes JSON with commit, versions
-and hardware, and a picture beside it. Takes a quarter of an hour on two CPU cores; --small takes
-fewer images and steps.
+[images, 32, 32], and label, of the original generator at "hard". Takes a quarter of an hour on two
+CPU cores; --small takes fewer images and steps.
 """
 
 import itertools
-import json
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ import numpy as np
 import optax
 from absl import flags
 from flax import linen as nn
+from flax.training.train_state import TrainState
 from scipy import ndimage
 
 from experiments.records import Row, provenance, replacing, write_json
@@ -68,14 +66,9 @@ def read_reference(path: str) -> Set:
         with np.load(path) as arrays:
             images, labels = arrays["image"], arrays["label"].astype(np.int32)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"--reference must be an NPZ with arrays image and label: {error}"
-        ) from None
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32) or len(images) != len(labels):
-        raise UserError(
-            f"--reference must hold images, uint8 [images, 32, 32], and as many labels; got "
-            f"{images.dtype} {list(images.shape)} and {len(labels)} labels"
-        )
+        raise UserError(f"--reference must be an NPZ with image and label: {error}") from None
+    if images.dtype != np.uint8 or images.shape != (*labels.shape, 32, 32):
+        raise UserError("--reference must hold images, uint8 [images, 32, 32], and as many labels")
     return images, labels
 
 
@@ -115,39 +108,34 @@ def compare(original: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> dic
     """Means, standard errors and deviations of each statistic, and z of the means' difference."""
     table = {}
     for name in original:
-        row, texts = {}, []
+        row = table[name] = {}
         for who, x in (("original", original[name]), ("ours", ours[name])):
-            mean, deviation = float(np.mean(x)), float(np.std(x, ddof=1))
-            error = deviation / np.sqrt(len(x))
-            row[f"{who}_mean"] = mean
-            row[f"{who}_standard_error"] = float(error)
-            row[f"{who}_deviation"] = deviation
-            texts.append(f"{who} {mean:9.4f} +- {error:.4f}")
+            row[f"{who}_mean"] = float(np.mean(x))
+            row[f"{who}_standard_error"] = float(np.std(x, ddof=1) / np.sqrt(len(x)))
+            row[f"{who}_deviation"] = float(np.std(x, ddof=1))
         error = np.hypot(row["original_standard_error"], row["ours_standard_error"])
-        row["z"] = (row["ours_mean"] - row["original_mean"]) / float(error)
-        table[name] = row
-        print(f"{name:32}   {'   '.join(texts)}   z {row['z']:+.2f}")
+        row["z"] = float((row["ours_mean"] - row["original_mean"]) / error)
     return table
 
 
-def draw_picture(original: Set, ours: Set, path: Path) -> None:
-    """Ten images of each label from both, and histograms of some statistics."""
-    figure = plt.figure(figsize=(15, 8.5), layout="constrained")
-    grid = figure.add_gridspec(5, 10)
-    sources = {"original": original, "ours": ours}
-    for row, (who, label) in enumerate(itertools.product(sources, (1, 0))):
-        images, labels = sources[who]
-        for column, image in enumerate(images[labels == label][:10]):
-            axis = figure.add_subplot(grid[row, column])
-            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[], ylabel="" if column else f"{who}, label {label}")
-    values = {who: statistics(images) for who, (images, _) in sources.items()}
+def draw_picture(
+    sources: dict[str, Set], described: dict[str, dict[str, np.ndarray]], path: Path
+) -> None:
+    """Ten images of each label from each source, and histograms of some statistics."""
     names = ("mean", "pixels above 60", "their connected components")
-    for i, name in enumerate((*names, "pixels of discs", "distance of discs")):
-        axis = figure.add_subplot(grid[4, 2 * i : 2 * i + 2])
-        both = np.concatenate([x[name] for x in values.values()])
-        bins = np.linspace(both.min(), both.max(), 25)
-        for who, x in values.items():
+    names = (*names, "pixels of discs", "distance of discs")
+    figure = plt.figure(figsize=(15, 8.5), layout="constrained")
+    above, below = figure.subfigures(2, height_ratios=(4, 1))
+    rows = itertools.product(sources, (1, 0))
+    for row, (who, label) in zip(above.subplots(4, 10), rows, strict=True):
+        images, labels = sources[who]
+        for axis, image in zip(row, images[labels == label], strict=False):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"{who}, label {label}")
+    for axis, name in zip(below.subplots(1, len(names)), names, strict=True):
+        bins = np.histogram_bin_edges(np.concatenate([x[name] for x in described.values()]), 24)
+        for who, x in described.items():
             axis.hist(x[name], bins, density=True, histtype="step", label=who)
         axis.set(title=name, yticks=[])
     axis.legend()
@@ -178,17 +166,27 @@ class Network(nn.Module):
         return nn.Dense(2)(nn.relu(nn.Dense(64)(x)))
 
 
-def training_sets(sizes: Sizes) -> list[Set]:
-    """The curriculum's images, and last those at "hard"."""
-    hard = pathfinder.settings(32, "hard")
-    sets = [
-        pathfinder.draw(hard._replace(target_dashes=dashes), (100, dashes), sizes.curriculum)
-        for dashes in _CURRICULUM
-    ]
-    return [*sets, pathfinder.generate(sizes.train, seed=101)]
+class State(TrainState):
+    """Parameters, the optimizer's state, and the averages of batch normalisation."""
+
+    batch_stats: Any
 
 
-def train(sets: list[Set], num_steps: int) -> tuple[Callable, list[Row]]:
+@jax.jit
+def train_step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
+    """The next state, and the accuracy on the batch."""
+
+    def loss_fn(params: Any) -> tuple[jax.Array, tuple]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = state.apply_fn(variables, images, True, mutable=["batch_stats"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), (updated, (logits.argmax(-1) == labels).mean())
+
+    gradients, (updated, accuracy) = jax.grad(loss_fn, has_aux=True)(state.params)
+    return state.apply_gradients(grads=gradients, **updated), accuracy
+
+
+def train(sets: list[Set], num_steps: int) -> tuple[State, list[Row]]:
     """Trains a network on each of the sets in turn.
 
     Args:
@@ -196,31 +194,15 @@ def train(sets: list[Set], num_steps: int) -> tuple[Callable, list[Row]]:
       num_steps: of training.
 
     Returns:
-      A function from images to classes, and what happened on each set.
+      The trained state, and what happened on each set.
     """
     network = Network()
-    variables = network.init(jax.random.key(0), jnp.zeros((2, 32, 32), jnp.uint8), True)
     schedule = optax.cosine_onecycle_schedule(num_steps, _LEARNING_RATE, 0.05)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-3)
+    state = State.create(
+        apply_fn=network.apply,
+        tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-3)),
+        **network.init(jax.random.key(0), jnp.zeros((2, 32, 32), jnp.uint8), True),
     )
-    optimizer_state = optimizer.init(variables["params"])
-
-    @jax.jit
-    def step(variables: Any, optimizer_state: Any, images: jax.Array, labels: jax.Array) -> tuple:
-        def loss(params: Any) -> tuple[jax.Array, tuple]:
-            logits, updated = network.apply(
-                {**variables, "params": params}, images, True, mutable=["batch_stats"]
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), (updated, (logits.argmax(-1) == labels).mean())
-
-        params = variables["params"]
-        gradients, (updated, accuracy) = jax.grad(loss, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        variables = {"params": optax.apply_updates(params, updates), **updated}
-        return variables, optimizer_state, accuracy
-
     rng = np.random.default_rng(0)
     history, accuracies = [], []
     for number in track(range(1, num_steps + 1), num_steps, "training", "steps"):
@@ -228,9 +210,7 @@ def train(sets: list[Set], num_steps: int) -> tuple[Callable, list[Row]]:
         batch = rng.integers(len(images), size=_BATCH)
         turned = np.rot90(images[batch], rng.integers(4), (1, 2))
         turned = np.ascontiguousarray(turned[:, :, :: rng.choice((-1, 1))])
-        variables, optimizer_state, accuracy = step(
-            variables, optimizer_state, turned, labels[batch]
-        )
+        state, accuracy = train_step(state, turned, labels[batch])
         accuracies.append(float(accuracy))
         recent = float(np.mean(accuracies[-_WINDOW:]))
         learned = len(accuracies) >= _WINDOW and recent > _GOOD and len(history) < len(sets) - 1
@@ -238,40 +218,30 @@ def train(sets: list[Set], num_steps: int) -> tuple[Callable, list[Row]]:
             history.append({"steps": len(accuracies), "training_accuracy": recent})
             say(f"set {len(history)} of {len(sets)}: step {number}, accuracy {recent:.3f}")
             accuracies = []
-
-    return jax.jit(lambda images: network.apply(variables, images, False).argmax(-1)), history
-
-
-def accuracy(classify: Callable, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy with its standard error."""
-    batches = np.array_split(images, -(-len(images) // 250))
-    classes = np.concatenate([np.asarray(classify(batch)) for batch in batches])
-    mean = float((classes == labels).mean())
-    return {
-        "accuracy": mean,
-        "standard_error": float(np.sqrt(mean * (1 - mean) / len(labels))),
-        "images": len(labels),
-    }
+    return state, history
 
 
 def train_and_test(sets: list[Set], num_steps: int, held_out: Set, original: Set) -> Row:
     """Trains a network on ours, and compares its accuracy on ours and on the original images."""
     before = time.perf_counter()
-    classify, history = train(sets, num_steps)
-    ours, theirs = accuracy(classify, *held_out), accuracy(classify, *original)
-    difference = theirs["accuracy"] - ours["accuracy"]
-    error = np.hypot(ours["standard_error"], theirs["standard_error"])
-    result = {
+    state, history = train(sets, num_steps)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    classify = jax.jit(lambda images: state.apply_fn(variables, images, False).argmax(-1))
+    tests = {}
+    for who, (images, labels) in (("ours", held_out), ("original", original)):
+        mean = float((np.asarray(classify(images)) == labels).mean())
+        error = float(np.sqrt(mean * (1 - mean) / len(labels)))
+        tests[who] = {"accuracy": mean, "standard_error": error, "images": len(labels)}
+    difference = tests["original"]["accuracy"] - tests["ours"]["accuracy"]
+    error = np.hypot(*(test["standard_error"] for test in tests.values()))
+    return {
         "seed": 0,
         "seconds": time.perf_counter() - before,
         "sets": history,
-        "ours": ours,
-        "original": theirs,
+        **tests,
         "difference": difference,
         "difference_in_standard_errors": difference / float(error),
     }
-    print(json.dumps(result))
-    return result
 
 
 def time_generation(size: int, difficulty: str, num_images: int) -> Row:
@@ -282,20 +252,18 @@ def time_generation(size: int, difficulty: str, num_images: int) -> Row:
         pathfinder.generate_chunk(size, difficulty, 0, 0, count)
         seconds.append(time.process_time() - before)
     each = seconds[1] / num_images
-    minutes = 200_000 * each / 2 / 60
-    print(f"{size:4} {difficulty:13}{1000 * each:8.2f} ms an image, 200,000: {minutes:.1f} minutes")
     return {
         "size": size,
         "difficulty": difficulty,
         "seconds_for_tables": seconds[0],
         "milliseconds_per_image": 1000 * each,
         "images_per_second_and_core": 1 / each,
-        "minutes_for_200000_on_2_cores": minutes,
+        "minutes_for_200000_on_2_cores": 200_000 * each / 2 / 60,
     }
 
 
 def main() -> None:
-    """Runs all parts; writes the JSON and the picture, and prints the results."""
+    """Runs all parts; writes the JSON and the picture."""
     original, path = read_reference(_REFERENCE.value), Path(_OUT.value)
     sizes = _SMALL_SIZES if _SMALL.value else Sizes()
     timings = [
@@ -304,13 +272,20 @@ def main() -> None:
         for difficulty in pathfinder.DIFFICULTIES
     ]
     ours = pathfinder.generate(sizes.compared, seed=0)
-    table = compare(
-        *({**statistics(images), "label": labels} for images, labels in (original, ours))
-    )
+    sources = {"original": original, "ours": ours}
+    described = {
+        who: {**statistics(images), "label": labels} for who, (images, labels) in sources.items()
+    }
     with replacing(path.with_suffix(".png")) as part:
-        draw_picture(original, ours, part)
+        draw_picture(sources, described, part)
     before = time.perf_counter()
-    sets, held_out = training_sets(sizes), pathfinder.generate(sizes.test, seed=102)
+    hard = pathfinder.settings(32, "hard")
+    sets = [
+        pathfinder.draw(hard._replace(target_dashes=dashes), (100, dashes), sizes.curriculum)
+        for dashes in _CURRICULUM
+    ]
+    sets.append(pathfinder.generate(sizes.train, seed=101))
+    held_out = pathfinder.generate(sizes.test, seed=102)
     drawing_seconds = time.perf_counter() - before
     result = {
         "what": "Pathfinder images of ours against those of the original generator, 32 pixels, "
@@ -320,8 +295,8 @@ def main() -> None:
         "with github.com/drewlinsley/pathfinder; ours: skyformer_jax.data.pathfinder, seeds 0 "
         "(compared), 100 and 101 (training), 102 (test)",
         **provenance(1),
-        "compared": {"original": len(original[1]), "ours": len(ours[1])},
-        "statistics": table,
+        "compared": {who: len(labels) for who, (_, labels) in sources.items()},
+        "statistics": compare(**described),
         "training": {
             "dashes_of_targets": [*_CURRICULUM, pathfinder.DIFFICULTIES["hard"]],
             "images": [len(labels) for _, labels in sets],

@@ -39,35 +39,34 @@ def draw(
     columns: Sequence[str] = (),
     rows: Sequence[str] = (),
 ) -> None:
-    """Writes a grid of gray pictures, in which each of their pixels is a square.
+    """Writes a grid of gray pictures, uint8 [rows, columns, side, side], with titles.
 
-    Args:
-      pictures: uint8 [rows, columns, side, side].
-      path: of the PNG.
-      scale: side of the squares in pixels.
-      columns: titles of the columns, if any.
-      rows: titles of the rows, if any.
+    Each of their pixels is a square of `scale` pixels.
     """
+    num_rows, num_columns, side, _ = pictures.shape
+    side *= scale
     left, top = (_TITLE if titles else _GAP for titles in (rows, columns))
-    squares = np.kron(pictures, np.ones((scale, scale), np.uint8))
-    cells = np.pad(squares, [(0, 0), (0, 0), (0, _GAP), (0, _GAP)], constant_values=255)
-    num_rows, num_columns, step, _ = cells.shape
-    grid = cells.transpose(0, 2, 1, 3).reshape(num_rows * step, num_columns * step)
-    canvas = np.pad(grid, [(top, 0), (left, 0)], constant_values=255)
-    height, width = canvas.shape
+    width, height = left + num_columns * (side + _GAP), top + num_rows * (side + _GAP)
     figure = plt.figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-    figure.figimage(canvas, cmap="gray", vmin=0, vmax=255)
-    style = {"size": 8, "ha": "center", "va": "center"}
-    centre = (step - _GAP) // 2
-    for column, title in enumerate(columns):
-        x, y = left + column * step + centre, top // 2
-        figure.text(x / width, 1 - y / height, title, **style)
-    for row, title in enumerate(rows):
-        x, y = left // 2, top + row * step + centre
-        figure.text(x / width, 1 - y / height, title, rotation=90, **style)
+    axes = figure.subplots(
+        num_rows,
+        num_columns,
+        squeeze=False,
+        subplot_kw={"xticks": [], "yticks": [], "frame_on": False},
+    )
+    figure.subplots_adjust(
+        *(left / width, _GAP / height, 1 - _GAP / width, 1 - top / height),
+        wspace=_GAP / side,
+        hspace=_GAP / side,
+    )
+    for (row, column), axis in np.ndenumerate(axes):
+        axis.imshow(pictures[row, column], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    for axis, title in zip(axes[0], columns, strict=False):
+        axis.set_title(title, size=8)
+    for axis, title in zip(axes[:, 0], rows, strict=False):
+        axis.set_ylabel(title, size=8)
     figure.savefig(path)
     plt.close(figure)
-    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 
 def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:

@@ -3,8 +3,7 @@
     python -m experiments.data.sheet --tasks=listops,text --source=DIR --work=FOLDER
 
 Each task is prepared from nothing, in a folder of its own below --work, and then read as stored.
-Writes JSON with commit, versions, hardware and the data's source and checksums. Pathfinder takes
-minutes, Path-X half an hour.
+Pathfinder takes minutes, Path-X half an hour.
 """
 
 import time
@@ -26,13 +25,7 @@ _OUT = flags.DEFINE_string("out", "results/data_sheet.json", "File to write.")
 
 
 def describe_split(task: tasks.Task, whole: Examples, read: Examples) -> Row:
-    """Describes what is in a split, and what of it is read.
-
-    Args:
-      task: of the split.
-      whole: as stored.
-      read: as the task gives it by default.
-    """
+    """What is in a split as stored, and what of it the task reads by default."""
     lengths = whole.lengths
     described = {
         "examples": len(whole),
@@ -65,7 +58,7 @@ def measure(name: str) -> Row:
     store.prepare(data_set, source)
     seconds = time.perf_counter() - start
     files = [path for path in Path(data_set.data_dir).rglob("*") if path.is_file()]
-    result = {
+    return {
         "data": store.describe(data_set),
         "seconds_to_prepare": seconds,
         "bytes_on_disk": sum(path.stat().st_size for path in files),
@@ -76,8 +69,6 @@ def measure(name: str) -> Row:
             for split in tasks.SPLITS
         },
     }
-    print(f"{name:11}{seconds:9.1f} s {result['bytes_on_disk'] / 1e6:9.1f} MB", flush=True)
-    return result
 
 
 def main() -> None:

@@ -60,15 +60,14 @@ def _kind(checkpoint: Path, path: Path) -> str:
     return str((path.parent if path.parent.name == "d" else path).relative_to(checkpoint))
 
 
-def fill(folder: Path, spare: int) -> Path:
-    """Fills the disk of a folder but for `spare` bytes, by a file whose path it returns."""
+def fill(folder: Path, spare: int) -> None:
+    """Fills the disk of a folder but for `spare` bytes, by one file."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
     # The last write was short by a page at most.
     os.truncate(filler, max(filler.stat().st_size - spare, 0))
-    return filler
 
 
 @contextlib.contextmanager
@@ -81,12 +80,13 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
         administer("umount", folder)
 
 
-def administer(*words: str | Path) -> None:
-    """Runs a command of the system's administration.
+def remount(folder: Path, options: str) -> None:
+    """Changes the options of a small disk that is mounted there."""
+    administer("mount", "-o", f"remount,{options}", folder)
 
-    Raises:
-      NotTriedError: if there is no such command, or no right to use it.
-    """
+
+def administer(*words: str | Path) -> None:
+    """Runs a command; a NotTriedError if there is none, or no right to use it."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -20,17 +20,11 @@ _ROUTINE = re.compile(
 
 
 class Seen(NamedTuple):
-    """The finished checkpoints of a run.
-
-    Attributes:
-      steps: their numbers.
-      best: accuracy and minus the step of the best; -1 and 0 if none was validated.
-      aside: what has been put aside as damaged or ahead.
-    """
+    """The finished checkpoints of a run."""
 
     steps: frozenset[int]
-    best: tuple[float, int]
-    aside: frozenset[str]
+    best: tuple[float, int]  # accuracy, and minus the step; -1 and 0 if none was validated
+    aside: frozenset[str]  # what has been put aside as damaged or ahead
 
     @property
     def newest(self) -> int:
@@ -53,14 +47,7 @@ def look(run: Path, damaged: Collection[int] = ()) -> Seen:
 
 
 def lost(before: Seen, after: Seen, log: str, ours: Collection[int] = ()) -> list[str]:
-    """A text for each of the finished checkpoints that a start lost.
-
-    Args:
-      before: the checkpoints before the start.
-      after: the checkpoints at its end.
-      log: what it said.
-      ours: steps that we damaged, which it may put aside.
-    """
+    """A text for each finished checkpoint that a start lost, `ours`, which we damaged, excepted."""
     found = []
     from_step = re.search(r"going on from the checkpoint of step (\d+)", log)
     if before.newest and "\ntraining " in f"\n{log}":
@@ -72,7 +59,7 @@ def lost(before: Seen, after: Seen, log: str, ours: Collection[int] = ()) -> lis
     if after.best < before.best:
         found.append(f"the best checkpoint, {-before.best[1]}, is gone")
     for name in sorted(after.aside - before.aside):
-        if int(name.partition("/")[2].partition("-")[0]) not in ours:
+        if int(re.split("[/-]", name)[1]) not in ours:
             found.append(f"{name} was put aside")
     return found
 
@@ -107,18 +94,12 @@ def said(log: str) -> list[str]:
 
 
 def complaint(end: Exit) -> tuple[str, list[str]]:
-    """Judges a process that had to fail with one clear line.
-
-    Returns:
-      The last line that is not routine, and what is wrong: that it is not the only one, that it
-      is not an error's, or that the exit status is not that of a UserError.
-    """
+    """The last line of a process that had to fail with one clear line, and what is wrong."""
     lines = strays(end.log)
     line = lines[-1] if lines else ""
-    if end.status is None:
-        return line, ["hung"]
     if end.status != 2 or len(lines) != 1 or not line.startswith("error: "):
-        return line, [f"exit status {end.status} and {len(lines)} lines instead of one"]
+        how = "hung" if end.status is None else f"exit status {end.status}"
+        return line, [f"{how} and {len(lines)} lines instead of one"]
     return line, []
 
 

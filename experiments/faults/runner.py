@@ -44,33 +44,20 @@ _SECONDS_A_RUN = 150  # a run that takes longer hangs
 
 
 class Exit(NamedTuple):
-    """The end of one process that trained.
+    """The end of one process that trained."""
 
-    Attributes:
-      status: exit status, None if the process hung and was killed.
-      log: its standard error.
-      phase: of the run when the fault was made; "" if the run was over before.
-      seconds: from the fault, or from the start, to the end.
-    """
-
-    status: int | None
-    log: str
-    phase: str
-    seconds: float = 0.0
+    status: int | None  # None if it hung and was killed
+    log: str  # its standard error
+    phase: str  # of the run when the fault was made; "" if the run was over before
+    seconds: float = 0.0  # from the fault, or from the start, to the end
 
 
 class Fault(NamedTuple):
-    """What is done to a process that trains, and when.
-
-    Attributes:
-      action: called with the process.
-      seconds: to wait from the start of the process, or from the beginning of `phase`.
-      phase: to wait for first, if any.
-    """
+    """What is done to a process that trains, and when."""
 
     action: Callable[[subprocess.Popen], Any]
-    seconds: float = 0.0
-    phase: str = ""
+    seconds: float = 0.0  # to wait from the start of the process, or from the beginning of phase
+    phase: str = ""  # to wait for first, if any
 
 
 def workdir(folder: Path) -> Path:
@@ -79,16 +66,12 @@ def workdir(folder: Path) -> Path:
 
 
 def new_folder(folder: Path, shared: Path | None) -> Path:
-    """Makes a trial's folder anew.
-
-    Args:
-      folder: to make.
-      shared: holds prepared data and compiled programs; None if the trial makes its own.
-    """
+    """Makes a trial's folder anew; shared, if any, holds prepared data and compiled programs."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("disk", "logs"):
         (folder / name).mkdir(parents=True)
     for name in ("data", "cache") if shared else ():
+        (shared / name).mkdir(exist_ok=True)
         (folder / name).symlink_to(shared / name)
     return folder
 
@@ -110,45 +93,43 @@ def phase(run: Path, data: Path, log: str, num_steps: int = NUM_STEPS) -> str:
     return "validation" if last and int(last[1]) % EVAL_EVERY == 0 else "steps"
 
 
-def run(
-    folder: Path, fault: Fault | None = None, program: Sequence[str] = _TRAIN, **settings: Any
-) -> Exit:
-    """Trains in a trial's folder, with a fault or none, until the end.
+def run(folder: Path, fault: Fault | None = None, **options: Any) -> Exit:
+    """Trains in one process, see run_all."""
+    return run_all(folder, fault, **options)[0]
+
+
+def run_all(
+    folder: Path,
+    fault: Fault | None = None,
+    *,
+    num_processes: int = 1,
+    victim: int = 0,
+    program: Sequence[str] = _TRAIN,
+    **settings: Any,
+) -> list[Exit]:
+    """Trains in a trial's folder until the end of all processes, of which hanging ones are killed.
 
     Args:
       folder: of the trial.
-      fault: to make while it trains.
+      fault: to make while they train, if any.
+      num_processes: that share the run, 1 or 2.
+      victim: which of them the fault strikes.
       program: arguments of Python that stand for train.py.
       **settings: fields of the config, over those of all runs.
     """
-    return _run_all(folder, [settings], fault, program=program)[0]
-
-
-def run_two(folder: Path, fault: Fault | None = None, victim: int = 0) -> list[Exit]:
-    """As run, by two processes that share one run; the fault strikes the victim of them."""
-    both = [{**_SETTINGS_OF_TWO, "parallel.process_id": i} for i in range(2)]
-    return _run_all(folder, both, fault, victim)
-
-
-def _run_all(
-    folder: Path,
-    settings: list[dict[str, Any]],
-    fault: Fault | None,
-    victim: int = 0,
-    program: Sequence[str] = _TRAIN,
-) -> list[Exit]:
-    """Starts a process for each of the settings, and waits for all."""
+    settings = _SETTINGS | (_SETTINGS_OF_TWO if num_processes == 2 else {}) | settings
     number = len(list((folder / "logs").iterdir()))
-    files = [folder / "logs" / f"{number + i}.txt" for i in range(len(settings))]
-    num_steps = settings[0].get("train.num_steps", NUM_STEPS)
+    files = [folder / "logs" / f"{number + i}.txt" for i in range(num_processes)]
 
     def phase_now() -> str:
-        return phase(workdir(folder), folder / "data", files[0].read_text(), num_steps)
+        steps = settings["train.num_steps"]
+        return phase(workdir(folder), folder / "data", files[0].read_text(), steps)
 
     running, exits, struck = [], [], ""
     try:
-        for file, one in zip(files, settings, strict=True):
-            running.append(_start(folder, file, program, one))
+        for i, file in enumerate(files):
+            own = {"parallel.process_id": i} if num_processes > 1 else {}
+            running.append(_start(folder, file, program, settings | own))
         if fault is not None:
             struck = _strike(fault, running[victim], phase_now)
         begin = time.monotonic()
@@ -160,7 +141,8 @@ def _run_all(
             exits.append(Exit(status, file.read_text(), struck, time.monotonic() - begin))
     finally:
         for process in running:
-            kill(process)
+            process.kill()
+            process.wait()
     return exits
 
 
@@ -172,7 +154,7 @@ def _start(
         *program,
         f"--config={ROOT}/configs/quickstart.py",
         f"--workdir={workdir(folder)}",
-        *(f"--config.{name}={value}" for name, value in (_SETTINGS | settings).items()),
+        *(f"--config.{name}={value}" for name, value in settings.items()),
     ]
     environment = {
         **os.environ,
@@ -195,9 +177,9 @@ def _strike(fault: Fault, process: subprocess.Popen, phase_now: Callable[[], str
     moment = time.monotonic() + fault.seconds
     if not wait(process, lambda: time.monotonic() >= moment):
         return ""
-    before = phase_now()
+    struck = phase_now()
     fault.action(process)
-    return before if process.poll() is None else phase_now()
+    return struck
 
 
 def wait(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
@@ -208,14 +190,3 @@ def wait(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
             return True
         time.sleep(0.003)
     return False
-
-
-def kill(process: subprocess.Popen) -> None:
-    """Sends SIGKILL and waits for the end."""
-    process.kill()
-    process.wait()
-
-
-def terminate(process: subprocess.Popen) -> None:
-    """Sends SIGTERM."""
-    process.terminate()

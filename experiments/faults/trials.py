@@ -1,14 +1,13 @@
 """One trial of each fault: a short run is disturbed, started again, and its end judged."""
 
-import concurrent.futures
 import functools
 import itertools
 import random
 import re
-import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from experiments.faults import damage, judge, runner
 from experiments.faults.damage import NotTriedError
-from experiments.faults.runner import Fault, new_folder, run, run_two, workdir
+from experiments.faults.runner import Fault, new_folder, run, run_all, workdir
 from experiments.records import Row
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
@@ -27,96 +26,47 @@ from skyformer_jax.training.run import new_run
 from skyformer_jax.training.state import state_spec
 
 KILLS_A_TRIAL = 5
-_HALFWAY = 100
 _SAME_END = "bit-identical end"
 _LINE_THEN_SAME_END = "one clear line, then bit-identical end"
 _TOO_LATE = "the run was over before its moment"
-# Phases that random moments seldom hit, and how many seconds they may last.
-_TARGETS = {"save": 0.03, "validation": 0.1, "preparation": 5.0, "final evaluation": 2.0}
+# Phases to aim at, and the latest moment for that in seconds after they have begun.
+_PHASES = {
+    "save": 0.03,
+    "preparation": 5.0,
+    "final evaluation": 2.0,
+    "compiling": 0.2,
+    "validation": 0.1,
+    "steps": 2.0,
+}
 
 
 class Lab(NamedTuple):
-    """What the trials share.
+    """What the trials share."""
 
-    Attributes:
-      scratch: the folder of all, with the prepared data and compiled programs.
-      end: of the undisturbed run, see judge.ending.
-      seconds: that the undisturbed run took.
-      run: starts a run undisturbed, waits for its end, and returns the Exit of each process.
-    """
-
-    scratch: Path
-    end: dict[str, Any]
-    seconds: float
-    run: Callable[[Path], list[runner.Exit]]
+    scratch: Path  # the folder of all, with the prepared data and compiled programs
+    num_processes: int  # that share each run
+    end: dict[str, Any]  # of the undisturbed run, see judge.ending
+    seconds: float  # that the undisturbed run took
 
 
-def make_lab(scratch: Path) -> Lab:
-    """Prepares the data, finishes undisturbed runs, and has one killed halfway."""
-    for name in ("data", "cache"):
-        (scratch / name).mkdir(parents=True, exist_ok=True)
-    folders = [new_folder(scratch / name, scratch) for name in ("undisturbed", "again")]
-    say("running undisturbed, thrice")
-    run(folders[0])  # alone: it makes the data and the compiled programs
-    new_folder(folders[0], scratch)
-    start = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(len(folders)) as pool:
-        exits = list(pool.map(run, folders))
-    seconds = time.monotonic() - start
-    for end in exits:
-        if end.status != 0:
-            raise UserError(f"an undisturbed run failed: {' '.join(judge.strays(end.log)[-1:])}")
-    ends = [judge.ending(workdir(folder)) for folder in folders]
-    if judge.differences(*ends):
+def make_lab(scratch: Path, num_processes: int) -> Lab:
+    """Prepares the data, and finishes two undisturbed runs, whose ends must be the same."""
+    say(f"running undisturbed, twice, in {num_processes} process(es)")
+    ends, seconds = [], 0.0
+    for name in ("undisturbed", "again"):  # the first makes the data and the compiled programs
+        folder, begin = new_folder(scratch / name, scratch), time.monotonic()
+        for end in run_all(folder, num_processes=num_processes):
+            if end.status != 0:
+                line = "".join(judge.strays(end.log)[-1:])
+                raise UserError(f"an undisturbed run ended with status {end.status}: {line}")
+        seconds = time.monotonic() - begin
+        ends.append(judge.ending(workdir(folder)))
+    if different := judge.differences(*ends):
         raise UserError(
-            f"two undisturbed runs differ ({'; '.join(judge.differences(*ends))}): nothing can be "
-            "compared on this machine"
+            f"two undisturbed runs differ ({'; '.join(different)}): nothing can be compared on "
+            "this machine"
         )
-    halfway = new_folder(scratch / "halfway", scratch)
-    directory = workdir(halfway) / "checkpoints"
-
-    def kill_halfway(process: Any) -> None:
-        runner.wait(process, lambda: max(checkpoints.steps(directory), default=0) >= _HALFWAY)
-        runner.kill(process)
-
-    run(halfway, Fault(kill_halfway))
-    return Lab(scratch, ends[0], seconds, lambda folder: [run(folder)])
-
-
-def make_lab_of_two(scratch: Path) -> Lab:
-    """Has two processes finish an undisturbed run."""
-    for name in ("data", "cache"):
-        (scratch / name).mkdir(parents=True, exist_ok=True)
-    folder = new_folder(scratch / "two", scratch)
-    say("running two processes undisturbed")
-    start = time.monotonic()
-    exits = run_two(folder)
-    if any(end.status != 0 for end in exits):
-        lines = [line for end in exits for line in judge.strays(end.log)]
-        statuses = " and ".join(str(end.status) for end in exits)
-        raise UserError(f"two undisturbed processes ended with {statuses}: {' '.join(lines[-1:])}")
-    return Lab(scratch, judge.ending(workdir(folder)), time.monotonic() - start, run_two)
-
-
-def _finish(
-    lab: Lab, folder: Path, before: judge.Seen | None = None, ours: Collection[int] = ()
-) -> list[str]:
-    """Starts undisturbed after a fault; returns what is wrong with where that ends.
-
-    Args:
-      lab: of the trial.
-      folder: of the trial.
-      before: the checkpoints before this start, by default those of now.
-      ours: steps that we damaged.
-    """
-    before = before or judge.look(workdir(folder))
-    end, *others = lab.run(folder)
-    problems = judge.lost(before, judge.look(workdir(folder)), end.log, ours)
-    problems += judge.finished(lab.end, workdir(folder), end)
-    for other in others:
-        problems += [f"the other {text}" for text in judge.said(other.log)]
-        problems += [f"the other: exit status {other.status}"] if other.status != 0 else []
-    return problems
+    return Lab(scratch, num_processes, ends[0], seconds)
 
 
 def make_row(phase: str, detail: str, outcome: str, problems: list[str], line: str = "") -> Row:
@@ -125,68 +75,101 @@ def make_row(phase: str, detail: str, outcome: str, problems: list[str], line: s
     return {"phase": phase, "detail": detail, "outcome": outcome, "ok": ok, "line": line}
 
 
-def _kills(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
-    """SIGKILL KILLS_A_TRIAL times: at three random moments and twice in one of the targets."""
-    target = list(_TARGETS)[index % len(_TARGETS)]
-    aims = ["", target, "", target, ""]
-    if target == "preparation":  # comes first in a run
-        aims.sort(reverse=True)
-    elif target == "final evaluation":
-        aims.sort()
+def _finish(lab: Lab, folder: Path, before: judge.Seen) -> list[str]:
+    """Starts undisturbed after a fault; returns what is lost since `before` or else wrong."""
+    end, *others = run_all(folder, num_processes=lab.num_processes)
+    problems = judge.lost(before, judge.look(workdir(folder)), end.log)
+    problems += judge.finished(lab.end, workdir(folder), end)
+    for other in others:
+        problems += [f"the other {text}" for text in judge.said(other.log)]
+        problems += [f"the other: exit status {other.status}"] if other.status != 0 else []
+    return problems
+
+
+def _refused(
+    lab: Lab,
+    folder: Path,
+    end: runner.Exit,
+    detail: str,
+    mend: Callable[[], Any] = lambda: None,
+    again: bool = False,
+    others: Sequence[str] = (),
+) -> list[Row]:
+    """Judges a process that had to end with one line, mends the cause and finishes the run.
+
+    again starts once before that, which must end with one line too; others are the problems that
+    the caller found.
+    """
+    before = judge.look(workdir(folder))
+    line, problems = judge.complaint(end)
+    if again:
+        detail += ", and started again before there were more"
+        problems += judge.complaint(run(folder))[1]
+    mend()
+    problems += [*others, *_finish(lab, folder, before)]
+    return [make_row(end.phase, detail, _LINE_THEN_SAME_END, problems, line)]
+
+
+def _signals(
+    action: Callable[[subprocess.Popen], None],
+    num_aimed: int,
+    num_random: int,
+    lab: Lab,
+    folder: Path,
+    rng: random.Random,
+    index: int,
+) -> list[Row]:
+    """Sends a signal some times to runs in one of the phases, then at random moments."""
     rows = []
-    for life in itertools.count():  # a run that ends before its kill is followed by another
-        # Prepared data would leave nothing to kill in the preparation.
+    aims = [list(_PHASES)[index % len(_PHASES)]] * num_aimed + [""] * num_random
+    for life in itertools.count():  # a run that ends before its moment is followed by another
+        # Prepared data would leave nothing to disturb in the preparation.
         shared = None if aims[0] == "preparation" else lab.scratch
-        here = new_folder(folder / f"run-{life}", shared)
-        kills = []
+        here, struck = new_folder(folder / f"run-{life}", shared), []
         while True:
             before = judge.look(workdir(here))
             aim = aims[0] if aims else ""
-            seconds = rng.uniform(0, _TARGETS.get(aim, lab.seconds))
-            end = run(here, Fault(runner.kill, seconds, aim) if aims else None)
-            problems = judge.lost(before, judge.look(workdir(here)), end.log)
-            if end.status != -signal.SIGKILL:
+            seconds = rng.uniform(0, _PHASES.get(aim, lab.seconds))
+            end = run(here, Fault(action, seconds, aim) if aims else None)
+            after = judge.look(workdir(here))
+            problems = judge.lost(before, after, end.log)
+            if not end.phase:
                 break
+            outcome, wrong = _outcome(end, after)
             where = f"{seconds:.2f} s into {aim or 'the run'}"
-            kills.append((end.phase, where, problems + judge.said(end.log)))
-            aims.pop(0)
+            struck.append((end.phase, where, outcome, problems + judge.said(end.log) + wrong))
+            aims = aims[1:]
         problems += judge.finished(lab.end, workdir(here), end)
-        if problems and not kills:
-            kills = [("no fault", "", [])]
-        rows += [make_row(phase, where, _SAME_END, own + problems) for phase, where, own in kills]
+        if problems and not struck:
+            struck = [("no fault", "", "", [])]
+        rows += [make_row(*one, own + problems) for *one, own in struck]
         if not aims or end.status != 0:
             return rows
 
 
-def _terminations(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
-    """SIGTERM twice in a run, at random moments, the first ones in phases that are short."""
-    target = ("compiling", "preparation", "final evaluation", "save", *[""] * 99)[index]
-    here = new_folder(folder / "run", None if target == "preparation" else lab.scratch)
-    struck = []
-    for aim in (target, ""):
-        before = judge.look(workdir(here))
-        seconds = rng.uniform(0, _TARGETS.get(aim, 0.2 if aim else lab.seconds))
-        end = run(here, Fault(runner.terminate, seconds, aim))
-        after = judge.look(workdir(here))
-        if not end.phase:
-            break  # over before its moment
-        problems = judge.lost(before, after, end.log) + judge.said(end.log)
-        saved = re.search(r"stopped after step (\d+); saved", end.log)
-        outcome = ""
-        if end.status == 0 and saved and int(saved[1]) in after.steps:
-            outcome = f"saved, then {_SAME_END}"
-        elif end.status == 0 and not saved:
-            outcome = _SAME_END
-        elif end.status == -signal.SIGTERM and end.phase in (
-            *("start-up", "preparation", "final evaluation", "finished"),
-        ):
-            outcome = f"died with nothing to save, then {_SAME_END}"
-        else:
-            problems.append(f"exit status {end.status} in {end.phase} without a save")
-        where = f"{seconds:.2f} s into {aim or 'the run'}"
-        struck.append((end.phase, where, outcome, problems))
-    problems = _finish(lab, here)
-    return [make_row(*one, own + problems) for *one, own in struck]
+def _outcome(end: runner.Exit, after: judge.Seen) -> tuple[str, list[str]]:
+    """How a process ended that got a signal, and what is wrong with that."""
+    saved = re.search(r"stopped after step (\d+); saved", end.log)
+    if end.status == 0 and saved and int(saved[1]) == after.newest:
+        return f"saved, then {_SAME_END}", []
+    if end.status == -signal.SIGKILL or (end.status == 0 and not saved):
+        return _SAME_END, []
+    unsaved = ("start-up", "preparation", "final evaluation", "finished")
+    if end.status == -signal.SIGTERM and end.phase in unsaved:
+        return f"died with nothing to save, then {_SAME_END}", []
+    return "", [f"exit status {end.status} in {end.phase} without a save"]
+
+
+def _kill_halfway(folder: Path) -> None:
+    """Starts a run and kills it once it has a checkpoint of half of its steps."""
+    directory = workdir(folder) / "checkpoints"
+
+    def kill(process: subprocess.Popen) -> None:
+        half = runner.NUM_STEPS // 2
+        runner.wait(process, lambda: max(checkpoints.steps(directory), default=0) >= half)
+        process.kill()
+
+    run(folder, Fault(kill))
 
 
 def _damage(
@@ -197,14 +180,13 @@ def _damage(
     index: int,
 ) -> list[Row]:
     """Damages the newest checkpoint of a run that was killed halfway, and goes on."""
-    here = new_folder(folder / "run", lab.scratch)
-    shutil.copytree(lab.scratch / "halfway" / "disk", here / "disk", dirs_exist_ok=True)
-    newest = judge.look(workdir(here)).newest
-    detail = how(workdir(here) / "checkpoints" / str(newest), rng, index)
-    before = judge.look(workdir(here), damaged=[newest])
-    end = run(here)
-    problems = judge.lost(before, judge.look(workdir(here)), end.log, ours=[newest])
-    problems += judge.finished(lab.end, workdir(here), end)
+    _kill_halfway(folder)
+    newest = judge.look(workdir(folder)).newest
+    detail = how(workdir(folder) / "checkpoints" / str(newest), rng, index)
+    before = judge.look(workdir(folder), damaged=[newest])
+    end = run(folder)
+    problems = judge.lost(before, judge.look(workdir(folder)), end.log, ours=[newest])
+    problems += judge.finished(lab.end, workdir(folder), end)
     aside = [line for line in end.log.splitlines() if "is damaged" in line]
     outcome = f"put aside, then {_SAME_END}" if aside else f"still whole, {_SAME_END}"
     return [make_row("after a kill", detail, outcome, problems, *aside[:1])]
@@ -212,100 +194,78 @@ def _damage(
 
 def _full_disk(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
     """A disk too small to start on, or one that is filled, nearly, while a run goes on."""
-    here = new_folder(folder / "run", lab.scratch)
-    disk = here / "disk"
+    disk = folder / "disk"
+    target = ("", "steps", "save", "validation", "compiling", "final evaluation")[index % 6]
+    spare = rng.choice((0, 0, 4096, 30_000, 100_000, 300_000))
     with damage.small_disk(disk, 24 if index else 8):
         if index == 0:
-            line, problems = judge.complaint(run(here))
-            damage.administer("mount", "-o", "remount,size=64m", disk)
-            problems += _finish(lab, here)
-            return [make_row("before the start", "8 MiB", _LINE_THEN_SAME_END, problems, line)]
-        target = ("", "steps", "save", "validation", "compiling", "final evaluation")[index % 6]
-        spare = rng.choice((0, 0, 4096, 30_000, 100_000, 300_000))
-        seconds = rng.uniform(0, 0.05 if target else lab.seconds)
-        end = run(here, Fault(lambda process: damage.fill(disk, spare), seconds, target))
-        after = judge.look(workdir(here))
-        detail = f"{spare:,} bytes left"
+            end, detail = run(folder)._replace(phase="before the start"), "8 MiB"
+        else:
+            seconds = rng.uniform(0, 0.05 if target else lab.seconds)
+            end = run(folder, Fault(lambda process: damage.fill(disk, spare), seconds, target))
+            detail = f"{spare:,} bytes left"
         if not end.phase:
             raise NotTriedError(_TOO_LATE)
-        if end.status == 0:
-            problems = judge.finished(lab.end, workdir(here), end)
+        if end.status == 0 and index:
+            problems = judge.finished(lab.end, workdir(folder), end)
             return [make_row(end.phase, detail, f"enough, {_SAME_END}", problems)]
-        line, problems = judge.complaint(end)
-        if index % 2:  # impatience
-            detail += ", and started again before there were more"
-            problems += judge.complaint(run(here))[1]
-        (disk / "filler").unlink(missing_ok=True)
-        problems += _finish(lab, here, after)
-        return [make_row(end.phase, detail, _LINE_THEN_SAME_END, problems, line)]
+        mend = functools.partial(damage.remount, disk, "size=64m")
+        return _refused(lab, folder, end, detail, mend, again=index % 2 == 1)
 
 
 def _read_only(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
     """A disk that is read-only at the start, or folders that become so while a run goes on."""
     if index >= 3:
         return _locked(lab, folder, rng, index)
-    here = new_folder(folder / "run", lab.scratch)
-    disk = here / "disk"
+    disk = folder / "disk"
     with damage.small_disk(disk, 64):
         if index:
-            source = lab.scratch / ("halfway" if index == 1 else "undisturbed") / "disk"
-            shutil.copytree(source, disk, dirs_exist_ok=True)
-        before = judge.look(workdir(here))
-        damage.administer("mount", "-o", "remount,ro", disk)
-        line, problems = judge.complaint(run(here))
-        damage.administer("mount", "-o", "remount,rw", disk)
-        problems += _finish(lab, here, before)
-    phase = ("before the start", "halfway", "finished")[index]
-    return [make_row(phase, "read-only disk", _LINE_THEN_SAME_END, problems, line)]
+            (_kill_halfway if index == 1 else run)(folder)
+        damage.remount(disk, "ro")
+        end = run(folder)._replace(phase=("before the start", "halfway", "finished")[index])
+        mend = functools.partial(damage.remount, disk, "rw")
+        return _refused(lab, folder, end, "read-only disk", mend)
 
 
 def _locked(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
     """Takes the right to change the workdir, or its checkpoints only, from a run that goes on."""
-    here = new_folder(folder / "run", lab.scratch)
-    locked = workdir(here) / ("" if index % 2 else "checkpoints")
+    locked = workdir(folder) / ("" if index % 2 else "checkpoints")
     target = ("compiling", "steps", "save")[index % 3]
 
-    def lock(process: Any) -> None:
+    def lock(process: subprocess.Popen) -> None:
         del process
         damage.administer("chattr", "+i", locked)
 
     try:
-        end = run(here, Fault(lock, rng.uniform(0, 0.5), target))
+        end = run(folder, Fault(lock, rng.uniform(0, 0.5), target))
     finally:
         if locked.exists():
             damage.administer("chattr", "-i", locked)
-    after = judge.look(workdir(here))
-    line, problems = judge.complaint(end)
-    problems += _finish(lab, here, after)
-    detail = f"no changes in {locked.relative_to(here / 'disk')} from then on"
-    return [make_row(end.phase, detail, _LINE_THEN_SAME_END, problems, line)]
+    detail = f"no changes in {locked.relative_to(folder / 'disk')} from then on"
+    return _refused(lab, folder, end, detail)
 
 
 def _not_a_number(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
     """A batch of which the model makes NaN, in runs that stop there, or skip such steps."""
     non_finite = ("stop", "skip")[index % 2]
     bad = rng.randrange(1, runner.NUM_STEPS + 1)
-    here = new_folder(folder / "run", lab.scratch)
     program = ("-m", "experiments.faults.poisoned", f"--poisoned_step={bad}")
-    end = run(here, program=program, **{"train.non_finite": non_finite})
+    end = run(folder, program=program, **{"train.non_finite": non_finite})
+    lines, seen = judge.strays(end.log), judge.look(workdir(folder))
+    problems = []
+    if len(lines) != 1 or f" at step {bad}," not in lines[0]:
+        problems.append(f"{len(lines)} lines instead of one that names the step")
     detail = f"at step {bad}, train.non_finite={non_finite}"
     if non_finite == "stop":
-        outcome, after = _LINE_THEN_SAME_END, judge.look(workdir(here))
-        line, problems = judge.complaint(end)
-        if f" at step {bad}," not in line:
-            problems.append("the line does not name the step")
         good = (bad - 1) // runner.EVAL_EVERY * runner.EVAL_EVERY
-        if after.newest != good:
-            problems.append(f"the newest checkpoint is {after.newest}, not {good}")
-        problems += _finish(lab, here, after)
-    else:
-        outcome, lines = "one step skipped and said so, parameters finite", judge.strays(end.log)
-        line = lines[0] if lines else ""
-        problems = [f"exit status {end.status}"] if end.status != 0 else []
-        if len(lines) != 1 or f" at step {bad}," not in line:
-            problems.append(f"{len(lines)} lines instead of one that names the step")
-        problems = problems or _skipped(lab, workdir(here), bad)
-    return [make_row("steps", detail, outcome, problems, line)]
+        if seen.newest != good:
+            problems.append(f"the newest checkpoint is {seen.newest}, not {good}")
+        return _refused(lab, folder, end._replace(phase="steps"), detail, others=problems)
+    outcome = "one step skipped and said so, parameters finite"
+    if end.status != 0:
+        problems.append(f"exit status {end.status}")
+    problems = problems or _skipped(lab, workdir(folder), bad)
+    return [make_row("steps", detail, outcome, problems, *lines[:1])]
 
 
 def _skipped(lab: Lab, directory: Path, bad: int) -> list[str]:
@@ -329,43 +289,39 @@ def _skipped(lab: Lab, directory: Path, bad: int) -> list[str]:
 def _one_of_two(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
     """SIGKILL or SIGTERM to one of two processes, once training has begun."""
     target = ("compiling", "steps", "save", "validation")[index // 2 % 4]
-    victim, action = (index // 2 + index // 4) % 2, (runner.kill, runner.terminate)[index % 2]
-    seconds = rng.uniform(0, {"steps": 2.0, **_TARGETS}.get(target, 0.2))
-    here = new_folder(folder / "run", lab.scratch)
-    exits = run_two(here, Fault(action, seconds, target), victim)
-    after = judge.look(workdir(here))
-    detail = f"{action.__name__} process {victim}, {seconds:.2f} s into {target}"
+    victim = (index // 2 + index // 4) % 2
+    action = (subprocess.Popen.kill, subprocess.Popen.terminate)[index % 2]
+    seconds = rng.uniform(0, _PHASES[target])
+    exits = run_all(folder, Fault(action, seconds, target), num_processes=2, victim=victim)
     if not exits[0].phase:
         raise NotTriedError(_TOO_LATE)
-    if action is runner.kill:
+    after = judge.look(workdir(folder))
+    detail = f"{action.__name__} process {victim}, {seconds:.2f} s into {target}"
+    if action is subprocess.Popen.kill:
         other = exits[1 - victim]
         lines = judge.strays(other.log)
         ours = [line for line in lines if line.startswith("error: another process of this run")]
-        how = "only lines of JAX's"
-        if ours:
-            how = "one clear line" + (" beside JAX's own" if len(lines) > 1 else "")
-        outcome = f"the other ended by itself, {how}, then {_SAME_END}"
+        said = "one clear line" if ours else "only lines of JAX's"
+        outcome = f"the other ended by itself, {said}, then {_SAME_END}"
         detail += f"; the other: exit status {other.status} after {other.seconds:.1f} s"
         line = (ours or lines or [""])[0]
         problems = ["the other hung"] if other.status is None else []
         problems += ["the other ended as if all were well"] if other.status == 0 else []
     else:
-        saved = re.search(r"stopped after step (\d+); saved", exits[0].log)
-        line = saved[0] if saved else ""
-        outcome = f"both stopped at one step, then {_SAME_END}" if saved else _SAME_END
-        problems = [f"exit status {end.status}" for end in exits if end.status != 0]
-        problems += [text for end in exits for text in judge.said(end.log)]
-        if saved and int(saved[1]) != after.newest:
-            problems.append(f"the newest checkpoint is {after.newest}")
-    problems += _finish(lab, here, after)
+        outcome, problems = _outcome(exits[0], after)
+        line = "".join(re.findall(r"stopped after step \d+; saved", exits[0].log))
+        for end in exits:
+            problems += judge.said(end.log)
+            problems += [f"exit status {end.status}"] if end.status != 0 else []
+    problems += _finish(lab, folder, after)
     return [make_row(exits[0].phase, detail, outcome, problems, line)]
 
 
 # Each makes one trial in a folder of its own and returns rows of what it tried and what came of it;
 # and the number of trials.
 FAULTS: dict[str, tuple[Callable[[Lab, Path, random.Random, int], list[Row]], int]] = {
-    "kill": (_kills, 20),
-    "term": (_terminations, 5),
+    "kill": (functools.partial(_signals, subprocess.Popen.kill, 2, KILLS_A_TRIAL - 2), 20),
+    "term": (functools.partial(_signals, subprocess.Popen.terminate, 1, 1), 5),
     "truncate": (functools.partial(_damage, damage.truncate), 3),
     "flip": (functools.partial(_damage, damage.flip), 8),
     "empty": (functools.partial(_damage, damage.empty), 2),
