@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_variables, shards, split_options
 
@@ -68,6 +69,11 @@ class MultiHeadAttention(nn.Module):
     options: Mapping[str, Any]
     dtype: jnp.dtype | None = None
     axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Freezes the options, since a dict would keep the module from being hashed."""
+        object.__setattr__(self, "options", FrozenDict(self.options))
+        super().__post_init__()
 
     @nn.compact
     def __call__(

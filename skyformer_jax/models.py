@@ -85,7 +85,7 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str, axis_name: str | None = No
     if pooling == "padded_mean":
         return total / (x.shape[1] * shards.num_shards(axis_name))
     count = shards.psum(mask.sum(axis=1, keepdims=True, dtype=jnp.int32), axis_name)
-    return total / jnp.maximum(count, 1)
+    return total / jnp.maximum(count, 1).astype(total.dtype)
 
 
 def sinusoids(positions: jax.Array, width: int) -> jax.Array:
@@ -99,8 +99,8 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
       float32 [length, width]: sines of width / 2 wavelengths from 2 pi to 10,000 times that, then
       their cosines.
     """
-    frequencies = 10_000.0 ** (-2 * jnp.arange(width // 2) / width)
-    angles = positions[:, None] * frequencies
+    frequencies = 10_000.0 ** (-2 * jnp.arange(width // 2, dtype=jnp.float32) / width)
+    angles = positions[:, None].astype(jnp.float32) * frequencies[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -151,12 +151,14 @@ class _Encoder(nn.Module):
         )
         positions = shards.positions(tokens.shape[1], self.axis_name)
         if self.positions == "learned":
-            table = self.param("position_embedding", init, (self.max_length, self.width))
+            table = self.param(
+                "position_embedding", init, (self.max_length, self.width), jnp.float32
+            )
             # A slice, which is cheaper than a lookup of the positions.
-            x = x + jax.lax.dynamic_slice_in_dim(table, positions[0], len(positions))
+            x = x + jax.lax.dynamic_slice_in_dim(table, positions[0], len(positions))[None]
         else:
             # Their root mean square is then that of the tokens' embeddings.
-            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)
+            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)[None]
         x = x.astype(self.dtype)
         if self.dropout and not deterministic:
             x = dropout(self.make_rng("dropout"), x, self.dropout, axis_name=self.axis_name)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, layer_variables, split_options
 from skyformer_jax.layers import dense_inits
@@ -30,6 +31,9 @@ class MultiHeadAttention(nnx.Module):
       options: options of the attention function and of its variables (see
         skyformer_jax.attention.registry).
       max_length: the greatest kv_length; only Linformer needs it.
+      dtype: dtype of the projections and their results; None means that of inputs and parameters.
+        The attention's own computation stays float32.
+      param_dtype: dtype of the projections' parameters.
       rngs: draws the parameters and the fixed random numbers, by its "params" stream.
 
     Raises:
@@ -45,19 +49,22 @@ class MultiHeadAttention(nnx.Module):
         *,
         options: Mapping[str, Any] | None = None,
         max_length: int | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.attention = attention
-        self._options, _ = split_options(attention, options or {})
+        # Frozen, so that the graph of the module is hashable.
+        self._options: FrozenDict[str, Any] = FrozenDict(split_options(attention, options or {})[0])
         heads = (num_heads, head_dim)
-        inits = dense_inits(in_features)
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        inits = {**dense_inits(in_features), **dtypes}
         self.query = nnx.LinearGeneral(in_features, heads, rngs=rngs, **inits)
         if not REGISTRY[attention].shared_query_key:
             self.key = nnx.LinearGeneral(in_features, heads, rngs=rngs, **inits)
         self.value = nnx.LinearGeneral(in_features, heads, rngs=rngs, **inits)
-        self.out = nnx.LinearGeneral(
-            heads, in_features, axis=(-2, -1), rngs=rngs, **dense_inits(num_heads * head_dim)
-        )
+        inits = {**dense_inits(num_heads * head_dim), **dtypes}
+        self.out = nnx.LinearGeneral(heads, in_features, axis=(-2, -1), rngs=rngs, **inits)
         specs = layer_variables(
             attention,
             options or {},
@@ -65,7 +72,9 @@ class MultiHeadAttention(nnx.Module):
             head_dim=head_dim,
             kv_length=max_length,
         )
-        self._trained = {name: spec.trained for name, spec in specs.items()}
+        self._trained: FrozenDict[str, bool] = FrozenDict(
+            {name: spec.trained for name, spec in specs.items()}
+        )
         for name, spec in specs.items():
             kind = nnx.Param if spec.trained else Fixed
             setattr(self, name, kind(spec.init(rngs.params(), spec.shape)))

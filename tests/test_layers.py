@@ -1,7 +1,11 @@
 """The attentions inside Flax: our linen and NNX modules, and Flax's own with our attention_fn."""
 
 import functools
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -14,6 +18,7 @@ from test_attention import RANDOM, SELF_ONLY, SMALL, small
 import skyformer_jax
 from skyformer_jax import attention, layers, nnx_layers
 
+ROOT = Path(__file__).parent.parent
 LENGTH, WIDTH, HEADS, HEAD_DIM = 20, 16, 2, 8
 QUICK = ("softmax", "kernelized", "skyformer", "linformer", "reformer")
 all_attentions = pytest.mark.parametrize("name", attention.NAMES)
@@ -265,3 +270,53 @@ def test_linformer_serves_shorter_sequences_than_its_own(batch):
         linen.apply(variables, jnp.concatenate([x, x], axis=1))
     with pytest.raises(ValueError, match="max_length"):
         nnx_layers.MultiHeadAttention("linformer", HEADS, WIDTH, HEAD_DIM, rngs=nnx.Rngs(0))
+
+
+@all_attentions
+def test_modules_are_hashable_and_have_dtypes(name):
+    """As Flax's own are: static arguments of jit, linen's module and the graph of NNX's."""
+    options = SMALL.get(name, {})
+    x = jnp.ones((2, 12, WIDTH), jnp.bfloat16)
+    linen = layers.MultiHeadAttention(name, HEADS, HEAD_DIM, dict(options))
+    assert hash(linen) == hash(layers.MultiHeadAttention(name, HEADS, HEAD_DIM, dict(options)))
+    for dtype, param_dtype in ((None, jnp.float32), (jnp.bfloat16, jnp.bfloat16)):
+        module = nnx_layers.MultiHeadAttention(
+            name,
+            *(HEADS, WIDTH, HEAD_DIM),
+            options=dict(options),
+            max_length=12,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=nnx.Rngs(0),
+        )
+        graph, state = nnx.split(module)
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def apply(graph, state, x):
+            return nnx.merge(graph, state)(x)
+
+        out = apply(graph, state, x)
+        assert out.dtype == (dtype or jnp.float32)
+        assert module.query.kernel[...].dtype == param_dtype
+        assert np.isfinite(out.astype(np.float32)).all()
+
+
+PERFORMER_INIT = """
+import jax, jax.numpy as jnp
+from skyformer_jax.models import Classifier
+model = Classifier(
+    attention="performer", attention_options={"num_features": 256}, vocab_size=8, max_length=16,
+    num_classes=2, num_layers=6, width=64, num_heads=2, head_dim=32, mlp_dim=64, dropout=0.0,
+    pooling="mean",
+)
+tokens = jnp.ones((1, 16), jnp.uint8)
+init = jax.jit(lambda key: model.init(key, tokens, tokens > 0))
+jax.block_until_ready(init(jax.random.key(0)))
+"""
+
+
+def test_performers_start_does_not_hang():
+    """jaxlib's QR of several matrices at once waited for its own threads on CPUs."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    command = [sys.executable, "-c", PERFORMER_INIT]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)

@@ -49,7 +49,7 @@ def attended_blocks(
     columns: list[jax.Array] = []
     for i, key in enumerate(jax.random.split(rng, num_random) if num_random else ()):
         last = others - num_random + i  # negative where fewer than r are left: all are taken
-        drawn = jax.random.randint(key, (num_blocks,), 0, np.maximum(last, 0) + 1)
+        drawn = jax.random.randint(key, (num_blocks,), 0, np.maximum(last, 0) + 1, jnp.int32)
         taken = (
             jnp.any(jnp.stack([drawn == rank for rank in columns]), axis=0) if columns else False
         )

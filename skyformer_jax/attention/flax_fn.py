@@ -122,7 +122,7 @@ def _drop_values(
     if rng is None:
         raise ValueError("attention dropout needs a dropout_rng")
     rng, draw_rng = jax.random.split(rng)
-    keep = jax.random.bernoulli(rng, 1 - rate, value.shape[:2])
+    keep = jax.random.bernoulli(rng, jnp.float32(1 - rate), value.shape[:2])
     return jnp.where(keep[:, :, None, None], value / (1 - rate), 0), draw_rng
 
 

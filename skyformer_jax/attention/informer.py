@@ -76,7 +76,8 @@ def informer_attention(
     )
     valid = valid[:, None, None, :]
     top = jnp.where(valid, scores, -jnp.inf).max(axis=-1)
-    mean = jnp.where(valid, scores, 0).sum(axis=-1) / jnp.maximum(valid.sum(axis=-1), 1)
+    num_valid = jnp.maximum(valid.sum(axis=-1), 1).astype(jnp.float32)
+    mean = jnp.where(valid, scores, 0).sum(axis=-1) / num_valid
     measure = jnp.where(real[:, None, :], top - mean, -jnp.inf)  # [batch, heads, length]
     measure = jax.lax.stop_gradient(measure if scale is None or scale > 0 else -measure)
 
@@ -85,7 +86,7 @@ def informer_attention(
     attended = softmax_attention(
         jnp.take_along_axis(query, rows, axis=1), key, value, mask=mask, scale=scale
     )
-    count = jnp.maximum(real.sum(axis=1), 1)[:, None, None, None]
+    count = jnp.maximum(real.sum(axis=1), 1)[:, None, None, None].astype(jnp.float32)
     mean_value = value.astype(jnp.float32).sum(axis=1, keepdims=True) / count
     default = jnp.broadcast_to(mean_value.astype(value.dtype), value.shape)
 

@@ -21,7 +21,7 @@ def razavi_iterations(matrix: jax.Array, start: jax.Array, num_iterations: int) 
     Returns:
       Z, float32 [..., d, d].
     """
-    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
     z = start
     for _ in range(num_iterations):
         az = matmul(matrix, z)

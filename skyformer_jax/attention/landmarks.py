@@ -78,7 +78,7 @@ def uniform_landmarks(
       indices int32 [batch, d] and valid bool [batch, d], as strided_landmarks.
     """
     rows = candidates.shape[1]
-    positions = jnp.arange(rows) if positions is None else positions
+    positions = jnp.arange(rows, dtype=jnp.int32) if positions is None else positions
     bits = random_bits(rng, positions.astype(jnp.uint32))[0]
     preference = (bits >> 8).astype(jnp.float32)  # exact
     # Ties go to the first row, here and below.
@@ -161,7 +161,7 @@ def kmeans_landmarks(
       indices int32 [batch, d] and valid bool [batch, d]; entries beyond the number of distinct
       candidates are not valid.
     """
-    uniforms = jax.random.uniform(rng, (num_landmarks,))
+    uniforms = jax.random.uniform(rng, (num_landmarks,), jnp.float32)
 
     def one(rows: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array]:
         flat = rows.reshape(rows.shape[0], -1)
@@ -173,7 +173,7 @@ def kmeans_landmarks(
             index = jnp.searchsorted(cumulative, at, side="right").astype(jnp.int32)
             index = jnp.minimum(index, len(flat) - 1)
             valid = distances[index] > 0
-            new = ((flat - flat[index]) ** 2).sum(axis=1)
+            new = ((flat - flat[index][None]) ** 2).sum(axis=1)
             return jnp.where(valid, jnp.minimum(distances, new), distances), (index, valid)
 
         # Before the first landmark all candidates are equally far, farther than any two rows.
@@ -225,28 +225,34 @@ def leverage_landmarks(
     num_levels = max(0, math.ceil(math.log2(num_rows / num_landmarks)))
     sizes = [-(-num_rows // 2**level) for level in range(num_levels, -1, -1)]
     order_key, *level_keys = jax.random.split(rng, len(sizes))
-    preference = jax.random.uniform(order_key, (num_rows,))
+    preference = jax.random.uniform(order_key, (num_rows,), jnp.float32)
     noises = [
-        jax.random.gumbel(key, (size,)) for key, size in zip(level_keys, sizes[1:], strict=True)
+        jax.random.gumbel(key, (size,), jnp.float32)
+        for key, size in zip(level_keys, sizes[1:], strict=True)
     ]
 
     def one(rows: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array]:
-        order = jnp.argsort(jnp.where(candidates, preference, 2.0)).astype(jnp.int32)
+        order = jnp.argsort(jnp.where(candidates, preference, jnp.float32(2))).astype(jnp.int32)
         x, real = rows[order], candidates[order]
         # In the smallest part every row is in the sample, with probability 1.
-        sample = jnp.minimum(jnp.arange(num_landmarks), num_rows - 1)
+        sample = jnp.minimum(jnp.arange(num_landmarks, dtype=jnp.int32), num_rows - 1)
         valid = real[sample] & (jnp.arange(num_landmarks) < sizes[0])
-        probability = jnp.ones(num_landmarks)
+        probability = jnp.ones(num_landmarks, jnp.float32)
         for size, noise in zip(sizes[1:], noises, strict=True):
             chosen = x[sample]
-            both = valid[:, None] & valid[None, :]
+            both = (valid[:, None] & valid[None, :])[None]
             within = jnp.where(both, gaussian_scores(chosen[None], chosen[None], scale)[0], 0)
             weight = jnp.where(valid, probability, 1.0) ** -0.5
-            eigenvalues = jnp.linalg.eigvalsh(weight[:, None] * within * weight)  # ascending
+            eigenvalues = jnp.linalg.eigvalsh(
+                weight[None, :, None] * within * weight[None, None]
+            )  # ascending
             tail = eigenvalues[:, : num_landmarks - top].sum(axis=1) / top
             ridges = jnp.maximum(tail, ridge)[:, None, None]  # one a head
-            within += jnp.eye(num_landmarks) * jnp.where(valid, ridges * probability, 1.0)
-            across = jnp.where(valid, gaussian_scores(x[None, :size], chosen[None], scale)[0], 0)
+            diagonal = jnp.where(valid[None, None], ridges * probability[None, None], 1.0)
+            within += jnp.eye(num_landmarks, dtype=jnp.float32)[None] * diagonal
+            across = jnp.where(
+                valid[None, None], gaussian_scores(x[None, :size], chosen[None], scale)[0], 0
+            )
             root = jnp.linalg.cholesky(within)  # [heads, d, d]
             half = jax.lax.linalg.triangular_solve(
                 root, across, left_side=False, lower=True, transpose_a=True

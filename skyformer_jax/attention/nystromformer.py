@@ -88,7 +88,7 @@ def nystromformer_attention(
             (key, key_mask, of_keys),
         )
     )
-    valid = jnp.arange(num_landmarks) < num_segments[:, None]
+    valid = jnp.arange(num_landmarks)[None] < num_segments[:, None]
 
     # Landmarks beyond an example's own are cut out of A, which gets a 1 on its diagonal there.
     scores = scale * jnp.einsum(
@@ -97,7 +97,8 @@ def nystromformer_attention(
     real_column = valid[:, None, None, :]
     between = jax.nn.softmax(jnp.where(real_column, scores, jnp.finfo(scores.dtype).min), axis=-1)
     real_pair = real_column & valid[:, None, :, None]
-    a = jnp.where(real_pair, between, jnp.eye(num_landmarks) * ~real_pair)
+    eye = jnp.eye(num_landmarks, dtype=jnp.float32)[None, None]
+    a = jnp.where(real_pair, between, eye)
     norms = a.sum(axis=-1).max(axis=-1) * a.sum(axis=-2).max(axis=-1)  # no entry is negative
     z = razavi_iterations(a, a.mT / norms[..., None, None], num_iterations)
 
@@ -143,5 +144,5 @@ def nystromformer_variables(
         return {}
     if conv_size < 0 or conv_size % 2 == 0:
         raise ValueError(f"conv_size must be odd, or 0 for no convolution; got {conv_size}")
-    init = jax.nn.initializers.normal(conv_size**-0.5)
+    init = jax.nn.initializers.normal(conv_size**-0.5, jnp.float32)
     return {"conv_kernel": VariableSpec((conv_size, num_heads), init, trained=True)}

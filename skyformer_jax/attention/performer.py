@@ -34,9 +34,21 @@ def orthogonal_features(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     num_features, head_dim = shape
     block_key, length_key = jax.random.split(rng)
     num_blocks = -(-num_features // head_dim)
-    blocks = jax.random.orthogonal(block_key, head_dim, (num_blocks,))
-    lengths = jnp.linalg.norm(jax.random.normal(length_key, shape), axis=1, keepdims=True)
+    normal = jax.random.normal(block_key, (num_blocks, head_dim, head_dim), jnp.float32)
+    blocks = jax.lax.map(_orthogonalise, normal)
+    lengths = jnp.linalg.norm(
+        jax.random.normal(length_key, shape, jnp.float32), axis=1, keepdims=True
+    )
     return blocks.reshape(-1, head_dim)[:num_features] * lengths
+
+
+def _orthogonalise(matrix: jax.Array) -> jax.Array:
+    """A uniform orthogonal matrix from a normal one, [n, n], as jax.random.orthogonal makes it.
+
+    One at a time: on CPUs jaxlib's QR of several matrices may wait for ever for its own threads.
+    """
+    q, r = jnp.linalg.qr(matrix)
+    return q * jnp.sign(jnp.diagonal(r))[None]
 
 
 def performer_attention(

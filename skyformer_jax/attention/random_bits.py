@@ -23,7 +23,7 @@ def random_bits(key: jax.Array, counters: jax.Array) -> jax.Array:
     """
     flat = counters.ravel()
     words = jax.extend.random.threefry_2x32(
-        jax.random.bits(key, (2,)), jnp.concatenate([flat, jnp.zeros_like(flat)])
+        jax.random.bits(key, (2,), jnp.uint32), jnp.concatenate([flat, jnp.zeros_like(flat)])
     )
     return words.reshape(2, *counters.shape)
 
@@ -51,10 +51,10 @@ def dropout(
     dropped = round(rate * 2**16)
     batch, length, width = x.shape
     num_counters = -(-width // 4)  # for each row; a counter gives four times 16 bits
-    rows = jnp.arange(batch)[:, None] * length * shards.num_shards(axis_name)
-    rows = (rows + shards.positions(length, axis_name)).astype(jnp.uint32)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * length * shards.num_shards(axis_name)
+    rows = (rows + shards.positions(length, axis_name)[None]).astype(jnp.uint32)
     words = random_bits(
-        key, rows[..., None] * num_counters + jnp.arange(num_counters, dtype=jnp.uint32)
+        key, rows[..., None] * num_counters + jnp.arange(num_counters, dtype=jnp.uint32)[None, None]
     )
     bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(2, batch, length, -1)
     bits = jnp.concatenate([bits[0], bits[1]], axis=-1)[..., :width]

@@ -119,7 +119,7 @@ def reformer_attention(
     if rotations is None:
         rng = fixed_key() if rng is None else rng
         columns = max(1, num_buckets // 2)
-        rotations = jax.random.normal(rng, (num_hashes, head_dim, columns))
+        rotations = _draw_rotations(rng, (num_hashes, head_dim, columns))
     _check_rotations(rotations, head_dim, num_buckets)
 
     padding = ((0, 0), (0, -length % chunk_length))
@@ -132,6 +132,10 @@ def reformer_attention(
     buckets = jnp.where(real[:, None, None, :], buckets, num_buckets)
     out = _attend_in_chunks(query, value, real, buckets, chunk_length, scale)
     return out[:, :length].astype(dtype)
+
+
+def _draw_rotations(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(rng, shape, jnp.float32)
 
 
 def _choose_num_buckets(
@@ -204,7 +208,8 @@ def _attend_in_chunks(
     same_bucket = bucket[..., :, None, :] == with_previous(bucket)[..., None, :, :]
     attends = same_bucket & (behind >= 0) & (behind <= 1)  # [..., chunk, keys, all rounds]
     count = attends.sum(axis=-1)
-    here = (attends & jnp.eye(num_rounds, dtype=bool)[:, None, None, None, :]).any(axis=-1)
+    own_round = jnp.eye(num_rounds, dtype=bool)[None, None, :, None, None, None, :]
+    here = (attends & own_round).any(axis=-1)
     here &= in_chunks(jnp.broadcast_to(real[:, None, :, None], (batch, heads, length, 1)))
     position = order.reshape(*order.shape[:3], num_chunks, chunk_length, 1)
     itself = position == with_previous(position)[..., 0][..., None, :]
@@ -218,7 +223,7 @@ def _attend_in_chunks(
         with_previous(chunk_key),
         precision=jax.lax.Precision.HIGHEST,
     )
-    scores -= jnp.where(itself, _SELF_PENALTY, jnp.log(jnp.maximum(count, 1)))
+    scores -= jnp.where(itself, _SELF_PENALTY, jnp.log(jnp.maximum(count, 1).astype(jnp.float32)))
     scores = jnp.where(here, scores, jnp.finfo(scores.dtype).min)
     normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     weights = jnp.where(here, jnp.exp(scores - normaliser), 0)
@@ -240,4 +245,4 @@ def reformer_variables(
     del num_heads, kv_length
     check_at_least(1, num_hashes=num_hashes)
     shape = (num_hashes, head_dim, _KEPT_COLUMNS)
-    return {"rotations": VariableSpec(shape, jax.random.normal, trained=False)}
+    return {"rotations": VariableSpec(shape, _draw_rotations, trained=False)}

@@ -77,7 +77,7 @@ def choose_landmarks(
             counts,
             axis_name,
         )
-        return means, jnp.arange(num_landmarks) < num_segments[:, None]
+        return means, jnp.arange(num_landmarks)[None] < num_segments[:, None]
     if kind == "uniform" and rng is not None:
         positions = _positions(masks, axis_name)
         indices, here = uniform_landmarks(rng, candidates, num_landmarks, positions, axis_name)
@@ -225,7 +225,8 @@ def skyformer_attention(
     # Landmarks that are not valid are cut out of M (which gets a 1 on its diagonal there) and of
     # the context, so they add exactly nothing.
     both_valid = (valid[:, :, None] & valid[:, None, :])[:, None]
-    diagonal = jnp.where(valid, gamma, 1.0)[:, None, :, None] * jnp.eye(valid.shape[1])
+    eye = jnp.eye(valid.shape[1], dtype=jnp.float32)[None, None]
+    diagonal = jnp.where(valid, gamma, 1.0).astype(jnp.float32)[:, None, :, None] * eye
     m = jnp.where(both_valid, gaussian_scores(points, points, scale), 0) + diagonal
     context = shards.psum(gaussian_attention(points, key, value, scale=scale), axis_name)
     context = jnp.moveaxis(

@@ -51,15 +51,17 @@ def softmax_attention(
                 f"got {full_mask.dtype} {full_mask.shape}"
             )
         allowed = full_mask if allowed is None else allowed & full_mask
-    out = jax.nn.dot_product_attention(
-        query.astype(dtype),
-        key.astype(dtype),
-        value.astype(dtype),
-        bias=bias,
-        mask=allowed,
-        scale=scale,
-        is_causal=is_causal,
-    )
+    # JAX's own function mixes bfloat16 and float32, which strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(
+            query.astype(dtype),
+            key.astype(dtype),
+            value.astype(dtype),
+            bias=bias,
+            mask=allowed,
+            scale=scale,
+            is_causal=is_causal,
+        )
     if allowed is not None:
         # A row without any key would otherwise be the plain mean over the padding.
         if is_causal:

@@ -50,7 +50,7 @@ def init_state(run: Run, seed: int | jax.Array) -> TrainState:
     sums |= {name: jnp.int32(0) for name in ("skipped", "first_skipped")}
     if run.config.train.statistics:
         num_layers = run.config.model.num_layers
-        sums |= {"gradient_norm": jnp.float32(0), "mean_square": jnp.zeros(num_layers)}
+        sums |= {"gradient_norm": jnp.float32(0), "mean_square": jnp.zeros(num_layers, jnp.float32)}
     return TrainState(
         step=jnp.int32(0),
         rng=jax.random.key_data(train_key),
