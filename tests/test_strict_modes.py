@@ -15,7 +15,14 @@ from skyformer_jax.layers import MultiHeadAttention
 from skyformer_jax.training.sharded_step import make_train_step
 from skyformer_jax.training.state import init_states
 
-all_attentions = pytest.mark.parametrize("name", attention.NAMES)
+QUICK = ("skyformer", "performer")
+quick_attentions = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in attention.NAMES
+    ],
+)
 LANDMARKS = [
     pytest.param("skyformer", {"landmarks": kind, "num_landmarks": 8}, id=kind)
     for kind in ("strided", "segment_means", "kmeans++", "leverage")
@@ -74,7 +81,7 @@ def test_attentions_pass_strict_promotion(name, options):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@all_attentions
+@quick_attentions
 def test_layers_models_and_steps_pass_strict_promotion(name):
     """And 64 bits: the training step is the same one."""
     x, mask = inputs(12, 12, heads=1)[0][:, :, 0], masks(3, 12)
