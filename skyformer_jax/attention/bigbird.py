@@ -8,9 +8,13 @@ construction from internal tokens, ITC). A query of block i attends to the keys 
 and the queries of the global blocks attend to all keys.
 """
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from skyformer_jax.attention.inputs import (
     check_and_hide_masked,
@@ -142,18 +146,45 @@ def bigbird_attention(
 
         def gathered(x: jax.Array) -> jax.Array:
             """[batch * query blocks, keys of those blocks, ...]."""
-            return in_blocks(x)[:, blocks].reshape(batch * len(blocks), -1, *x.shape[2:])
+            found = in_blocks(x)[:, blocks]
+            return _merged(found.reshape(batch, len(blocks), -1, *x.shape[2:]))
 
+        in_every_example = (
+            jnp.zeros_like(real[:, :1, None]) | jnp.repeat(valid, block_size, axis=1)[None]
+        )
         some = softmax_attention(
-            in_blocks(query)[:, num_global:].reshape(-1, block_size, *query.shape[2:]),
+            _merged(in_blocks(query)[:, num_global:]),
             gathered(key),
             gathered(value),
-            mask=gathered(real) & jnp.tile(jnp.repeat(valid, block_size, axis=1), (batch, 1)),
+            mask=gathered(real) & _merged(in_every_example),
             scale=scale,
         )
-        some = some.reshape(batch, -1, *query.shape[2:])
+        some = _split(some, batch).reshape(batch, -1, *query.shape[2:])
         outputs.append(some[:, : length - global_length])
     return jnp.concatenate(outputs, axis=1)
+
+
+def _merged(x: jax.Array) -> jax.Array:
+    """[batch, blocks, ...] -> [batch * blocks, ...], sharded as the batch is."""
+    return _reshaped(x, (x.shape[0] * x.shape[1], *x.shape[2:]), lambda spec: (spec[0], *spec[2:]))
+
+
+def _split(x: jax.Array, batch: int) -> jax.Array:
+    """[batch * blocks, ...] -> [batch, blocks, ...], sharded as the first axis was."""
+    return _reshaped(x, (batch, -1, *x.shape[1:]), lambda spec: (spec[0], None, *spec[1:]))
+
+
+def _reshaped(
+    x: jax.Array, shape: tuple[int, ...], new_spec: Callable[[tuple], tuple]
+) -> jax.Array:
+    """x.reshape(shape), with the sharding that meshes with explicit axes want to be told."""
+    sharding = jax.typeof(x).sharding
+    if not any(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
+        return x.reshape(shape)
+    spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    sizes = tuple(x.size // -math.prod(shape) if size < 0 else size for size in shape)
+    out_sharding = NamedSharding(sharding.mesh, PartitionSpec(*new_spec(spec)))
+    return jax.lax.reshape(x, sizes, out_sharding=out_sharding)
 
 
 def bigbird_variables(

@@ -8,6 +8,12 @@ import jax.numpy as jnp
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
+def identity_like(matrix: jax.Array) -> jax.Array:
+    """Identity matrices of the shape [..., d, d], dtype and sharding of others."""
+    eye = jnp.eye(matrix.shape[-1], dtype=bool)
+    return jnp.where(jnp.expand_dims(eye, range(matrix.ndim - 2)), 1, jnp.zeros_like(matrix))
+
+
 def razavi_iterations(matrix: jax.Array, start: jax.Array, num_iterations: int) -> jax.Array:
     """The third-order iteration of Razavi et al. (2014) for the (pseudo-)inverse of A.
 
@@ -21,7 +27,7 @@ def razavi_iterations(matrix: jax.Array, start: jax.Array, num_iterations: int) 
     Returns:
       Z, float32 [..., d, d].
     """
-    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    eye = identity_like(matrix)
     z = start
     for _ in range(num_iterations):
         az = matmul(matrix, z)
@@ -51,8 +57,7 @@ def schulz_inverse(matrix: jax.Array, num_iterations: int = 6) -> jax.Array:
     """
     root = jax.lax.rsqrt(matrix.sum(axis=-1))
     a = root[..., :, None] * matrix * root[..., None, :]
-    start = jnp.broadcast_to(2 * jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    z = razavi_iterations(a, start, num_iterations)
+    z = razavi_iterations(a, 2 * identity_like(matrix), num_iterations)
     return root[..., :, None] * z * root[..., None, :]
 
 

@@ -44,7 +44,7 @@ def strided_landmarks(
     whole, rest = counts // num_landmarks, counts % num_landmarks
     middles = (2 * slots + 1) * whole + (2 * slots + 1) * rest // num_landmarks
     ranks = jnp.where(counts < num_landmarks, slots, middles // 2)
-    indices = jax.vmap(jnp.searchsorted)(running_counts, ranks + 1)
+    indices = _first_at_least(running_counts, ranks + 1)
     indices = jnp.minimum(indices, candidates.shape[1] - 1).astype(jnp.int32)
 
     def at(array: jax.Array) -> jax.Array:
@@ -52,6 +52,27 @@ def strided_landmarks(
 
     here = at(candidates) & (at(running_counts) == ranks + 1)
     return indices, here & (slots < counts)
+
+
+def _first_at_least(ascending: jax.Array, targets: jax.Array) -> jax.Array:
+    """Index of the first entry that is at least the target; the length if there is none.
+
+    A binary search as jnp.searchsorted's, which meshes with explicit axes do not allow.
+
+    Args:
+      ascending: int32 [batch, length].
+      targets: int32 [batch, d].
+
+    Returns:
+      int32 [batch, d].
+    """
+    length = ascending.shape[1]
+    found = jnp.zeros_like(targets)
+    for bit in reversed(range(length.bit_length())):
+        further = found + (1 << bit)
+        before = jnp.take_along_axis(ascending, jnp.minimum(further, length) - 1, axis=1)
+        found = jnp.where((further <= length) & (before < targets), further, found)
+    return found
 
 
 def uniform_landmarks(
@@ -133,9 +154,12 @@ def segment_means(
     segments = segments.astype(jnp.int32)
 
     def sums(x: jax.Array) -> jax.Array:
-        add = functools.partial(
-            jax.ops.segment_sum, num_segments=num_landmarks, indices_are_sorted=True
-        )
+        def add(x: jax.Array, segments: jax.Array) -> jax.Array:
+            # Zeros made of x are sharded as x is, on meshes with explicit axes.
+            missing = [(0, max(0, num_landmarks - len(x)))] + [(0, 0)] * (x.ndim - 1)
+            zeros = jnp.zeros_like(jnp.pad(x, missing)[:num_landmarks])
+            return zeros.at[segments].add(x, indices_are_sorted=True)
+
         return shards.psum(jax.vmap(add)(x, segments), axis_name)
 
     total = sums(jnp.where(candidates[:, :, None, None], rows, 0))

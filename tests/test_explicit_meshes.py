@@ -1,0 +1,71 @@
+"""Meshes with explicit axes, jax.make_mesh's default: outputs are sharded as the inputs are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_attention import RANDOM, SMALL, call, inputs, masks
+
+import skyformer_jax
+from skyformer_jax import attention, layers
+
+all_attentions = pytest.mark.parametrize("name", attention.NAMES)
+CASES = [pytest.param(name, SMALL.get(name, {}), id=name) for name in attention.NAMES]
+CASES += [
+    pytest.param("kernelized", {"implementation": "chunked"}, id="chunked"),
+    pytest.param("skyformer", {"num_landmarks": 8, "landmarks": "segment_means"}, id="segments"),
+]
+
+
+def explicit_mesh():
+    return jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_attentions_keep_the_sharding(name, options):
+    """Of the batch and of the heads; values and gradients."""
+    arrays, mask = inputs(11, 11, batch=4), masks(4, 11)
+    rng = jax.random.key(3) if name in RANDOM else None
+
+    @jax.jit
+    def value_and_gradients(q, k, v, mask):
+        def loss(q, k, v):
+            out = call(name, q, k, v, mask=mask, rng=rng, **options)
+            return jnp.sin(out).sum(), out
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    expected = value_and_gradients(*arrays, mask)
+    mesh = explicit_mesh()
+    for spec, mask_spec in ((P("data"), P("data")), (P(None, None, "data"), P())):
+        sharding = NamedSharding(mesh, spec)
+        sharded = [jax.device_put(x, sharding) for x in arrays]
+        found = value_and_gradients(*sharded, jax.device_put(mask, NamedSharding(mesh, mask_spec)))
+        out = found[0][1]
+        assert out.sharding.is_equivalent_to(sharding, out.ndim)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+        )
+
+
+@all_attentions
+def test_modules_keep_the_sharding(name):
+    """Our linen layer, and Flax's own with attention_fn and a mask."""
+    options = SMALL.get(name, {})
+    x, mask = inputs(12, 12, batch=4, heads=1)[0][:, :, 0], masks(4, 12)
+    ours = layers.MultiHeadAttention(name, 2, 4, options)
+    flax = nn.MultiHeadAttention(2, attention_fn=skyformer_jax.attention_fn(name, **options))
+    sharding = NamedSharding(explicit_mesh(), P("data"))
+    for module, mask_of in ((ours, lambda mask: mask), (flax, lambda mask: mask[:, None, None])):
+        variables = module.init(jax.random.key(0), x)
+
+        @jax.jit
+        def apply(x, mask, module=module, mask_of=mask_of, variables=variables):
+            return module.apply(variables, x, mask=mask_of(mask))
+
+        out = apply(*(jax.device_put(array, sharding) for array in (x, mask)))
+        assert out.sharding.is_equivalent_to(sharding, out.ndim)
+        np.testing.assert_allclose(out, apply(x, mask), rtol=1e-4, atol=1e-5)
