@@ -12,7 +12,14 @@ from test_attention import RANDOM, SMALL, call, inputs, masks
 import skyformer_jax
 from skyformer_jax import attention, layers
 
-all_attentions = pytest.mark.parametrize("name", attention.NAMES)
+QUICK = ("softmax", "skyformer", "bigbird")
+quick_attentions = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in attention.NAMES
+    ],
+)
 CASES = [pytest.param(name, SMALL.get(name, {}), id=name) for name in attention.NAMES]
 CASES += [
     pytest.param("kernelized", {"implementation": "chunked"}, id="chunked"),
@@ -51,7 +58,7 @@ def test_attentions_keep_the_sharding(name, options):
         )
 
 
-@all_attentions
+@quick_attentions
 def test_modules_keep_the_sharding(name):
     """Our linen layer, and Flax's own with attention_fn and a mask."""
     options = SMALL.get(name, {})
