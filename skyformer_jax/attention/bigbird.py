@@ -8,7 +8,6 @@ construction from internal tokens, ITC). A query of block i attends to the keys 
 and the queries of the global blocks attend to all keys.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -171,7 +170,8 @@ def _merged(x: jax.Array) -> jax.Array:
 
 def _split(x: jax.Array, batch: int) -> jax.Array:
     """[batch * blocks, ...] -> [batch, blocks, ...], sharded as the first axis was."""
-    return _reshaped(x, (batch, -1, *x.shape[1:]), lambda spec: (spec[0], None, *spec[1:]))
+    shape = (batch, x.shape[0] // batch, *x.shape[1:])
+    return _reshaped(x, shape, lambda spec: (spec[0], None, *spec[1:]))
 
 
 def _reshaped(
@@ -182,9 +182,8 @@ def _reshaped(
     if not any(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
         return x.reshape(shape)
     spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
-    sizes = tuple(x.size // -math.prod(shape) if size < 0 else size for size in shape)
     out_sharding = NamedSharding(sharding.mesh, PartitionSpec(*new_spec(spec)))
-    return jax.lax.reshape(x, sizes, out_sharding=out_sharding)
+    return jax.lax.reshape(x, shape, out_sharding=out_sharding)
 
 
 def bigbird_variables(
