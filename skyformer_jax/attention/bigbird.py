@@ -20,6 +20,7 @@ from skyformer_jax.attention.inputs import (
     check_at_least,
     check_self_attention,
     fixed_key,
+    zeros_like,
 )
 from skyformer_jax.attention.softmax import softmax_attention
 from skyformer_jax.attention.variables import VariableSpec
@@ -149,7 +150,7 @@ def bigbird_attention(
             return _merged(found.reshape(batch, len(blocks), -1, *x.shape[2:]))
 
         in_every_example = (
-            jnp.zeros_like(real[:, :1, None]) | jnp.repeat(valid, block_size, axis=1)[None]
+            zeros_like(real[:, :1, None]) | jnp.repeat(valid, block_size, axis=1)[None]
         )
         some = softmax_attention(
             _merged(in_blocks(query)[:, num_global:]),

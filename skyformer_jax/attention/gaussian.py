@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
-from skyformer_jax.attention.inputs import check_and_hide_masked
+from skyformer_jax.attention.inputs import check_and_hide_masked, zeros_like
 
 IMPLEMENTATIONS = ("auto", "dense", "chunked")
 
@@ -200,10 +200,10 @@ def _chunked_value(
             scores = _tile_scores(queries, _block(key, j, key_rows), scale)
             return sums + scores @ _block(value, j, key_rows)
 
-        sums = _loop(key.shape[1] // key_rows, by_key, jnp.zeros_like(queries))
+        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(queries))
         return _put(out, sums, i)
 
-    return _loop(query.shape[1] // query_rows, by_query, jnp.zeros_like(query, jnp.float32))
+    return _loop(query.shape[1] // query_rows, by_query, zeros_like(query, jnp.float32))
 
 
 _chunked = jax.custom_vjp(_chunked_value, nondiff_argnums=(4, 5))
@@ -240,13 +240,13 @@ def _chunked_backward(
             w_k, w_1, wt_q, st_d_out = _tile_gradients(queries, keys, values, d_outs, scale)
             return w_keys + w_k, w_sums + w_1, _add(d_key, wt_q, j), _add(d_value, st_d_out, j)
 
-        zeros = jnp.zeros_like(queries)
+        zeros = zeros_like(queries)
         w_keys, w_sums, d_key, d_value = _loop(
             key.shape[1] // key_rows, by_key, (zeros, zeros[..., :1], d_key, d_value)
         )
         return _put(d_query, scale * (w_keys - w_sums * queries), i), d_key, d_value
 
-    zeros = tuple(jnp.zeros_like(x, jnp.float32) for x in (query, key, value))
+    zeros = tuple(zeros_like(x, jnp.float32) for x in (query, key, value))
     d_query, d_key, d_value = _loop(query.shape[1] // query_rows, by_query, zeros)
     d_key = scale * (d_key - (value * d_value).sum(axis=-1, keepdims=True) * key)
     d_scale = ((query * d_query).sum() + (key * d_key).sum()) / (2 * scale)
@@ -275,7 +275,7 @@ def _ring_value(
         out += gaussian_attention(query, key, value, scale=scale, implementation=implementation)
         return out, *shards.ring_shift((key, value), axis_name)
 
-    zeros = jnp.zeros_like(query, jnp.float32)
+    zeros = zeros_like(query, jnp.float32)
     return jax.lax.fori_loop(0, shards.num_shards(axis_name), turn, (zeros, key, value))[0]
 
 
@@ -299,7 +299,7 @@ def _ring_backward(
         return (d_query + g_query, d_scale + g_scale), shards.ring_shift(passing, axis_name)
 
     d_query, d_key, d_value, d_scale = (
-        jnp.zeros_like(x, jnp.float32) for x in (query, key, value, scale)
+        zeros_like(x, jnp.float32) for x in (query, key, value, scale)
     )
     carry = (d_query, d_scale), (key, value, d_key, d_value)
     (d_query, d_scale), (_, _, d_key, d_value) = jax.lax.fori_loop(

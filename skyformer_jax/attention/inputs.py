@@ -1,5 +1,7 @@
 """What every attention does with its arguments before its own mathematics begins."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -49,6 +51,15 @@ def check_and_hide_masked(
 def hide(rows: jax.Array, real: jax.Array) -> jax.Array:
     """Rows [batch, length, heads, head_dim] with 0 where real, bool [batch, length], is False."""
     return jnp.where(real[:, :, None, None], rows, 0)
+
+
+def zeros_like(x: jax.Array, dtype: Any = None) -> jax.Array:
+    """Zeros of the shape and the sharding of x, on meshes with explicit axes too.
+
+    jnp.zeros_like keeps such a sharding in some versions of JAX only. Compilers make a constant of
+    this.
+    """
+    return ((x == x) & False).astype(x.dtype if dtype is None else dtype)
 
 
 def masks_or_all(

@@ -5,13 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention.inputs import zeros_like
+
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def identity_like(matrix: jax.Array) -> jax.Array:
     """Identity matrices of the shape [..., d, d], dtype and sharding of others."""
     eye = jnp.eye(matrix.shape[-1], dtype=bool)
-    return jnp.where(jnp.expand_dims(eye, range(matrix.ndim - 2)), 1, jnp.zeros_like(matrix))
+    return jnp.where(jnp.expand_dims(eye, range(matrix.ndim - 2)), 1, zeros_like(matrix))
 
 
 def razavi_iterations(matrix: jax.Array, start: jax.Array, num_iterations: int) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
 from skyformer_jax.attention.gaussian import gaussian_scores
+from skyformer_jax.attention.inputs import zeros_like
 from skyformer_jax.attention.random_bits import random_bits
 
 
@@ -67,7 +68,7 @@ def _first_at_least(ascending: jax.Array, targets: jax.Array) -> jax.Array:
       int32 [batch, d].
     """
     length = ascending.shape[1]
-    found = jnp.zeros_like(targets)
+    found = zeros_like(targets)
     for bit in reversed(range(length.bit_length())):
         further = found + (1 << bit)
         before = jnp.take_along_axis(ascending, jnp.minimum(further, length) - 1, axis=1)
@@ -155,9 +156,8 @@ def segment_means(
 
     def sums(x: jax.Array) -> jax.Array:
         def add(x: jax.Array, segments: jax.Array) -> jax.Array:
-            # Zeros made of x are sharded as x is, on meshes with explicit axes.
             missing = [(0, max(0, num_landmarks - len(x)))] + [(0, 0)] * (x.ndim - 1)
-            zeros = jnp.zeros_like(jnp.pad(x, missing)[:num_landmarks])
+            zeros = zeros_like(jnp.pad(x, missing)[:num_landmarks])
             return zeros.at[segments].add(x, indices_are_sorted=True)
 
         return shards.psum(jax.vmap(add)(x, segments), axis_name)
