@@ -137,36 +137,67 @@ def test_exponents_of_power_laws():
     np.testing.assert_allclose(row["temporaries"], 2)
 
 
-@pytest.mark.slow
-def test_accelerator_command(tmp_path):
-    """The whole command, tiny, on a CPU."""
+def _accelerator(tmp_path, *flags, xla_flags=""):
+    """Runs the command, tiny, on a CPU; returns its result and its standard output."""
     root = Path(__file__).resolve().parent.parent
     out = tmp_path / "accelerator.json"
     command = [sys.executable, "-m", "experiments.benchmarks.accelerator"]
     done = subprocess.run(
-        [*command, "--small", "--minutes=60", f"--out={out}"],
+        [*command, "--small", f"--out={out}", *flags],
         cwd=root,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": xla_flags},
         capture_output=True,
         text=True,
         check=True,
     )
-    result = json.loads(out.read_text())
+    return json.loads(out.read_text()), done.stdout
+
+
+@pytest.mark.slow
+def test_accelerator_command_measures(tmp_path):
+    sections = "numbers,gaussian,attention,steps"
+    result, shown = _accelerator(tmp_path, "--minutes=60", f"--sections={sections}")
+    checked = [row for row in result["numbers"]["rows"] if row["attention"] != "flash"]
+    bounds = {"float32": 2e-5, "bfloat16": 1e-1}
+    assert {row["attention"] for row in checked} == {*attention_cells.ATTENTIONS} - {"flash"}
+    assert all(max(row["errors"].values()) < bounds[row["dtype"]] for row in checked)
     # Four sequences of 128 tokens, two heads of 32 and 128 landmarks; by hand.
-    forward, gradients = result["gaussian_passes"][:2]
+    forward, gradients = result["gaussian"]["rows"][:2]
     pairs, bytes_of_array = 4 * 2 * 128 * 128, 4 * (4 * 2 * 128 * 32)
     assert forward["operations"] == pairs * (2 * 32 + 2 * 32)
     assert forward["bytes"] == 4 * bytes_of_array  # query, key, value and output
     assert gradients["operations"] == pairs * 7 * 2 * 32
     assert gradients["bytes"] == 8 * bytes_of_array
-    assert all(0 < row["shares"]["float32"] < 1 for row in result["gaussian_passes"])
-    assert {cell["attention"] for cell in result["attention"]["cells"] if "seconds" in cell} == {
-        "skyformer",
-        "softmax",
-        "kernelized",
-        "kernelized-dense",
-    }
-    assert len(result["steps"]) == 15
-    assert all(row["steps_per_second"] > 0 for row in result["steps"])
-    assert "steps/s" in done.stdout
-    assert out.with_suffix(".png").exists()
+    assert all(0 < row["shares"]["float32"] < 1 for row in result["gaussian"]["rows"])
+    timed = {cell["attention"] for cell in result["attention"]["cells"] if "seconds" in cell}
+    assert timed >= {"skyformer", "softmax", "kernelized", "kernelized-dense"}
+    steps = result["steps"]["rows"]
+    assert len(steps) == 20  # five tasks with Skyformer, with three seeds of it, and with two more
+    assert all(row["steps_per_second"] > 0 for row in steps)
+    assert "steps/s" in shown
+    assert (tmp_path / "accelerator.png").exists()
+
+
+@pytest.mark.slow
+def test_accelerator_command_trains_and_goes_on(tmp_path):
+    """Without time it begins nothing; with time it trains; the third call finds it finished."""
+    flags = ["--sections=training", "--runs=listops:skyformer", f"--run_dir={tmp_path / 'runs'}"]
+    flags += [f"--data_dir={tmp_path / 'data'}", "--num_seeds=2", "--commit=abc"]
+    result, _ = _accelerator(tmp_path, *flags, "--minutes=0")
+    assert result["training"].get("rows", []) == []
+    result, shown = _accelerator(tmp_path, *flags, "--minutes=60")
+    (row,) = result["training"]["rows"]
+    assert result["commit"] == "abc"
+    assert row["step"] == row["num_steps"] == 20
+    assert not row["full"]
+    assert [x["step"] for x in row["validation"]["seed-1"]] == [10, 20]
+    assert f"test {100 * row['test']['accuracy']:.2f} %" in shown
+    again, _ = _accelerator(tmp_path, *flags, "--minutes=60")
+    assert again["training"]["rows"] == [{**row, "seconds": 0.0}]
+
+
+def test_a_section_whose_process_dies_costs_itself_alone(tmp_path):
+    flags = ["--sections=numbers,training", "--runs=", "--minutes=1"]
+    result, _ = _accelerator(tmp_path, *flags, xla_flags="--xla_no_such_flag=1")
+    assert "ended with status" in result["numbers"]["error"]
+    assert "error" not in result["training"]

@@ -1,0 +1,145 @@
+"""The sections of the accelerator's result: what each measures, and how the result is shown."""
+
+import dataclasses
+import importlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.benchmarks import attention_cells
+from experiments.benchmarks.accelerator import numbers, roofline, training_runs
+from experiments.benchmarks.accelerator.settings import Settings
+from experiments.benchmarks.timing import as_text as rows_as_text
+from experiments.benchmarks.timing import measure_steps
+from experiments.paper import published
+from experiments.records import Row
+from skyformer_jax import attention
+from skyformer_jax.attention.gaussian import IMPLEMENTATIONS
+
+Found = Iterator[dict[str, Any]]
+
+TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
+_FIRST = ("skyformer", "softmax", "kernelized")
+_ROUNDS = 3
+_WORKERS = os.cpu_count() or 1
+
+
+def _numbers(settings: Settings) -> Found:
+    length = 128 if settings.small else 1024
+    rows = []
+    for row in numbers.check(length, _WORKERS, settings.deadline):
+        rows.append(row)
+        yield {"length": length, "rows": rows}
+
+
+def _gaussian(settings: Settings) -> Found:
+    data_sheet = roofline.PEAKS.get(jax.devices()[0].device_kind)
+    peaks = roofline.measure_peaks(settings.small, settings.deadline)
+    rows = roofline.measure_roofline(
+        512 if settings.small else 131_072,
+        (128,) if settings.small else (4096, 131_072),
+        ("chunked",) if settings.small else tuple(x for x in IMPLEMENTATIONS if x != "dense"),
+        data_sheet or peaks,
+        settings.deadline,
+    )
+    yield {"data_sheet_peaks": data_sheet, "measured_peaks": peaks, "rows": rows}
+
+
+def _attention(settings: Settings) -> Found:
+    """Gradients first, then forward passes, so that the deadline costs the latter."""
+    names = attention_cells.ATTENTIONS
+    if settings.small:
+        names = (*_FIRST, "kernelized-dense", "flash")
+    cells: list[Row] = []
+    for kind in ("gradients", "forward"):
+        cell_settings = attention_cells.Settings(
+            attentions=names,
+            dtypes=attention_cells.DTYPES,
+            passes=(kind,),
+            tokens=512 if settings.small else 131_072,
+            **attention_cells.PAPER_HEADS,
+            rounds=_ROUNDS,
+            max_seconds=2,
+            max_temporaries=attention_cells.device_memory(),
+        )
+        of_all = dataclasses.asdict(cell_settings) | {"passes": attention_cells.PASSES[::-1]}
+        for length in (128, 256) if settings.small else (4096, 1024, 16_384, 131_072):
+            cells += attention_cells.measure_length(
+                cell_settings, length, tuple(cells), workers=_WORKERS, deadline=settings.deadline
+            )
+            cells.sort(key=lambda cell: cell["length"])
+            exponents = attention_cells.exponents(cells)
+            yield {"settings": of_all, "cells": cells, "exponents": exponents}
+
+
+def _steps(settings: Settings) -> Found:
+    others = tuple(name for name in attention.NAMES if name not in _FIRST)
+    groups = [(("skyformer",), 1), (("skyformer",), settings.num_seeds)]
+    groups += [(_FIRST[1:], 1)] if settings.small else [(_FIRST[1:], 1), (others, 1)]
+    rows: list[Row] = []
+    for names, num_seeds in groups:
+        rows += step_rows(names, num_seeds, settings)
+        yield {"rows": rows}
+
+
+def step_rows(names: tuple[str, ...], num_seeds: int, settings: Settings) -> list[Row]:
+    """Rows of measure_steps for some attentions on all tasks, with the paper's hours."""
+    variant = "small" if settings.small else ""
+    configs = {}
+    for task, name in itertools.product(TASKS, names):
+        config = importlib.import_module(f"configs.{task}").get_config(f"{name},{variant}")
+        config.num_seeds = num_seeds
+        configs[task, name] = config
+    what = f"steps of {', '.join(names)}"
+    measured = measure_steps(
+        configs, _ROUNDS, what, workers=_WORKERS, max_seconds=1, deadline=settings.deadline
+    )
+    rows = []
+    for (task, name), row in measured.items():
+        rows.append({"task": task, "attention": name, "num_seeds": num_seeds, **row})
+        if "median_seconds_per_step" in row and not settings.small:
+            seconds = published.STEPS * row["median_seconds_per_step"]
+            rows[-1]["hours_of_50000_steps"] = seconds / 3600
+            rows[-1]["paper_v100_hours"] = num_seeds * published.HOURS[name][task]
+    return rows
+
+
+SECTIONS: Mapping[str, Callable[[Settings], Found]] = {
+    "numbers": _numbers,
+    "gaussian": _gaussian,
+    "attention": _attention,
+    "steps": _steps,
+    "training": training_runs.train_in_turn,
+}
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """The tables of the sections that a result has."""
+    fields = {
+        "numbers": (),
+        "gaussian": ("implementation", "rows", "pass", "length"),
+        "attention": ("attention", "dtype", "pass", "length"),
+        "steps": ("task", "attention", "num_seeds"),
+        "training": (),
+    }
+    tables = []
+    for section, names in fields.items():
+        rows = result.get(section, {}).get("cells" if section == "attention" else "rows", [])
+        as_lines = {"numbers": numbers.as_text, "training": training_runs.as_text}
+        tables.append(
+            as_lines[section](rows) if section in as_lines else rows_as_text(rows, *names)
+        )
+    return "\n".join(table for table in tables if table)
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draws the attention section, if the result has it."""
+    found = result.get("attention", {})
+    if found.get("cells"):
+        heads, head_dim = attention_cells.PAPER_HEADS.values()
+        call = f"{found['settings']['tokens']:,} tokens in a call, {heads} heads of {head_dim}"
+        attention_cells.plot(found, f"{result['device']}, {call}", path)
