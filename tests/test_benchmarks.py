@@ -181,7 +181,7 @@ def test_accelerator_command_measures(tmp_path):
 @pytest.mark.slow
 def test_accelerator_command_trains_and_goes_on(tmp_path):
     """Without time it begins nothing; with time it trains; the third call finds it finished."""
-    flags = ["--sections=training", "--runs=listops:skyformer", f"--run_dir={tmp_path / 'runs'}"]
+    flags = ["--sections=training", "--run=listops:skyformer", f"--run_dir={tmp_path / 'runs'}"]
     flags += [f"--data_dir={tmp_path / 'data'}", "--num_seeds=2", "--commit=abc"]
     result, _ = _accelerator(tmp_path, *flags, "--minutes=0")
     assert result["training"].get("rows", []) == []
@@ -197,7 +197,7 @@ def test_accelerator_command_trains_and_goes_on(tmp_path):
 
 
 def test_a_section_whose_process_dies_costs_itself_alone(tmp_path):
-    flags = ["--sections=numbers,training", "--runs=", "--minutes=1"]
+    flags = ["--sections=numbers,training", "--run=listops:skyformer", "--minutes=0"]
     result, _ = _accelerator(tmp_path, *flags, xla_flags="--xla_no_such_flag=1")
     assert "ended with status" in result["numbers"]["error"]
     assert "error" not in result["training"]

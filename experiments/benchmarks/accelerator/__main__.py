@@ -14,7 +14,7 @@ the device's runtime costs its section alone:
    length takes the same time at each, what is quadratic grows with it.
 4. steps: steps per second of training in the paper's settings, with one and with three seeds, and
    what 50,000 would take beside the hours of the paper's table 2.
-5. training: runs of train.py in the paper's settings, in the order of --runs.
+5. training: runs of train.py in the paper's settings, in the order of the flags --run.
 
 Each section but the last has a share of the minutes. What time does not reach is recorded as not
 reached. A program that does not compile or run is recorded with its error, and everything else
@@ -54,10 +54,10 @@ _SECTIONS = flags.DEFINE_list("sections", list(ENDS), "Sections to run, of those
 _SMALL = common_flags.small()
 _OUT = common_flags.out("results/accelerator.json")
 _COMMIT = flags.DEFINE_string("commit", "", "Commit that the result says where there is no git.")
-_RUNS = flags.DEFINE_list(
-    "runs",
+_RUNS = flags.DEFINE_multi_string(
+    "run",
     ["text:skyformer", "listops:skyformer", "pathfinder:skyformer", "image:skyformer"],
-    "CONFIG:ATTENTION[,VARIANT] of the runs to train, in this order.",
+    "CONFIG:ATTENTION[,VARIANT] of a run to train; several are trained in this order.",
 )
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Models that a run trains at once.")
 _MORE_MINUTES = flags.DEFINE_float(
