@@ -9,6 +9,7 @@ import pytest
 from test_attention import inputs, masks
 
 from skyformer_jax.attention import kernelized_attention, landmarks, skyformer_attention
+from skyformer_jax.attention.inputs import _take_flat_rows, _take_rows, take_rows
 from skyformer_jax.attention.skyformer import LANDMARKS
 
 all_kinds = pytest.mark.parametrize("kind", LANDMARKS)
@@ -170,3 +171,22 @@ def test_unknown_kind_and_missing_ridge_are_refused():
         skyformer_attention(*inputs(4, 4), landmarks="random")
     with pytest.raises(ValueError, match="gamma above 0"):
         skyformer_attention(*inputs(4, 4), landmarks="leverage", gamma=0.0)
+
+
+def test_all_platforms_gather_the_same_rows_and_gradients():
+    rows = jax.random.normal(jax.random.key(0), (3, 20, 2, 4))
+    indices = jax.random.randint(jax.random.key(1), (3, 7), 0, 20)
+    weights = jnp.round(8 * jax.random.normal(jax.random.key(2), (3, 7, 2, 4)))  # sums are exact
+
+    def values_and_gradient(take):
+        out, pull = jax.vjp(lambda rows: take(rows, indices), rows)
+        return out, *pull(weights)
+
+    expected_rows = np.take_along_axis(np.asarray(rows), np.asarray(indices)[..., None, None], 1)
+    expected = np.zeros(rows.shape, np.float32)
+    for example, row in np.ndindex(indices.shape):
+        expected[example, indices[example, row]] += weights[example, row]
+    for take in (_take_rows, _take_flat_rows, take_rows):
+        taken, gradient = values_and_gradient(take)
+        np.testing.assert_array_equal(taken, expected_rows)
+        np.testing.assert_array_equal(gradient, expected)

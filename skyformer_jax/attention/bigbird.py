@@ -8,18 +8,16 @@ construction from internal tokens, ITC). A query of block i attends to the keys 
 and the queries of the global blocks attend to all keys.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from skyformer_jax.attention.inputs import (
     check_and_hide_masked,
     check_at_least,
     check_self_attention,
     fixed_key,
+    reshaped,
     zeros_like,
 )
 from skyformer_jax.attention.softmax import softmax_attention
@@ -166,25 +164,13 @@ def bigbird_attention(
 
 def _merged(x: jax.Array) -> jax.Array:
     """[batch, blocks, ...] -> [batch * blocks, ...], sharded as the batch is."""
-    return _reshaped(x, (x.shape[0] * x.shape[1], *x.shape[2:]), lambda spec: (spec[0], *spec[2:]))
+    return reshaped(x, (x.shape[0] * x.shape[1], *x.shape[2:]), lambda spec: (spec[0], *spec[2:]))
 
 
 def _split(x: jax.Array, batch: int) -> jax.Array:
     """[batch * blocks, ...] -> [batch, blocks, ...], sharded as the first axis was."""
     shape = (batch, x.shape[0] // batch, *x.shape[1:])
-    return _reshaped(x, shape, lambda spec: (spec[0], None, *spec[1:]))
-
-
-def _reshaped(
-    x: jax.Array, shape: tuple[int, ...], new_spec: Callable[[tuple], tuple]
-) -> jax.Array:
-    """x.reshape(shape), with the sharding that meshes with explicit axes want to be told."""
-    sharding = jax.typeof(x).sharding
-    if not any(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
-        return x.reshape(shape)
-    spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
-    out_sharding = NamedSharding(sharding.mesh, PartitionSpec(*new_spec(spec)))
-    return jax.lax.reshape(x, shape, out_sharding=out_sharding)
+    return reshaped(x, shape, lambda spec: (spec[0], None, *spec[1:]))
 
 
 def bigbird_variables(

@@ -16,6 +16,7 @@ from skyformer_jax.attention.inputs import (
     check_at_least,
     check_self_attention,
     hide,
+    take_rows,
 )
 from skyformer_jax.attention.landmarks import strided_landmarks, uniform_landmarks
 from skyformer_jax.attention.softmax import softmax_attention
@@ -67,7 +68,7 @@ def informer_attention(
         indices, valid = strided_landmarks(real, num_sampled_keys)
     else:
         indices, valid = uniform_landmarks(rng, real, num_sampled_keys)
-    sample = jnp.take_along_axis(key, indices[:, :, None, None], axis=1)
+    sample = take_rows(key, indices)
     scores = jnp.einsum(
         "bqhp,bkhp->bhqk",
         query.astype(jnp.float32),

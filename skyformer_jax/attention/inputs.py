@@ -1,9 +1,11 @@
 """What every attention does with its arguments before its own mathematics begins."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def check_and_hide_masked(
@@ -60,6 +62,53 @@ def zeros_like(x: jax.Array, dtype: Any = None) -> jax.Array:
     this.
     """
     return ((x == x) & False).astype(x.dtype if dtype is None else dtype)
+
+
+def reshaped(x: jax.Array, shape: tuple[int, ...], new_spec: Callable[[tuple], tuple]) -> jax.Array:
+    """x.reshape(shape), with the sharding that meshes with explicit axes want to be told.
+
+    Args:
+      x: any array.
+      shape: of the result.
+      new_spec: from the entries of the PartitionSpec of x, one for each axis, to the result's.
+    """
+    sharding = jax.typeof(x).sharding
+    if not any(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
+        return x.reshape(shape)
+    spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    out_sharding = NamedSharding(sharding.mesh, PartitionSpec(*new_spec(spec)))
+    return jax.lax.reshape(x, shape, out_sharding=out_sharding)
+
+
+def take_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
+    """Some rows of each example, gathered as suits the platform that the program is compiled for.
+
+    Args:
+      rows: [batch, rows, heads, head_dim].
+      indices: int [batch, d], the same rows for all heads.
+
+    Returns:
+      [batch, d, heads, head_dim].
+    """
+    return jax.lax.platform_dependent(rows, indices, cpu=_take_rows, default=_take_flat_rows)
+
+
+def _take_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(rows, indices[:, :, None, None], axis=1)
+
+
+def _take_flat_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
+    """Gathers [rows, heads * head_dim].
+
+    TPUs pad the last two axes of an array to tiles of 8 x 128, so of [rows, heads, head_dim] they
+    would gather, and scatter in the gradient, many times as much. The gradient's scatter is slower
+    so on CPUs.
+    """
+    batch, length, heads, head_dim = rows.shape
+    rows = reshaped(rows, (batch, length, heads * head_dim), lambda spec: spec[:3])
+    taken = jnp.take_along_axis(rows, indices[:, :, None], axis=1)
+    shape = (batch, indices.shape[1], heads, head_dim)
+    return reshaped(taken, shape, lambda spec: (*spec, None))
 
 
 def masks_or_all(

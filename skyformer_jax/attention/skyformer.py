@@ -21,6 +21,7 @@ from skyformer_jax.attention.inputs import (
     fixed_key,
     hide,
     masks_or_all,
+    take_rows,
 )
 from skyformer_jax.attention.inverses import matmul, schulz_inverse
 from skyformer_jax.attention.landmarks import (
@@ -116,11 +117,6 @@ def _gathered(
     points = hide(take_rows(rows, indices).astype(jnp.float32), here)
     valid = shards.psum(here.astype(jnp.int32), axis_name) > 0
     return shards.psum(points, axis_name), valid
-
-
-def take_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
-    """Rows [batch, rows, heads, head_dim] at indices [batch, d]."""
-    return jnp.take_along_axis(rows, indices[:, :, None, None], axis=1)
 
 
 def skyformer_attention(
