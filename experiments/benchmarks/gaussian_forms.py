@@ -49,7 +49,7 @@ def value_and_gradients(
             *batch_of_one, scale=_HEAD_DIM**-0.5, implementation=implementation
         )[0]
 
-    tiles = {jax.default_backend(): tile} if tile else gaussian._TILE
+    tiles = dict.fromkeys(gaussian._TILE, tile) if tile else gaussian._TILE
     with mock.patch.object(gaussian, "_TILE", tiles):
         out, pull = jax.vjp(jax.vmap(one), *arrays)
         return out, pull(out)

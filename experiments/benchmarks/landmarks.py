@@ -25,7 +25,8 @@ from experiments.benchmarks import common_flags
 from experiments.benchmarks.timing import as_text, measure_calls
 from experiments.records import Row, provenance, write_json
 from skyformer_jax import cli
-from skyformer_jax.attention.gaussian import gaussian_scores, kernelized_attention
+from skyformer_jax.attention.gaussian import gaussian_scores
+from skyformer_jax.attention.kernelized import kernelized_attention
 from skyformer_jax.attention.skyformer import LANDMARKS, skyformer_attention
 from skyformer_jax.progress import track
 

@@ -8,8 +8,8 @@ jax.nn.dot_product_attention; mask is bool [batch, kv_length], True at real toke
 
 from skyformer_jax.attention.bigbird import bigbird_attention
 from skyformer_jax.attention.flax_fn import attention_fn
-from skyformer_jax.attention.gaussian import kernelized_attention
 from skyformer_jax.attention.informer import informer_attention
+from skyformer_jax.attention.kernelized import kernelized_attention
 from skyformer_jax.attention.linformer import linformer_attention
 from skyformer_jax.attention.nystromformer import nystromformer_attention
 from skyformer_jax.attention.performer import performer_attention

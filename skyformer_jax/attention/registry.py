@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention.bigbird import bigbird_attention, bigbird_variables
-from skyformer_jax.attention.gaussian import kernelized_attention
 from skyformer_jax.attention.informer import informer_attention
+from skyformer_jax.attention.kernelized import kernelized_attention
 from skyformer_jax.attention.linformer import linformer_attention, linformer_variables
 from skyformer_jax.attention.nystromformer import nystromformer_attention, nystromformer_variables
 from skyformer_jax.attention.performer import performer_attention, performer_variables
@@ -76,6 +76,7 @@ REGISTRY: Mapping[str, Attention] = {
             "gamma": 0.1,
             "inverse": "schulz",
             "num_iterations": 6,
+            "implementation": "auto",
         },
         masks=("mask", "query_mask"),
         splittable=True,

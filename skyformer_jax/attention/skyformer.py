@@ -8,6 +8,7 @@ linear in the length. The kernel matrix of queries and keys together is positive
 which G(Q, K) alone is not; that completion is what makes the Nystrom method sound here.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -134,6 +135,7 @@ def skyformer_attention(
     gamma: float = 0.1,
     inverse: str = "schulz",
     num_iterations: int = 6,
+    implementation: str = "auto",
     axis_name: str | None = None,
 ) -> jax.Array:
     """Skyformer attention: kernelized_attention approximated in time linear in the length.
@@ -168,6 +170,8 @@ def skyformer_attention(
       gamma: regularisation of the landmarks' kernel matrix.
       inverse: "schulz" (matrix products only) or "cholesky" (exact to rounding).
       num_iterations: of the Schulz iteration.
+      implementation: of the two Gaussian passes: "auto", "dense", "chunked" or "pallas", see
+        gaussian.gaussian_attention.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
         as long as the others', of query, key, value and the masks. Only the landmarks, and their
         context of d x head_dim, then cross devices, whatever the length. num_landmarks and
@@ -224,7 +228,8 @@ def skyformer_attention(
     eye = jnp.eye(valid.shape[1], dtype=jnp.float32)[None, None]
     diagonal = jnp.where(valid, gamma, 1.0).astype(jnp.float32)[:, None, :, None] * eye
     m = jnp.where(both_valid, gaussian_scores(points, points, scale), 0) + diagonal
-    context = shards.psum(gaussian_attention(points, key, value, scale=scale), axis_name)
+    passes = functools.partial(gaussian_attention, scale=scale, implementation=implementation)
+    context = shards.psum(passes(points, key, value), axis_name)
     context = jnp.moveaxis(
         hide(context, valid), 2, 1
     )  # [batch, heads, d, head_dim], as M's [..., d, d]
@@ -232,5 +237,5 @@ def skyformer_attention(
         weights = matmul(schulz_inverse(m, num_iterations), context)
     else:
         weights = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(m), context)
-    out = gaussian_attention(query, points, jnp.moveaxis(weights, 1, 2), scale=scale)
+    out = passes(query, points, jnp.moveaxis(weights, 1, 2))
     return out.astype(dtype)

@@ -1,0 +1,189 @@
+"""The Gaussian primitive tile by tile, in plain JAX: memory linear in the length, on any platform.
+
+Blocks are float32 [batch, heads, rows, head_dim] here, whatever the arrays: no copy of those in
+float32 has to exist, and the products are plain.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from skyformer_jax.attention.inputs import zeros_like
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def kernel_values(
+    products: jax.Array, query_norms: jax.Array, key_norms: jax.Array, scale: jax.Array | float
+) -> jax.Array:
+    """exp(-scale/2 ||q - k||^2) from q.k, ||q||^2 and ||k||^2."""
+    exponent = scale * (products - 0.5 * (query_norms + key_norms))
+    return jnp.exp(jnp.minimum(exponent, 0))  # rounding alone can make it positive
+
+
+def tiled_value(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    *,
+    tile: tuple[int, int],
+) -> jax.Array:
+    """G(query, key) value.
+
+    Args:
+      query: [batch, q_length, heads, head_dim].
+      key: [batch, kv_length, heads, head_dim].
+      value: [batch, kv_length, heads, head_dim].
+      scale: float32 scalar, the kernel's inverse squared width.
+      tile: the most rows of a tile along the longer and along the shorter of query and key.
+
+    Returns:
+      float32 [batch, q_length, heads, head_dim].
+    """
+    q_length = query.shape[1]
+    query_rows, key_rows = _tile_rows(q_length, key.shape[1], tile)
+    # Padded values and, in gradients, padded d_out are 0: such rows add nothing.
+    query = _pad(query, query_rows)
+    key, value = _pad(key, key_rows), _pad(value, key_rows)
+
+    def by_query(i: jax.Array, out: jax.Array) -> jax.Array:
+        queries = _block(query, i, query_rows)
+
+        def by_key(j: jax.Array, sums: jax.Array) -> jax.Array:
+            scores = _tile_scores(queries, _block(key, j, key_rows), scale)
+            return sums + scores @ _block(value, j, key_rows)
+
+        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(queries))
+        return _put(out, sums, i)
+
+    out = _loop(query.shape[1] // query_rows, by_query, zeros_like(query, jnp.float32))
+    return out[:, :q_length]
+
+
+def tiled_gradients(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    d_out: jax.Array,
+    *,
+    tile: tuple[int, int],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of (tiled_value(...) * d_out).sum() by query, key and value.
+
+    With S the scores and W = S * (d_out v^T), elementwise, they are d_v = S^T d_out,
+    d_q = scale (W k - (W 1) q) and d_k = scale (W^T q - (W^T 1) k). No tile has to add up W^T 1: it
+    is v . d_v, row by row.
+
+    Returns:
+      float32 arrays of the shapes of query, key and value.
+    """
+    q_length, kv_length = query.shape[1], key.shape[1]
+    query_rows, key_rows = _tile_rows(q_length, kv_length, tile)
+    query, d_out = _pad(query, query_rows), _pad(d_out, query_rows)
+    key, value = _pad(key, key_rows), _pad(value, key_rows)
+
+    def by_query(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        d_query, d_key, d_value = gradients
+        queries, d_outs = (_block(x, i, query_rows) for x in (query, d_out))
+
+        def by_key(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            w_keys, w_sums, d_key, d_value = carry
+            keys, values = (_block(x, j, key_rows) for x in (key, value))
+            w_k, w_1, wt_q, st_d_out = _tile_gradients(queries, keys, values, d_outs, scale)
+            return w_keys + w_k, w_sums + w_1, _add(d_key, wt_q, j), _add(d_value, st_d_out, j)
+
+        zeros = zeros_like(queries)
+        w_keys, w_sums, d_key, d_value = _loop(
+            key.shape[1] // key_rows, by_key, (zeros, zeros[..., :1], d_key, d_value)
+        )
+        return _put(d_query, scale * (w_keys - w_sums * queries), i), d_key, d_value
+
+    zeros = tuple(zeros_like(x, jnp.float32) for x in (query, key, value))
+    d_query, d_key, d_value = _loop(query.shape[1] // query_rows, by_query, zeros)
+    d_key = scale * (d_key - (value * d_value).sum(axis=-1, keepdims=True) * key)
+    return d_query[:, :q_length], d_key[:, :kv_length], d_value[:, :kv_length]
+
+
+def _tile_rows(q_length: int, kv_length: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """Rows of a tile along query and along key."""
+    long, short = tile
+    if q_length < kv_length:
+        return _rows(q_length, short), _rows(kv_length, long)
+    return _rows(q_length, long), _rows(kv_length, short)
+
+
+def _rows(length: int, limit: int) -> int:
+    """Rows of each of the fewest equal blocks that hold length rows, limit being the most."""
+    num_blocks = max(1, -(-length // limit))
+    rows = -(-length // num_blocks)
+    return max(1, rows if num_blocks == 1 else -(-rows // 8) * 8)
+
+
+def _pad(array: jax.Array, rows: int) -> jax.Array:
+    """Zeros after axis 1, up to a multiple of rows."""
+    missing = -array.shape[1] % rows
+    return jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else array
+
+
+def _block(array: jax.Array, index: jax.Array | int, rows: int) -> jax.Array:
+    """Block index of [batch, length, heads, head_dim]."""
+    block = jax.lax.dynamic_slice_in_dim(array, index * rows, rows, axis=1)
+    return jnp.swapaxes(block, 1, 2).astype(jnp.float32)
+
+
+def _put(array: jax.Array, block: jax.Array, index: jax.Array | int) -> jax.Array:
+    """The array with its block index replaced."""
+    rows = block.shape[2]
+    return jax.lax.dynamic_update_slice_in_dim(
+        array, jnp.swapaxes(block, 1, 2), index * rows, axis=1
+    )
+
+
+def _add(array: jax.Array, block: jax.Array, index: jax.Array | int) -> jax.Array:
+    """The array with something added to its block index."""
+    return _put(array, _block(array, index, block.shape[2]) + block, index)
+
+
+def _loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Carry after body(0, carry), body(1, ...), ...; a loop only for more than one turn."""
+    if count > 1:
+        return jax.lax.fori_loop(0, count, body, carry)
+    return body(0, carry) if count else carry
+
+
+def _transposed(matrix: jax.Array) -> jax.Array:
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def _tile_scores(query: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
+    """Scores [batch, heads, query rows, key rows] of two blocks."""
+    products = jnp.matmul(query, _transposed(key), precision=_HIGHEST)
+    query_norms = (query * query).sum(axis=-1)[..., :, None]
+    key_norms = (key * key).sum(axis=-1)[..., None, :]
+    return kernel_values(products, query_norms, key_norms, scale)
+
+
+def _tile_gradients(
+    query: jax.Array, key: jax.Array, value: jax.Array, d_out: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """W k, W 1, W^T q and S^T d_out for scores S and W = S * (d_out v^T).
+
+    The tile lies with its longer side in rows, which suits the matrix products. What stands in
+    differences, W k - (W 1) q, is taken at the highest precision.
+    """
+    if query.shape[2] >= key.shape[2]:
+        s = _tile_scores(query, key, scale)
+        w = s * (d_out @ _transposed(value))
+        sums = w.sum(axis=-1)[..., None]
+        w_key = jnp.matmul(w, key, precision=_HIGHEST)
+        w_query = jnp.matmul(_transposed(w), query, precision=_HIGHEST)
+        return w_key, sums, w_query, _transposed(s) @ d_out
+    s = _tile_scores(key, query, scale)
+    w = s * (value @ _transposed(d_out))
+    sums = w.sum(axis=-2)[..., None]
+    w_key = jnp.matmul(_transposed(w), key, precision=_HIGHEST)
+    return w_key, sums, jnp.matmul(w, query, precision=_HIGHEST), s @ d_out
