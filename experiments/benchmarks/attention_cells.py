@@ -21,7 +21,13 @@ import numpy as np
 from experiments.benchmarks.timing import as_text, measure_calls
 from experiments.palette import line_style
 from experiments.records import Row
-from skyformer_jax.attention import NAMES, REGISTRY, kernelized_attention, layer_variables
+from skyformer_jax.attention import (
+    NAMES,
+    REGISTRY,
+    kernelized_attention,
+    layer_variables,
+    skyformer_attention,
+)
 from skyformer_jax.progress import say
 
 PASSES = ("forward", "gradients")
@@ -70,12 +76,14 @@ class Settings:
     seed: int = 0
 
 
-# What is measured beside the nine attentions.
+# What is measured beside the nine attentions. A dash leads from an attention to one of its forms.
 EXTRAS: dict[str, Callable[..., jax.Array]] = {
     # Softmax attention by cuDNN, which holds no scores; for GPUs, in 16 bits.
     "flash": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
-    # Kernelized attention that holds all scores.
+    # Kernelized attention that holds all scores, and in tiles without a kernel.
     "kernelized-dense": functools.partial(kernelized_attention, implementation="dense"),
+    "kernelized-chunked": functools.partial(kernelized_attention, implementation="chunked"),
+    "skyformer-chunked": functools.partial(skyformer_attention, implementation="chunked"),
 }
 ATTENTIONS = (*NAMES, *EXTRAS)
 

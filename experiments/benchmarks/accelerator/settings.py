@@ -15,6 +15,7 @@ class Settings:
       runs: CONFIG:ATTENTION[,VARIANT] of the runs to train, in this order.
       num_seeds: models that a run trains at once.
       rates: measured steps per second with num_seeds models, by CONFIG:ATTENTION.
+      implementation: of the Gaussian kernel, for the attentions that have it.
       later_seconds: time that later calls will have for the runs.
       run_dir: folder of the runs.
       data_dir: where prepared data sets lie or are put.
@@ -26,6 +27,7 @@ class Settings:
     runs: tuple[str, ...]
     num_seeds: int
     rates: Mapping[str, float]
+    implementation: str
     later_seconds: float
     run_dir: Path
     data_dir: str
