@@ -47,7 +47,7 @@ from skyformer_jax.progress import say
 # Seconds that a section may take longer than it should before it is killed.
 _GRACE = 40
 # The share of the minutes after which a section ends, if it has not ended by itself.
-ENDS = {"numbers": 0.12, "gaussian": 0.16, "attention": 0.3, "steps": 0.39, "training": 1.0}
+ENDS = {"numbers": 0.12, "gaussian": 0.17, "attention": 0.31, "steps": 0.45, "training": 1.0}
 # The relative error from which on the kernels count as wrong, so that runs use XLA's form.
 _WRONG = 0.02
 

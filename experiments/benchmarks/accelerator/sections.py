@@ -78,7 +78,7 @@ def _attention(settings: Settings) -> Found:
 
 def _steps(settings: Settings) -> Found:
     others = tuple(name for name in attention.NAMES if name not in _FIRST)
-    groups = [(("skyformer",), 1), (("skyformer",), settings.num_seeds)]
+    groups = [(("skyformer",), settings.num_seeds), (("skyformer",), 1)]
     groups += [(_FIRST[1:], 1)] if settings.small else [(_FIRST[1:], 1), (others, 1)]
     rows: list[Row] = []
     for names, num_seeds in groups:
