@@ -13,8 +13,10 @@ STYLES = {
     "performer": ("#E69F00", ">"),
     "reformer": ("#CC79A7", "P"),
     "bigbird": ("#8B6F3E", "h"),
-    # Other implementations of two of them, which experiments/benchmarks/ measures.
+    # Other implementations of three of them, which experiments/benchmarks/ measures.
     "kernelized-dense": ("#5B2A86", "*"),
+    "kernelized-chunked": ("#9F86B8", "1"),
+    "skyformer-chunked": ("#F0A06A", "2"),
     "flash": ("#8A9A00", "X"),
 }
 

@@ -1,7 +1,6 @@
 """How near the Gaussian passes come to what the device can do."""
 
 import itertools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from skyformer_jax.attention.gaussian import gaussian_attention
 _HEADS, _HEAD_DIM = attention_cells.PAPER_HEADS.values()
 _LANDMARKS = 128  # of the paper
 _ROUNDS = 3
-_WORKERS = os.cpu_count() or 1
+_WORKERS = 2  # programs compiled at a time
 
 # Dense operations and bytes a second, by jax's device_kind: NVIDIA's data sheets of the H100
 # (SXM) and the H200, whose figures for tensor cores are for sparse matrices, twice these.

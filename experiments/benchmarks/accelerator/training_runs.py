@@ -114,7 +114,7 @@ def train_in_turn(settings: Settings) -> Iterator[dict[str, Any]]:
             read_json(begun)["train"]["num_steps"] if begun.exists() else _num_steps(run, settings)
         )
         finished = (workdir / "eval_test.json").exists()
-        if not finished and (time.monotonic() > settings.deadline or not num_steps):
+        if not finished and (time.monotonic() > settings.deadline - _OVERHEAD or not num_steps):
             if begun.exists() or rows:
                 say(f"{run}: no time is left")
             continue
