@@ -65,7 +65,7 @@ def gaussian_attention(
     Args:
       query: [batch, q_length, heads, head_dim].
       key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, head_dim]; 0 where masked, which is all that a mask has to
+      value: [batch, kv_length, heads, value_dim]; 0 where masked, which is all that a mask has to
         do here, since nothing normalises the sum.
       scale: the kernel's inverse squared width.
       implementation: which form computes it.
@@ -79,7 +79,7 @@ def gaussian_attention(
           on the platform that the program is compiled for: "pallas" on NVIDIA GPUs, else "chunked".
 
     Returns:
-      float32 [batch, q_length, heads, head_dim], summed in float32. docs/kernels.md has the
+      float32 [batch, q_length, heads, value_dim], summed in float32. docs/kernels.md has the
       precision of the products.
 
     Raises:

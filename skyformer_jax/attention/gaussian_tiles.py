@@ -36,14 +36,14 @@ def tiled_value(
     Args:
       query: [batch, q_length, heads, head_dim].
       key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, head_dim].
+      value: [batch, kv_length, heads, value_dim].
       scale: float32 scalar, the kernel's inverse squared width.
       tile: the most rows of a tile along the longer and along the shorter of query and key.
 
     Returns:
-      float32 [batch, q_length, heads, head_dim].
+      float32 [batch, q_length, heads, value_dim].
     """
-    q_length = query.shape[1]
+    q_length, value_dim = query.shape[1], value.shape[-1]
     query_rows, key_rows = _tile_rows(q_length, key.shape[1], tile)
     # Padded values and, in gradients, padded d_out are 0: such rows add nothing.
     query = _pad(query, query_rows)
@@ -56,10 +56,11 @@ def tiled_value(
             scores = _tile_scores(queries, _block(key, j, key_rows), scale)
             return sums + scores @ _block(value, j, key_rows)
 
-        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(queries))
+        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(queries, last=value_dim))
         return _put(out, sums, i)
 
-    out = _loop(query.shape[1] // query_rows, by_query, zeros_like(query, jnp.float32))
+    zeros = zeros_like(query, jnp.float32, last=value_dim)
+    out = _loop(query.shape[1] // query_rows, by_query, zeros)
     return out[:, :q_length]
 
 

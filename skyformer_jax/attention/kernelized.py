@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
+from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.gaussian import gaussian_attention
-from skyformer_jax.attention.inputs import check_and_hide_masked, zeros_like
+from skyformer_jax.attention.inputs import hide_masked, zeros_like
 
 # For keys and values that are split over devices: they go round a ring, past the queries of each.
 # The rule for gradients sends them round again, with their gradients, instead of keeping every part
@@ -27,7 +28,7 @@ def _ring_value(
         out += gaussian_attention(query, key, value, scale=scale, implementation=implementation)
         return out, *shards.ring_shift((key, value), axis_name)
 
-    zeros = zeros_like(query, jnp.float32)
+    zeros = zeros_like(query, jnp.float32, last=value.shape[-1])
     return jax.lax.fori_loop(0, shards.num_shards(axis_name), turn, (zeros, key, value))[0]
 
 
@@ -68,6 +69,7 @@ def _ring_backward(
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
+@attention_function(takes_explicit_axes=True)
 def kernelized_attention(
     query: jax.Array,
     key: jax.Array,
@@ -75,7 +77,7 @@ def kernelized_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     implementation: str = "auto",
     axis_name: str | None = None,
 ) -> jax.Array:
@@ -105,7 +107,7 @@ def kernelized_attention(
     """
     del rng
     dtype = value.dtype
-    key, value = check_and_hide_masked(query, key, value, mask)
+    key, value = hide_masked(key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if axis_name is None:
         out = gaussian_attention(query, key, value, scale=scale, implementation=implementation)

@@ -19,10 +19,11 @@ no other.
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.inputs import (
-    check_and_hide_masked,
     check_at_least,
     fixed_key,
+    hide_masked,
 )
 from skyformer_jax.attention.variables import VariableSpec
 
@@ -61,6 +62,7 @@ def hash_buckets(rows: jax.Array, rotations: jax.Array, num_buckets: int) -> jax
     return both[..., :num_buckets].argmax(axis=-1).astype(jnp.int32)
 
 
+@attention_function(self_attention_only=True, shared_query_key=True)
 def reformer_attention(
     query: jax.Array,
     key: jax.Array | None = None,
@@ -68,7 +70,7 @@ def reformer_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     num_hashes: int = 2,
     chunk_length: int = 64,
     num_buckets: int | None = None,
@@ -103,15 +105,10 @@ def reformer_attention(
       ValueError: if shapes do not fit, the mask is not boolean, key is another array than query,
         or an option is out of range.
     """
-    if value is None:
-        raise ValueError("reformer_attention needs a value: (query, None, value)")
-    if key is not None and key is not query:
-        raise ValueError(
-            "reformer shares queries and keys: pass them as query, with key=None; got another key"
-        )
+    assert value is not None  # the decorator has checked it, and key
     check_at_least(1, num_hashes=num_hashes, chunk_length=chunk_length)
     dtype = value.dtype
-    query, value = check_and_hide_masked(query, query, value, mask)  # as the key is hidden
+    query, value = hide_masked(query, value, mask)  # as the key is hidden
     batch, length, _, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     chunk_length = min(chunk_length, length)
@@ -169,7 +166,7 @@ def _attend_in_chunks(
     real: jax.Array,
     buckets: jax.Array,
     chunk_length: int,
-    scale: float,
+    scale: jax.Array | float,
 ) -> jax.Array:
     """The attention of all rounds of hashing, combined.
 
