@@ -219,6 +219,19 @@ def test_reformer_equals_float64_reference(length, num_buckets, chunk_length):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_reformers_scores_are_divided_by_the_norm_of_the_key_alone():
+    """As published; scale=None is 1/sqrt(head_dim) as in the others, and any other is an option."""
+    q, _, v = inputs(6, 6)
+    for options, scale in (({}, 1.0), ({"scale": None}, 8**-0.5), ({"scale": 0.3}, 0.3)):
+        scores = scale * jnp.einsum(
+            "bqhp,bkhp->bhqk", q, q / jnp.linalg.norm(q, axis=-1)[..., None]
+        )
+        weights = jax.nn.softmax(jnp.where(jnp.eye(6, dtype=bool), -jnp.inf, scores))
+        expected = jnp.einsum("bhqk,bkhp->bqhp", weights, v)
+        out = attention.reformer_attention(q, None, v, **options)
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_reformer_attends_to_itself_only_when_alone():
     q, _, v = inputs(6, 6, batch=1)
     mask = jnp.array([[True, False, False, False, False, True]])

@@ -9,11 +9,12 @@ into chunks. A token attends to those of its own bucket in its own chunk and the
 Several rounds attend to the union of their P_i (appendix A of the paper): with N_ij the number of
 rounds that have j in P_i,
 
-    o_i^r = sum_j exp(q_i . k_j s - m_ij - z_i^r) v_j,   m_ij = 1e5 where i = j, else log N_ij
+    o_i^r = sum_j exp(s q_i . k_j - m_ij - z_i^r) v_j,   m_ij = 1e5 where i = j, else log N_ij
     out_i = sum_r exp(z_i^r - logsumexp_r z_i^r) o_i^r,
 
 z_i^r being the log-normaliser of round r. The 1e5 lets a token attend to itself only when there is
-no other.
+no other. The scale s is 1, though the paper writes 1 / sqrt(head_dim) in its equation 1: the code
+that its authors published, Hugging Face's, and Skyformer's all divide by the norm of the key alone.
 """
 
 import jax
@@ -70,7 +71,7 @@ def reformer_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: jax.Array | float | None = None,
+    scale: jax.Array | float | None = 1.0,
     num_hashes: int = 2,
     chunk_length: int = 64,
     num_buckets: int | None = None,
@@ -89,7 +90,8 @@ def reformer_attention(
       mask: bool [batch, length], True at real tokens; any pattern. Padding is sorted to the end,
         and is in nobody's P_i.
       rng: a jax.random key to draw rotations that are not given; None takes a fixed key.
-      scale: factor of the scores; None means head_dim**-0.5.
+      scale: factor of the scores q_i . q_j / ||q_j||; 1 as published. None means head_dim**-0.5,
+        with which the weights of queries of unit variance are nearly uniform.
       num_hashes: rounds, where rotations are not given.
       chunk_length: tokens of a chunk; the sequence is padded to a multiple of it.
       num_buckets: 1 or an even number; None means default_num_buckets, at most what rotations

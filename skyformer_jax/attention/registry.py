@@ -35,6 +35,8 @@ class Attention(NamedTuple):
         has those of COMMON_OPTIONS.
       weights: computes the weights that the attention forms, of the same arguments but value and
         rng, [batch, heads, q_length, kv_length]; None where it forms none.
+      earlier_options: what stands for an option in the config of a run that was written before the
+        option was one of configs, where that is not its default.
       masks: the arguments by which a call restricts which keys a query attends to: of "mask",
         "query_mask", "full_mask", "bias" and "is_causal".
       self_attention_only: queries and keys must be of one sequence.
@@ -52,6 +54,7 @@ class Attention(NamedTuple):
     function: Callable[..., jax.Array]
     options: Mapping[str, Any] = MappingProxyType({})
     weights: Callable[..., jax.Array] | None = None
+    earlier_options: Mapping[str, Any] = MappingProxyType({})
     masks: tuple[str, ...] = ("mask",)
     self_attention_only: bool = False
     splittable: bool = False
@@ -121,7 +124,14 @@ REGISTRY: Mapping[str, Attention] = {
     ),
     "reformer": Attention(
         reformer_attention,
-        options={"num_hashes": 2, "chunk_length": 64, "num_buckets": None, "rotations": None},
+        options={
+            "scale": 1.0,
+            "num_hashes": 2,
+            "chunk_length": 64,
+            "num_buckets": None,
+            "rotations": None,
+        },
+        earlier_options={"scale": None},
         self_attention_only=True,
         stream="landmarks",
         shared_query_key=True,
