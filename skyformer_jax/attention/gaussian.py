@@ -17,8 +17,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from skyformer_jax.attention.derivatives import with_rules
 from skyformer_jax.attention.gaussian_gpu import gpu_gradients, gpu_value
-from skyformer_jax.attention.gaussian_tiles import kernel_values, tiled_gradients, tiled_value
+from skyformer_jax.attention.gaussian_tiles import (
+    kernel_values,
+    tiled_gradients,
+    tiled_tangent,
+    tiled_value,
+)
 
 IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
 
@@ -49,7 +55,7 @@ def gaussian_scores(query: jax.Array, key: jax.Array, scale: jax.Array | float) 
     products = jnp.einsum("bqhp,bkhp->bhqk", query, key, precision=jax.lax.Precision.HIGHEST)
     query_norms = jnp.einsum("bqhp,bqhp->bhq", query, query)[..., :, None]
     key_norms = jnp.einsum("bkhp,bkhp->bhk", key, key)[..., None, :]
-    return kernel_values(products, query_norms, key_norms, scale)
+    return kernel_values(0.5 * (query_norms + key_norms) - products, scale)
 
 
 def gaussian_attention(
@@ -97,21 +103,80 @@ def gaussian_attention(
     ):
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
         return jnp.einsum("bhqk,bkhp->bqhp", gaussian_scores(query, key, scale), value)
-    return _without_scores(query, key, value, jnp.asarray(scale, jnp.float32), implementation)
+    return _without_scores(implementation)(query, key, value, jnp.asarray(scale, jnp.float32))
+
+
+@functools.cache
+def _without_scores(implementation: str) -> Callable[..., jax.Array]:
+    """The primitive of query, key, value and scale, by a form that does not hold all scores.
+
+    Tangents, and what derivatives of higher order differentiate, come from the tiles always.
+    """
+
+    def plain_gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return _with_scale(_by_platform(tiled_gradients, *arrays), *arrays)
+
+    if implementation == "chunked":
+        return with_rules(
+            functools.partial(_by_platform, tiled_value),
+            functools.partial(_by_platform, tiled_tangent),
+            plain_gradients,
+        )
+    interpreted = implementation == "pallas"
+
+    def gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        found = _by_platform(tiled_gradients, *arrays, gpu=gpu_gradients, interpreted=interpreted)
+        return _with_scale(found, *arrays)
+
+    return with_rules(
+        functools.partial(_by_platform, tiled_value, gpu=gpu_value, interpreted=interpreted),
+        functools.partial(_by_platform, tiled_tangent),
+        gradients,
+        plain_gradients,
+    )
 
 
 def _by_platform(
-    tiled: Callable[..., Any], gpu: Callable[..., Any], implementation: str, *arrays: jax.Array
+    tiled: Callable[..., Any],
+    *arrays: jax.Array,
+    gpu: Callable[..., Any] | None = None,
+    interpreted: bool = False,
 ) -> Any:
-    """Calls the form that the implementation names on the platform that is compiled for."""
-    chunked = {platform: functools.partial(tiled, tile=tile) for platform, tile in _TILE.items()}
-    if implementation == "chunked":
-        return jax.lax.platform_dependent(*arrays, **chunked)
-    kernel = functools.partial(_on_each_device, gpu)
-    if implementation == "pallas":
-        interpreted = functools.partial(kernel, interpret=True)
-        return jax.lax.platform_dependent(*arrays, cuda=kernel, default=interpreted)
-    return jax.lax.platform_dependent(*arrays, cuda=kernel, **chunked)
+    """Calls what is right on the platform that the program is compiled for.
+
+    Args:
+      tiled: a function of arrays and a tile.
+      *arrays: the arrays.
+      gpu: a kernel that does the same, to be called on NVIDIA GPUs.
+      interpreted: whether the kernel is interpreted elsewhere, instead of calling tiled.
+    """
+    calls = {platform: functools.partial(tiled, tile=tile) for platform, tile in _TILE.items()}
+    if gpu is not None:
+        calls["cuda"] = functools.partial(_on_each_device, gpu)
+    if interpreted:
+        calls["cpu"] = calls["default"] = functools.partial(calls["cuda"], interpret=True)
+    return jax.lax.platform_dependent(*arrays, **calls)
+
+
+def _with_scale(
+    gradients: tuple[jax.Array, ...],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    d_out: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Adds the gradient by scale to those by query, key and value; each in its array's dtype.
+
+    G depends on sqrt(scale) q and sqrt(scale) k alone, wherever they are measured from.
+    """
+    del d_out
+    d_query, d_key, _ = gradients
+    centre = key.astype(jnp.float32).mean(axis=1, keepdims=True)
+    d_scale = ((query - centre) * d_query).sum() + ((key - centre) * d_key).sum()
+    arrays = (query, key, value, scale)
+    all_gradients = (*gradients, d_scale / (2 * scale))
+    return tuple(g.astype(x.dtype) for g, x in zip(all_gradients, arrays, strict=True))
 
 
 def _on_each_device(function: Callable[..., Any], *arrays: jax.Array, **options: Any) -> Any:
@@ -139,34 +204,3 @@ def _on_each_device(function: Callable[..., Any], *arrays: jax.Array, **options:
     return jax.shard_map(
         function, in_specs=in_specs, out_specs=spec, axis_names=names - {None}, check_vma=False
     )(*arrays)
-
-
-def _value(
-    query: jax.Array, key: jax.Array, value: jax.Array, scale: jax.Array, implementation: str
-) -> jax.Array:
-    return _by_platform(tiled_value, gpu_value, implementation, query, key, value, scale)
-
-
-_without_scores = jax.custom_vjp(_value, nondiff_argnums=(4,))
-
-
-def _forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _value(*arguments), arguments[:4]
-
-
-def _backward(
-    implementation: str, residuals: tuple[jax.Array, ...], d_out: jax.Array
-) -> tuple[jax.Array, ...]:
-    query, key, _, scale = residuals
-    d_query, d_key, d_value = _by_platform(
-        tiled_gradients, gpu_gradients, implementation, *residuals, d_out
-    )
-    # G depends on sqrt(scale) q and sqrt(scale) k alone, wherever they are measured from.
-    centre = key.astype(jnp.float32).mean(axis=1, keepdims=True)
-    d_scale = ((query - centre) * d_query).sum() + ((key - centre) * d_key).sum()
-    d_scale /= 2 * scale
-    gradients = (d_query, d_key, d_value, d_scale)
-    return tuple(g.astype(x.dtype) for g, x in zip(gradients, residuals, strict=True))
-
-
-_without_scores.defvjp(_forward, _backward)

@@ -15,12 +15,12 @@ from skyformer_jax.attention.inputs import zeros_like
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def kernel_values(
-    products: jax.Array, query_norms: jax.Array, key_norms: jax.Array, scale: jax.Array | float
-) -> jax.Array:
-    """exp(-scale/2 ||q - k||^2) from q.k, ||q||^2 and ||k||^2."""
-    exponent = scale * (products - 0.5 * (query_norms + key_norms))
-    return jnp.exp(jnp.minimum(exponent, 0))  # rounding alone can make it positive
+def kernel_values(half_distances: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """exp(-scale/2 ||q - k||^2) from ||q - k||^2 / 2."""
+    exponent = -scale * half_distances
+    # Rounding alone can make it positive, where points coincide: a constant to derivatives, as the
+    # second one is largest there.
+    return jnp.exp(exponent - jax.lax.stop_gradient(jnp.maximum(exponent, 0)))
 
 
 def tiled_value(
@@ -109,6 +109,50 @@ def tiled_gradients(
     return d_query[:, :q_length], d_key[:, :kv_length], d_value[:, :kv_length]
 
 
+def tiled_tangent(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    d_query: jax.Array,
+    d_key: jax.Array,
+    d_value: jax.Array,
+    d_scale: jax.Array,
+    *,
+    tile: tuple[int, int],
+) -> jax.Array:
+    """The tangent of tiled_value(...) for the tangents of its arguments: (S * d_E) v + S d_v.
+
+    E is the exponent, whose tangent is
+    scale (d_q . (k - q) + d_k . (q - k)) - d_scale/2 ||q - k||^2.
+
+    Returns:
+      float32 [batch, q_length, heads, head_dim].
+    """
+    q_length, value_dim = query.shape[1], value.shape[-1]
+    query_rows, key_rows = _tile_rows(q_length, key.shape[1], tile)
+    query, d_query = (_pad(x, query_rows) for x in (query, d_query))
+    key, value, d_key, d_value = (_pad(x, key_rows) for x in (key, value, d_key, d_value))
+
+    def by_query(i: jax.Array, out: jax.Array) -> jax.Array:
+        q, d_q = (_block(x, i, query_rows) for x in (query, d_query))
+
+        def by_key(j: jax.Array, sums: jax.Array) -> jax.Array:
+            k, v, d_k, d_v = (_block(x, j, key_rows) for x in (key, value, d_key, d_value))
+            half_distances = _half_distances(q, k)
+            d_exponent = -d_scale * half_distances
+            d_exponent += scale * (_differences(d_q, q, k) + _transposed(_differences(d_k, k, q)))
+            scores = kernel_values(half_distances, scale)
+            return sums + (scores * d_exponent) @ v + scores @ d_v
+
+        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(q, last=value_dim))
+        return _put(out, sums, i)
+
+    zeros = zeros_like(query, jnp.float32, last=value_dim)
+    out = _loop(query.shape[1] // query_rows, by_query, zeros)
+    return out[:, :q_length]
+
+
 def _tile_rows(q_length: int, kv_length: int, tile: tuple[int, int]) -> tuple[int, int]:
     """Rows of a tile along query and along key."""
     long, short = tile
@@ -162,10 +206,21 @@ def _transposed(matrix: jax.Array) -> jax.Array:
 
 def _tile_scores(query: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
     """Scores [batch, heads, query rows, key rows] of two blocks."""
+    return kernel_values(_half_distances(query, key), scale)
+
+
+def _half_distances(query: jax.Array, key: jax.Array) -> jax.Array:
+    """||q_i - k_j||^2 / 2."""
     products = jnp.matmul(query, _transposed(key), precision=_HIGHEST)
     query_norms = (query * query).sum(axis=-1)[..., :, None]
     key_norms = (key * key).sum(axis=-1)[..., None, :]
-    return kernel_values(products, query_norms, key_norms, scale)
+    return 0.5 * (query_norms + key_norms) - products
+
+
+def _differences(directions: jax.Array, here: jax.Array, there: jax.Array) -> jax.Array:
+    """directions_i . (there_j - here_i)."""
+    products = jnp.matmul(directions, _transposed(there), precision=_HIGHEST)
+    return products - (directions * here).sum(axis=-1)[..., :, None]
 
 
 def _tile_gradients(

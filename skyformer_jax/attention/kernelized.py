@@ -1,5 +1,7 @@
 """Kernelized Attention (Chen et al., 2021, section 4.1), on one device or with a split sequence."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,66 +9,72 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
 from skyformer_jax.attention.common import attention_function
+from skyformer_jax.attention.derivatives import Arrays, with_rules
 from skyformer_jax.attention.gaussian import gaussian_attention
 from skyformer_jax.attention.inputs import hide_masked, zeros_like
 
-# For keys and values that are split over devices: they go round a ring, past the queries of each.
-# The rule for gradients sends them round again, with their gradients, instead of keeping every part
-# that passed.
 
+@functools.cache
+def _ring(axis_name: str, implementation: str) -> Callable[..., jax.Array]:
+    """The primitive of query, key, value and scale where the sequence is split over devices.
 
-def _ring_value(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    scale: jax.Array,
-    axis_name: str,
-    implementation: str,
-) -> jax.Array:
-    def turn(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        out, key, value = carry
-        out += gaussian_attention(query, key, value, scale=scale, implementation=implementation)
-        return out, *shards.ring_shift((key, value), axis_name)
+    Keys and values go round a ring, past the queries of each device. So do their tangents; and for
+    gradients they go round again, with their gradients, instead of keeping every part that passed.
+    """
 
-    zeros = zeros_like(query, jnp.float32, last=value.shape[-1])
-    return jax.lax.fori_loop(0, shards.num_shards(axis_name), turn, (zeros, key, value))[0]
+    def of_part(*arrays: jax.Array) -> jax.Array:
+        query, key, value, scale = arrays
+        return gaussian_attention(query, key, value, scale=scale, implementation=implementation)
 
+    def round_once(turn: Callable[..., tuple[Any, Arrays]], carry: Any, passing: Arrays) -> Any:
+        """Carry and what passes, after turn(carry, passing) for the part of each device."""
 
-_ring = jax.custom_vjp(_ring_value, nondiff_argnums=(4, 5))
+        def body(_: jax.Array, state: tuple[Any, Arrays]) -> tuple[Any, Arrays]:
+            carry, passing = turn(*state)
+            return carry, shards.ring_shift(passing, axis_name)
 
+        return jax.lax.fori_loop(0, shards.num_shards(axis_name), body, (carry, passing))
 
-def _ring_forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _ring_value(*arguments), arguments[:4]
+    def value(query: jax.Array, *arrays: jax.Array) -> jax.Array:
+        *passing, scale = arrays
 
+        def turn(out: jax.Array, passing: Arrays) -> tuple[jax.Array, Arrays]:
+            return out + of_part(query, *passing, scale), passing
 
-def _ring_backward(
-    axis_name: str, implementation: str, residuals: tuple[jax.Array, ...], d_out: jax.Array
-) -> tuple[jax.Array, ...]:
-    query, key, value, scale = residuals
+        zeros = zeros_like(query, jnp.float32, last=arrays[1].shape[-1])
+        return round_once(turn, zeros, tuple(passing))[0]
 
-    def turn(_: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        (d_query, d_scale), (key, value, d_key, d_value) = carry
+    def tangent(*arrays: jax.Array) -> jax.Array:
+        query, key, value, scale, d_query, d_key, d_value, d_scale = arrays
 
-        def of_part(*arguments: jax.Array) -> jax.Array:
-            query, key, value, scale = arguments
-            return gaussian_attention(query, key, value, scale=scale, implementation=implementation)
+        def turn(out: jax.Array, passing: Arrays) -> tuple[jax.Array, Arrays]:
+            key, value, *tangents = passing
+            primals, dots = (query, key, value, scale), (d_query, *tangents, d_scale)
+            return out + jax.jvp(of_part, primals, dots)[1], passing
 
-        g_query, g_key, g_value, g_scale = jax.vjp(of_part, query, key, value, scale)[1](d_out)
-        passing = (key, value, d_key + g_key, d_value + g_value)
-        return (d_query + g_query, d_scale + g_scale), shards.ring_shift(passing, axis_name)
+        zeros = zeros_like(query, jnp.float32, last=value.shape[-1])
+        return round_once(turn, zeros, (key, value, d_key, d_value))[0]
 
-    d_query, d_key, d_value, d_scale = (
-        zeros_like(x, jnp.float32) for x in (query, key, value, scale)
-    )
-    carry = (d_query, d_scale), (key, value, d_key, d_value)
-    (d_query, d_scale), (_, _, d_key, d_value) = jax.lax.fori_loop(
-        0, shards.num_shards(axis_name), turn, carry
-    )
-    gradients = (d_query, d_key, d_value, d_scale)
-    return tuple(g.astype(x.dtype) for g, x in zip(gradients, residuals, strict=True))
+    def gradients(*arrays: jax.Array) -> Arrays:
+        query, key, value, scale, d_out = arrays
 
+        def turn(carry: Arrays, passing: Arrays) -> tuple[Arrays, Arrays]:
+            key, value, d_key, d_value = passing
+            d_query, d_scale = carry
+            of_query, of_key, of_value, of_scale = jax.vjp(of_part, query, key, value, scale)[1](
+                d_out
+            )
+            passing = (key, value, d_key + of_key, d_value + of_value)
+            return (d_query + of_query, d_scale + of_scale), passing
 
-_ring.defvjp(_ring_forward, _ring_backward)
+        d_query, d_key, d_value, d_scale = (zeros_like(x, jnp.float32) for x in arrays[:4])
+        (d_query, d_scale), (_, _, d_key, d_value) = round_once(
+            turn, (d_query, d_scale), (key, value, d_key, d_value)
+        )
+        found = (d_query, d_key, d_value, d_scale)
+        return tuple(g.astype(x.dtype) for g, x in zip(found, arrays, strict=False))
+
+    return with_rules(value, tangent, gradients)
 
 
 @attention_function(takes_explicit_axes=True)
@@ -113,5 +121,5 @@ def kernelized_attention(
         out = gaussian_attention(query, key, value, scale=scale, implementation=implementation)
     else:
         ring_scale = jnp.asarray(scale, jnp.float32)
-        out = _ring(query, key, value, ring_scale, axis_name, implementation)
+        out = _ring(axis_name, implementation)(query, key, value, ring_scale)
     return out.astype(dtype)
