@@ -143,9 +143,10 @@ def test_what_cannot_be_honoured_is_refused(name, batch):
     function = attention.attention_fn(name, **SMALL.get(name, {}))
     causal = jnp.tri(LENGTH, dtype=bool)[None, None]
     bias = jnp.ones((1, HEADS, LENGTH, LENGTH)).at[..., 0].set(2)
+    restricted = ({"mask": causal}, {"is_causal": True})
     if name == "softmax":
         reference = nn.dot_product_attention(q, k, v, mask=causal)
-        for options in ({"mask": causal}, {"is_causal": True}):
+        for options in restricted:
             np.testing.assert_allclose(function(q, k, v, **options), reference, atol=1e-5)
         np.testing.assert_allclose(
             function(q, k, v, bias=bias), nn.dot_product_attention(q, k, v, bias=bias), atol=1e-5
@@ -153,8 +154,17 @@ def test_what_cannot_be_honoured_is_refused(name, batch):
         return
     with pytest.raises(ValueError, match=r"sow: leave sow_weights=False; those that do: softmax$"):
         function(q, k, v, module=object())
-    for options in ({"mask": causal}, {"is_causal": True}, {"bias": bias}):
-        with pytest.raises(ValueError, match=rf"{name!r} cannot honour .*; can: softmax$"):
+    with pytest.raises(ValueError, match=rf"{name!r} cannot honour a bias; can: softmax$"):
+        function(q, k, v, bias=bias)
+    if name == "kernelized":
+        reference = attention.kernelized_attention(q, k, v, full_mask=causal)
+        for options in restricted:
+            np.testing.assert_allclose(function(q, k, v, **options), reference, atol=1e-5)
+        return
+    for options in restricted:
+        with pytest.raises(
+            ValueError, match=rf"{name!r} cannot honour .*; can: softmax, kernelized$"
+        ):
             function(q, k, v, **options)
     # Under jit the values of a mask are not known, so an example whose mask is another is NaN.
     half = jnp.where(jnp.arange(3)[:, None, None, None] == 1, causal, True)

@@ -40,11 +40,11 @@ def with_rules(
     Only derivatives of second and higher order differentiate a rule.
 
     Args:
-      value: of floating arrays; the function.
-      tangent: of those arrays and, linearly, their tangents; the output's tangent. JAX can
-        differentiate it.
-      gradients: of those arrays and, linearly, the output's gradient; those of the arrays, of their
-        dtypes.
+      value: of floating arrays, and of others that have no derivatives; the function.
+      tangent: of those arrays and, linearly, the tangents of the floating ones; the output's
+        tangent. JAX can differentiate it.
+      gradients: of those arrays and, linearly, the output's gradient; those of the floating ones,
+        of their dtypes.
       plain_gradients: the same, where JAX cannot differentiate gradients.
 
     Returns:
@@ -58,8 +58,13 @@ def with_rules(
     backward = _Rule(gradients, plain_gradients or gradients)
 
     def jvp(primals: Arrays, dots: Arrays) -> tuple[jax.Array, jax.Array]:
+        floating = [
+            dot
+            for x, dot in zip(primals, dots, strict=True)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
         (out_dot,) = _linear.bind(
-            *primals, *dots, rule=forward, transposed=backward, num_residuals=len(primals)
+            *primals, *floating, rule=forward, transposed=backward, num_residuals=len(primals)
         )
         return with_jvp(*primals), out_dot
 

@@ -80,6 +80,23 @@ def with_all_axes(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x.reshape(sizes) if missing else x
 
 
+def check_full_mask(full_mask: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    """A full_mask as bool [batch or 1, heads or 1, q_length or 1, kv_length or 1].
+
+    Args:
+      full_mask: broadcastable to [batch, heads, q_length, kv_length].
+      query: [batch, q_length, heads, head_dim].
+      key: [batch, kv_length, kv_heads, head_dim].
+
+    Raises:
+      ValueError: if it is not boolean or cannot be broadcast so.
+    """
+    shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    if full_mask.dtype != jnp.bool_:
+        raise ValueError(f"full_mask must be bool; got {full_mask.dtype}")
+    return with_all_axes("full_mask", full_mask, shape)
+
+
 def zeros_like(x: jax.Array, dtype: Any = None, *, last: int | None = None) -> jax.Array:
     """Zeros of the shape and the sharding of x, on meshes with explicit axes too.
 

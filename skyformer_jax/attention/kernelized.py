@@ -11,7 +11,7 @@ from skyformer_jax.attention import shards
 from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.derivatives import Arrays, with_rules
 from skyformer_jax.attention.gaussian import gaussian_attention
-from skyformer_jax.attention.inputs import hide_masked, zeros_like
+from skyformer_jax.attention.inputs import check_full_mask, hide, hide_masked, zeros_like
 
 
 @functools.cache
@@ -87,6 +87,8 @@ def kernelized_attention(
     rng: jax.Array | None = None,
     scale: jax.Array | float | None = None,
     implementation: str = "auto",
+    full_mask: jax.Array | None = None,
+    is_causal: bool = False,
     axis_name: str | None = None,
 ) -> jax.Array:
     """Kernelized Attention: the Gaussian kernel in place of softmax, exact and quadratic.
@@ -97,28 +99,54 @@ def kernelized_attention(
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
       key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, head_dim].
+      value: [batch, kv_length, heads, value_dim].
       mask: bool [batch, kv_length], True at real tokens; any pattern.
       rng: unused, nothing here is random; part of the common signature.
       scale: the kernel's inverse squared width; None means head_dim**-0.5.
       implementation: "auto", "dense", "chunked" or "pallas", see gaussian_attention.
+      full_mask: bool, broadcastable to [batch, heads, q_length, kv_length], True where a key is a
+        term of a query's sum. Beside the mask itself, memory stays linear in the length.
+      is_causal: True lets the sum of query i end with key i.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
-        as long as the others', of query, key, value and mask. Keys and values go round the devices
-        once, and again for gradients; no device ever holds more than two parts.
+        as long as the others', of query, key, value and mask; there can be no full_mask then, nor
+        is_causal. Keys and values go round the devices once, and again for gradients; no device
+        ever holds more than two parts.
 
     Returns:
-      [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
-      example without any real key.
+      [batch, q_length, heads, value_dim] in the dtype of value, computed in float32; zeros for a
+      query without any key.
 
     Raises:
-      ValueError: if shapes do not fit, the mask is not boolean, or the implementation is unknown.
+      ValueError: if shapes do not fit, a mask is not boolean, the implementation is unknown, or it
+        cannot honour full_mask or is_causal.
     """
     del rng
     dtype = value.dtype
     key, value = hide_masked(key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if full_mask is not None:
+        full_mask = check_full_mask(full_mask, query, key)
+        # What stands at keys that no query has in its sum adds nothing, NaN included.
+        some = jnp.broadcast_to(full_mask.any(axis=(1, 2)), key.shape[:2])
+        key, value = hide(key, some), hide(value, some)
+        of_keys_alone = full_mask.shape[1:3] == (1, 1)
+        shape = (*full_mask.shape[:3], key.shape[1])
+        full_mask = None if of_keys_alone else jnp.broadcast_to(full_mask, shape)
     if axis_name is None:
-        out = gaussian_attention(query, key, value, scale=scale, implementation=implementation)
+        out = gaussian_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            implementation=implementation,
+            mask=full_mask,
+            is_causal=is_causal,
+        )
+    elif full_mask is not None or is_causal:
+        raise ValueError(
+            "full_mask and is_causal need the whole sequence on one device; with axis_name, "
+            "kernelized attention takes a mask of keys"
+        )
     else:
         ring_scale = jnp.asarray(scale, jnp.float32)
         out = _ring(axis_name, implementation)(query, key, value, ring_scale)

@@ -75,6 +75,7 @@ REGISTRY: Mapping[str, Attention] = {
     "kernelized": Attention(
         kernelized_attention,
         options={"implementation": "auto"},
+        masks=("mask", "full_mask", "is_causal"),
         splittable=True,
     ),
     "skyformer": Attention(

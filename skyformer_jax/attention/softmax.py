@@ -7,7 +7,12 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
 from skyformer_jax.attention.common import attention_function, repeat_heads
-from skyformer_jax.attention.inputs import equal_head_dims, hide_masked, with_all_axes
+from skyformer_jax.attention.inputs import (
+    check_full_mask,
+    equal_head_dims,
+    hide_masked,
+    with_all_axes,
+)
 
 
 @attention_function(takes_groups=True)
@@ -121,9 +126,7 @@ def _restrictions(
     shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     allowed = None if mask is None else mask[:, None, None, :]
     if full_mask is not None:
-        full_mask = with_all_axes("full_mask", full_mask, shape)
-        if full_mask.dtype != jnp.bool_:
-            raise ValueError(f"full_mask must be bool; got {full_mask.dtype}")
+        full_mask = check_full_mask(full_mask, query, key)
         allowed = full_mask if allowed is None else allowed & full_mask
     if is_causal:
         earlier = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None]
