@@ -32,6 +32,26 @@ def dense_inits(fan_in: int) -> dict[str, Any]:
     return {"kernel_init": init, "bias_init": init}
 
 
+def projected_heads(
+    num_heads: int, num_kv_heads: int | None, head_dim: int, value_head_dim: int
+) -> dict[str, tuple[int, int]]:
+    """The heads and features that a layer projects to: {"query": (heads, head_dim), ...}.
+
+    Raises:
+      ValueError: if num_heads is not a multiple of num_kv_heads.
+    """
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {num_kv_heads}"
+        )
+    return {
+        "query": (num_heads, head_dim),
+        "key": (num_kv_heads, head_dim),
+        "value": (num_kv_heads, value_head_dim),
+    }
+
+
 class MultiHeadAttention(nn.Module):
     """Multi-head self- or cross-attention on any attention of skyformer_jax.attention.
 
@@ -57,6 +77,10 @@ class MultiHeadAttention(nn.Module):
       head_dim: features of each head.
       options: options of the attention function (num_landmarks for example) and of its variables
         (Nystromformer's conv_size, Linformer's sharing).
+      num_kv_heads: number of heads of keys and values, which num_heads is a multiple of: groups of
+        query heads share them. None means num_heads. Reformer, whose queries are its keys, has
+        fewer heads of values alone.
+      value_head_dim: features of each head of the values; None means head_dim.
       dtype: dtype of the projections and their results; parameters and the attention's own
         computation stay float32.
       axis_name: name of a mesh axis, within jax.shard_map, over which the sequence is split: inputs
@@ -69,6 +93,8 @@ class MultiHeadAttention(nn.Module):
     options: Mapping[str, Any]
     dtype: jnp.dtype | None = None
     axis_name: str | None = None
+    num_kv_heads: int | None = None
+    value_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         """Freezes the options, since a dict would keep the module from being hashed."""
@@ -115,9 +141,12 @@ class MultiHeadAttention(nn.Module):
         elif entry.shared_query_key:
             raise ValueError(f"{self.attention} shares queries and keys: leave out inputs_kv")
 
+        value_head_dim = self.value_head_dim or self.head_dim
+        heads = projected_heads(self.num_heads, self.num_kv_heads, self.head_dim, value_head_dim)
+
         def project(name: str, inputs: jax.Array) -> jax.Array:
             return nn.DenseGeneral(
-                (self.num_heads, self.head_dim),
+                heads[name],
                 dtype=self.dtype,
                 name=name,
                 **dense_inits(inputs.shape[-1]),
@@ -141,7 +170,7 @@ class MultiHeadAttention(nn.Module):
             axis=(-2, -1),
             dtype=self.dtype,
             name="out",
-            **dense_inits(self.num_heads * self.head_dim),
+            **dense_inits(self.num_heads * value_head_dim),
         )(out)
 
     def _kept_variables(self, kv_length: int, *, redraw: bool) -> dict[str, jax.Array]:

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, layer_variables, split_options
-from skyformer_jax.layers import dense_inits
+from skyformer_jax.layers import dense_inits, projected_heads
 
 
 class Fixed(nnx.Variable):
@@ -31,13 +31,18 @@ class MultiHeadAttention(nnx.Module):
       options: options of the attention function and of its variables (see
         skyformer_jax.attention.registry).
       max_length: the greatest kv_length; only Linformer needs it.
+      num_kv_heads: number of heads of keys and values, which num_heads is a multiple of: groups of
+        query heads share them. None means num_heads. Reformer, whose queries are its keys, has
+        fewer heads of values alone.
+      value_head_dim: features of each head of the values; None means head_dim.
       dtype: dtype of the projections and their results; None means that of inputs and parameters.
         The attention's own computation stays float32.
       param_dtype: dtype of the projections' parameters.
       rngs: draws the parameters and the fixed random numbers, by its "params" stream.
 
     Raises:
-      ValueError: for an unknown attention or option, or a missing max_length.
+      ValueError: for an unknown attention or option, a missing max_length, or a num_heads that is
+        not a multiple of num_kv_heads.
     """
 
     def __init__(
@@ -49,6 +54,8 @@ class MultiHeadAttention(nnx.Module):
         *,
         options: Mapping[str, Any] | None = None,
         max_length: int | None = None,
+        num_kv_heads: int | None = None,
+        value_head_dim: int | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -56,15 +63,18 @@ class MultiHeadAttention(nnx.Module):
         self.attention = attention
         # Frozen, so that the graph of the module is hashable.
         self._options: FrozenDict[str, Any] = FrozenDict(split_options(attention, options or {})[0])
-        heads = (num_heads, head_dim)
+        value_head_dim = value_head_dim or head_dim
+        heads = projected_heads(num_heads, num_kv_heads, head_dim, value_head_dim)
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         inits = {**dense_inits(in_features), **dtypes}
-        self.query = nnx.LinearGeneral(in_features, heads, rngs=rngs, **inits)
+        self.query = nnx.LinearGeneral(in_features, heads["query"], rngs=rngs, **inits)
         if not REGISTRY[attention].shared_query_key:
-            self.key = nnx.LinearGeneral(in_features, heads, rngs=rngs, **inits)
-        self.value = nnx.LinearGeneral(in_features, heads, rngs=rngs, **inits)
-        inits = {**dense_inits(num_heads * head_dim), **dtypes}
-        self.out = nnx.LinearGeneral(heads, in_features, axis=(-2, -1), rngs=rngs, **inits)
+            self.key = nnx.LinearGeneral(in_features, heads["key"], rngs=rngs, **inits)
+        self.value = nnx.LinearGeneral(in_features, heads["value"], rngs=rngs, **inits)
+        inits = {**dense_inits(num_heads * value_head_dim), **dtypes}
+        self.out = nnx.LinearGeneral(
+            (num_heads, value_head_dim), in_features, axis=(-2, -1), rngs=rngs, **inits
+        )
         specs = layer_variables(
             attention,
             options or {},

@@ -56,7 +56,7 @@ def skyformer(query, key, value, landmark_indices, mask=None, scale=None, gamma=
     return out
 
 
-def shared_query_key_softmax(query, value, mask=None, scale=None):
+def shared_query_key_softmax(query, value, mask=None, scale=1.0):
     """Reformer with one bucket: keys are normalised queries, oneself only when alone."""
     return reformer(query, value, None, mask=mask, scale=scale)
 
@@ -132,7 +132,7 @@ def informer(query, key, value, samples, num_active, mask=None):
     return out
 
 
-def reformer(query, value, rotations, mask=None, scale=None, num_buckets=1, chunk_length=None):
+def reformer(query, value, rotations, mask=None, scale=1.0, num_buckets=1, chunk_length=None):
     """By the sets P_i and their union, one example and one head at a time."""
     query, value = (np.asarray(x, np.float64) for x in (query, value))
     batch, length, heads, head_dim = query.shape

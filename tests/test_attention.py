@@ -250,9 +250,10 @@ def test_random_only_where_given_an_rng(name):
     ("bad", "message"),
     [
         (lambda q, k, v: (q[0], k, v, None), "batch, length, heads, head_dim"),
-        (lambda q, k, v: (q, k, v[:, 1:], None), "one shape"),
-        (lambda q, k, v: (q[..., :4], k, v, None), "head_dim|one shape"),
-        (lambda q, k, v: (q[:2], k, v, None), "batch|one shape"),
+        (lambda q, k, v: (q, k, v[:, 1:], None), "agree in batch"),
+        (lambda q, k, v: (q[:2], k, v, None), "agree in batch"),
+        (lambda q, k, v: (q[:, :, :1], k, v, None), "a multiple of them; got 1 and 2"),
+        (lambda q, k, v: (q[..., :0], k[..., :0], v, None), "head_dim of query and key must be"),
         (lambda q, k, v: (q, k, v, jnp.ones((3, 9))), "bool"),
         (lambda q, k, v: (q, k, v, jnp.ones((3, 1, 1, 9), bool)), "kv_length"),
     ],
@@ -261,6 +262,82 @@ def test_bad_shapes_are_refused(name, bad, message):
     *arrays, mask = bad(*inputs(9, 9))
     with pytest.raises(ValueError, match=message):
         small(name)(*arrays, mask=mask)
+
+
+@all_attentions
+def test_fewer_heads_of_keys_and_values_are_shared(name):
+    """Grouped-query heads, and values of another head_dim, as if repeated for the query heads."""
+    q, k, v = inputs(11, 11, heads=4)
+    k, v = k[:, :, ::2], jnp.concatenate([v, v], axis=-1)[:, :, ::2, :13]
+    mask = masks(3, 11)
+
+    @jax.jit
+    def shared(q, k, v):
+        return call(name, q, k, v, mask=mask, **SMALL.get(name, {}))
+
+    @jax.jit
+    def repeated(q, k, v):
+        return shared(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2))
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(lambda *x: jnp.sin(f(*x)).sum(), argnums=(0, 1, 2)))(q, k, v)  # noqa: B023
+        for f in (shared, repeated)
+    )
+    assert shared(q, k, v).shape == (3, 11, 4, 13)
+    np.testing.assert_allclose(shared(q, k, v), repeated(q, k, v), rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
+
+
+@exact_attentions
+def test_value_dim_differs_from_head_dim(name):
+    """Against float64, in the dense and in the tiled form of kernelized."""
+    for length, value_dim in ((9, 5), (300, 13)):
+        q, k, v = inputs(length, length)
+        v = jnp.concatenate([v, v], axis=-1)[..., :value_dim]
+        expected = [REFERENCES[name](q, k, v[..., i : i + 1].repeat(8, -1)) for i in (0, 4)]
+        out = jitted(name)(q, k, v)
+        for i, of_feature in zip((0, 4), expected, strict=True):
+            np.testing.assert_allclose(out[..., i], of_feature[..., 0], rtol=2e-5, atol=2e-5)
+
+
+@all_attentions
+@pytest.mark.parametrize("lengths", [(0, 5, 5), (2, 0, 0), (2, 3, 0), (2, 0, 3)])
+def test_empty_arrays_give_zeros(name, lengths):
+    batch, q_length, kv_length = lengths
+    q, k, v = inputs(q_length, kv_length, batch=batch)
+    function = functools.partial(call, name, mask=jnp.ones((batch, kv_length), bool))
+    if name in SELF_ONLY and q_length != kv_length:
+        with pytest.raises(ValueError, match=r"itself|agree"):
+            function(q, k, v)
+        return
+    out = function(q, k, v[..., :3])
+    assert out.shape == (batch, q_length, 2, 3)
+    gradients = jax.grad(lambda *x: function(*x).sum(), argnums=(0, 1, 2))(q, k, v)
+    assert not any(np.any(x) for x in (out, *gradients))
+
+
+@all_attentions
+def test_scale_and_gamma_may_be_learned(name):
+    """Traced, under jit and grad, by central differences."""
+    q, k, v = inputs(11, 11)
+    mask = masks(3, 11)
+    options = {"scale": 0.5, **({"gamma": 0.3} if name == "skyformer" else {})}
+
+    @jax.jit
+    def loss(options):
+        out = call(name, q, k, v, mask=mask, **{**SMALL.get(name, {}), **options})
+        return jnp.sin(out).sum()
+
+    gradients = jax.jit(jax.grad(loss))(options)
+    plain = call(name, q, k, v, mask=mask, **{**SMALL.get(name, {}), **options})
+    np.testing.assert_allclose(loss(options), jnp.sin(plain).sum(), rtol=1e-4, atol=1e-4)
+    for option, value in options.items():
+        above, below = (loss({**options, option: value + step}) for step in (0.01, -0.01))
+        np.testing.assert_allclose(gradients[option], (above - below) / 0.02, rtol=2e-2, atol=1e-2)
+        with pytest.raises(ValueError, match=f"{option} must be one number; got an array of shape"):
+            call(name, q, k, v, **{option: jnp.ones(2)})
 
 
 @all_attentions

@@ -29,6 +29,8 @@ EXACT = {
                         "num_random_blocks": 4},
     "bigbird, global": {"block_size": 5, "num_global_blocks": 9},
     "bigbird, one block": {},
+    "bigbird, first and last": {"block_size": 5, "num_global_blocks": 5,
+                                "global_blocks": "first_last"},
     "bigbird, all kinds": {"block_size": 4, "num_global_blocks": 1, "num_window_blocks": 3,
                            "num_random_blocks": 3},
 }  # fmt: skip
@@ -217,6 +219,19 @@ def test_reformer_equals_float64_reference(length, num_buckets, chunk_length):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_reformers_scores_are_divided_by_the_norm_of_the_key_alone():
+    """As published; scale=None is 1/sqrt(head_dim) as in the others, and any other is an option."""
+    q, _, v = inputs(6, 6)
+    for options, scale in (({}, 1.0), ({"scale": None}, 8**-0.5), ({"scale": 0.3}, 0.3)):
+        scores = scale * jnp.einsum(
+            "bqhp,bkhp->bhqk", q, q / jnp.linalg.norm(q, axis=-1)[..., None]
+        )
+        weights = jax.nn.softmax(jnp.where(jnp.eye(6, dtype=bool), -jnp.inf, scores))
+        expected = jnp.einsum("bhqk,bkhp->bqhp", weights, v)
+        out = attention.reformer_attention(q, None, v, **options)
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_reformer_attends_to_itself_only_when_alone():
     q, _, v = inputs(6, 6, batch=1)
     mask = jnp.array([[True, False, False, False, False, True]])
@@ -247,35 +262,42 @@ def test_reformer_takes_one_array_as_query_and_key():
         attention.reformer_attention(q, k, v)
 
 
-def bigbird_allowed(length, block_size, num_global, num_window, num_random, rng, mask):
+def bigbird_allowed(length, block_size, num_global, num_window, num_random, rng, mask, last):
+    """Of every query and key, with `last` of the global blocks at the end of the sequence."""
     num_blocks = -(-length // block_size)
-    blocks, valid = bigbird.attended_blocks(rng, num_blocks, num_global, num_window, num_random)
+    first = num_global - last
+    blocks, valid = bigbird.attended_blocks(rng, num_blocks, first, num_window, num_random, last)
     allowed = np.zeros((num_blocks, num_blocks), int)
     for row in range(num_blocks):
         np.add.at(allowed[row], np.asarray(blocks)[row][np.asarray(valid)[row]], 1)
     assert allowed.max() == 1  # no block twice
-    allowed[:num_global] = 1
+    everywhere = {*range(first), *range(num_blocks - last, num_blocks)}
+    assert all(allowed[:, block].all() for block in everywhere)
+    allowed[sorted(everywhere)] = 1
     full = np.repeat(np.repeat(allowed, block_size, 0), block_size, 1)[:length, :length]
     return full.astype(bool)[None] & np.asarray(mask)[:, None, :]
 
 
 @pytest.mark.parametrize("length", [64, 61, 33])
-@pytest.mark.parametrize("kinds", [(2, 3, 3), (0, 1, 1), (1, 5, 0), (1, 3, 50)])
-def test_bigbird_equals_masked_dense_attention(length, kinds):
+@pytest.mark.parametrize("kinds", [(2, 3, 3), (0, 1, 1), (3, 5, 0), (1, 3, 50)])
+@pytest.mark.parametrize("where", ["first", "first_last"])
+def test_bigbird_equals_masked_dense_attention(length, kinds, where):
     q, k, v = inputs(length, length)
     mask = masks(3, length)
     rng = jax.random.key(2)
     names = ("num_global_blocks", "num_window_blocks", "num_random_blocks")
     options = dict(zip(names, kinds, strict=True))
-    out = jitted("bigbird", block_size=4, **options)(q, k, v, mask=mask, rng=rng)
-    allowed = bigbird_allowed(length, 4, *kinds, rng, mask)
+    function = jitted("bigbird", block_size=4, global_blocks=where, **options)
+    out = function(q, k, v, mask=mask, rng=rng)
+    last = kinds[0] // 2 if where == "first_last" else 0
+    allowed = bigbird_allowed(length, 4, *kinds, rng, mask, last)
     expected = references.masked_softmax(q, k, v, allowed)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bigbird_random_blocks_are_uniform_and_distinct():
     draw = functools.partial(
-        bigbird.attended_blocks, num_blocks=12, num_global=1, num_window=3, num_random=3
+        bigbird.attended_blocks, num_blocks=12, num_first=1, num_window=3, num_random=3
     )
     blocks = np.asarray(jax.vmap(lambda key: draw(key)[0])(
         jax.random.split(jax.random.key(0), 4000)))[:, :, 4:]  # fmt: skip
@@ -289,6 +311,25 @@ def test_bigbird_random_blocks_are_uniform_and_distinct():
         expected = 12000 / len(allowed)
         assert np.abs(counts[allowed] - expected).max() < 5 * expected**0.5
         assert all(len(set(x)) == 3 for x in blocks[:50, row])
+
+
+def test_bigbird_of_global_blocks_alone():
+    """The first and last block, as published: their keys for every query, every key for theirs."""
+    q, k, v = inputs(23, 23)
+    out = jitted(
+        "bigbird",
+        block_size=4,
+        num_window_blocks=1,
+        num_random_blocks=0,
+        global_blocks="first_last",
+    )(q, k, v)
+    block = np.arange(23) // 4
+    ends = np.isin(block, (0, 5))
+    allowed = ends[:, None] | ends[None, :] | (block[:, None] == block[None, :])
+    expected = references.masked_softmax(q, k, v, np.broadcast_to(allowed, (3, 23, 23)))
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="global_blocks must be one of first, first_last; got 'l"):
+        attention.bigbird_attention(q, k, v, global_blocks="last")
 
 
 def test_bigbird_pattern_fixes_the_blocks():

@@ -82,6 +82,20 @@ def test_bad_training_fields_are_named():
             config.check(settings, num_devices=2)
 
 
+def test_a_run_of_reformer_without_a_scale_keeps_the_one_it_had(tmp_path):
+    """Its scores were divided by sqrt(head_dim) then, which is scale=None; new ones say theirs."""
+    stored = config.stored(get("listops", "reformer,small"))
+    assert stored["attention"]["scale"] == 1
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(stored))
+    assert config.read(path).attention.scale == 1
+    del stored["attention"]["scale"]
+    path.write_text(json.dumps(stored))
+    earlier = config.read(path)
+    assert earlier.attention.scale is None
+    config.check(earlier, 1)
+
+
 def test_bad_data_fields_are_named():
     for name, field, value, message in (
         ("text", "length", 4001, "data.length must be in 1..4000"),

@@ -20,11 +20,22 @@ quick_attentions = pytest.mark.parametrize(
         for name in attention.NAMES
     ],
 )
-NOT_ON_NEWER = (("skyformer", "heads"), ("bigbird", "batch"), ("bigbird", "heads"))
 CASES = [pytest.param(name, SMALL.get(name, {}), id=name) for name in attention.NAMES]
 CASES += [
     pytest.param("kernelized", {"implementation": "chunked"}, id="chunked"),
-    pytest.param("skyformer", {"num_landmarks": 8, "landmarks": "segment_means"}, id="segments"),
+    *(
+        pytest.param(
+            "skyformer", {"num_landmarks": 8, **options}, id="-".join(options.values()), marks=marks
+        )
+        for options, marks in (
+            ({"landmarks": "segment_means"}, ()),
+            ({"landmarks": "kmeans++"}, pytest.mark.slow),
+            ({"landmarks": "leverage", "inverse": "cholesky"}, ()),
+        )
+    ),
+    pytest.param(
+        "nystromformer", {"num_landmarks": 6, "conv_kernel": np.ones((3, 2), np.float32)}, id="conv"
+    ),
 ]
 
 
@@ -36,11 +47,6 @@ def explicit_mesh():
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_attentions_keep_the_sharding(name, options, axis):
     """Of the batch or of the heads; values and gradients."""
-    version = jax.__version_info__
-    if version >= (0, 11) and (name, axis) in NOT_ON_NEWER:
-        pytest.xfail("newer JAX wants to be told the sharding of a gather's gradient")
-    if version < (0, 10, 2) and (name, axis) == ("informer", "heads"):
-        pytest.xfail("JAX 0.10.0 gives the gradient of top_k's gather a wrong sharding")
     arrays, mask = inputs(11, 11, batch=4), masks(4, 11)
     rng = jax.random.key(3) if name in RANDOM else None
 

@@ -121,6 +121,74 @@ def test_mapped_over_examples(small_tiles):
             np.testing.assert_allclose(mine[b], expected, rtol=1e-5, atol=1e-5)
 
 
+# Of [batch or 1, heads or 1, q_length or 1, kv_length or 1].
+MASKS = [(2, 2, 50, 70), (1, 1, 50, 70), (2, 1, 1, 70), (1, 2, 1, 70), (2, 2, 50, 1), (70,)]
+
+
+@pytest.mark.parametrize("shape", MASKS)
+@pytest.mark.parametrize("implementation", ["dense", "chunked"])
+def test_masks_of_queries_and_keys(shape, implementation, small_tiles):
+    """Values, gradients and tangents against float64, with causality as well."""
+    rng = np.random.default_rng(3)
+    mask = rng.random(shape) < 0.6
+    mask[..., -1] = shape[-1] == 1  # a key that nobody sees, where the mask is of keys
+    *qkv, weights = arrays(50, 70)
+    if not mask[..., -1].any():
+        qkv[1:] = [x.at[:, -1].set(jnp.nan) for x in qkv[1:]]
+    terms = np.broadcast_to(mask, (2, 2, 50, 70)) & np.tri(50, 70, dtype=bool)
+
+    def reference(q, k, v):
+        k, v = np.nan_to_num(k), np.nan_to_num(v)
+        out = [
+            [
+                (gaussian_kernel(q[b, :, h], k[b, :, h], 0.6) * terms[b, h]) @ v[b, :, h]
+                for h in range(2)
+            ]
+            for b in range(2)
+        ]
+        return np.swapaxes(np.array(out), 1, 2)
+
+    @jax.jit
+    def attend(*qkv):
+        return kernelized_attention(
+            *qkv, scale=0.6, full_mask=mask, is_causal=True, implementation=implementation
+        )
+
+    exact = reference(*(np.asarray(x, np.float64) for x in qkv))
+    np.testing.assert_allclose(attend(*qkv), exact, rtol=1e-5, atol=1e-5)
+    gradients = jax.grad(lambda *qkv: (attend(*qkv) * weights).sum(), argnums=(0, 1, 2))(*qkv)
+    clean = [jnp.nan_to_num(x) for x in qkv]
+    assert_directional_derivatives(
+        gradients,
+        lambda *qkv: (reference(*qkv) * np.asarray(weights)).sum(),
+        clean,
+        rng,
+        tolerance=1e-4,
+    )
+    directions = arrays(50, 70, seed=7)[:3]
+    tangent = jax.jvp(lambda *qkv: (attend(*qkv) * weights).sum(), clean, directions)[1]
+    expected = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    np.testing.assert_allclose(tangent, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_mask_that_cannot_be_honoured_is_refused():
+    q, k, v, _ = arrays(4, 6)
+    for attend in (kernelized_attention, jax.jit(kernelized_attention)):
+        with pytest.raises(ValueError, match=r"= \(2, 2, 4, 6\); got \(2, 3, 4, 6\)"):
+            attend(q, k, v, full_mask=jnp.ones((2, 3, 4, 6), bool))
+        with pytest.raises(ValueError, match="must be bool; got float32"):
+            attend(q, k, v, full_mask=jnp.ones((4, 6)))
+    with pytest.raises(ValueError, match='choose "auto", "chunked" or "dense"'):
+        kernelized_attention(q, k, v, is_causal=True, implementation="pallas")
+
+
+def test_causality_needs_no_mask_in_memory():
+    def temporaries_of(length):
+        return temporaries(functools.partial(kernelized_attention, is_causal=True), 1, length)
+
+    assert temporaries_of(32768) < 5 * temporaries_of(8192)
+
+
 @pytest.mark.parametrize("implementation", gaussian.IMPLEMENTATIONS)
 def test_empty_sequences(implementation):
     for lengths in ((0, 3), (3, 0)):

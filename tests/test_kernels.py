@@ -150,6 +150,21 @@ def test_on_meshes(problem, axis_type):
     assert_near(found, expected)
 
 
+def test_shard_map_that_checks_what_varies():
+    """check_vma=True, its default; the kernel is traced with it, and what is compiled is tiles."""
+    *qkv, d_out = arrays(130, 140, 8)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def gradients(query, key, value, d_out):
+        def call(*qkv):
+            return gaussian_attention(*qkv, scale=0.3)
+
+        return jax.vjp(call, query, key, value)[1](d_out)
+
+    split = jax.shard_map(gradients, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert_near(jax.jit(split)(*qkv, d_out), gradients(*qkv, d_out))
+
+
 def test_the_platform_that_is_compiled_for_chooses():
     """Not the one that this process runs on: lowered for CUDA here, "auto" is a kernel."""
     *qkv, _ = arrays(200, 130, 32)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -142,24 +143,122 @@ def test_what_cannot_be_honoured_is_refused(name, batch):
     function = attention.attention_fn(name, **SMALL.get(name, {}))
     causal = jnp.tri(LENGTH, dtype=bool)[None, None]
     bias = jnp.ones((1, HEADS, LENGTH, LENGTH)).at[..., 0].set(2)
-    with pytest.raises(ValueError, match="sow"):
-        function(q, k, v, module=object())
+    restricted = ({"mask": causal}, {"is_causal": True})
     if name == "softmax":
         reference = nn.dot_product_attention(q, k, v, mask=causal)
-        for options in ({"mask": causal}, {"is_causal": True}):
+        for options in restricted:
             np.testing.assert_allclose(function(q, k, v, **options), reference, atol=1e-5)
         np.testing.assert_allclose(
             function(q, k, v, bias=bias), nn.dot_product_attention(q, k, v, bias=bias), atol=1e-5
         )
         return
-    for options in ({"mask": causal}, {"is_causal": True}, {"bias": bias}):
-        with pytest.raises(ValueError, match=rf"{name!r} cannot honour .*; can: softmax$"):
+    with pytest.raises(ValueError, match=r"sow: leave sow_weights=False; those that do: softmax$"):
+        function(q, k, v, module=object())
+    with pytest.raises(ValueError, match=rf"{name!r} cannot honour a bias; can: softmax$"):
+        function(q, k, v, bias=bias)
+    if name == "kernelized":
+        reference = attention.kernelized_attention(q, k, v, full_mask=causal)
+        for options in restricted:
+            np.testing.assert_allclose(function(q, k, v, **options), reference, atol=1e-5)
+        return
+    for options in restricted:
+        with pytest.raises(
+            ValueError, match=rf"{name!r} cannot honour .*; can: softmax, kernelized$"
+        ):
             function(q, k, v, **options)
     # Under jit the values of a mask are not known, so an example whose mask is another is NaN.
     half = jnp.where(jnp.arange(3)[:, None, None, None] == 1, causal, True)
     out = jax.jit(functools.partial(function, q, k, v))(mask=half)
     assert np.isnan(out[1]).all()
     assert np.isfinite(out[::2]).all()
+
+
+@pytest.mark.parametrize("lead", [(3,), (), (2, 3)])
+def test_softmax_takes_every_mask_and_bias_that_flax_takes(lead):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(*lead, n, HEADS, HEAD_DIM)), jnp.float32) for n in (7, 9, 9)
+    )
+    for tail in ((7, 9), (HEADS, 1, 9), (1, 7, 9), (1, 1, 9), (HEADS, 7, 1), (9,)):
+        for shape in (tail, (*[1] * len(lead), *tail), (*lead, *tail)):
+            if len(shape) > len(lead) + 3 or (shape != tail and len(tail) < 3):
+                continue
+            mask, bias = rng.random(shape) < 0.7, jnp.asarray(rng.normal(size=shape), jnp.float32)
+            mask[..., -1:] = True  # Flax has the mean of all values where no key is left
+            for form in (jnp.asarray(mask), jnp.asarray(mask, jnp.float32)):
+                found = attention.attention_fn("softmax")(q, k, v, mask=form, bias=bias)
+                expected = nn.dot_product_attention(q, k, v, mask=form, bias=bias)
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@all_attentions
+def test_masks_of_wrong_shapes_are_named_with_both_shapes(name):
+    q = jnp.ones((3, LENGTH, HEADS, HEAD_DIM))
+    function = attention.attention_fn(name, **SMALL.get(name, {}))
+    for shape in ((3, LENGTH), (3, 1, 1, LENGTH + 1), (2, 1, 1, LENGTH), (1, 3, 1, 1, LENGTH)):
+        message = rf"mask must be .* = \(3, 2, 20, 20\); got {re.escape(str(shape))}"
+        for call in (function, jax.jit(function)):
+            with pytest.raises(ValueError, match=message):
+                call(q, q, q, mask=jnp.ones(shape, bool))
+
+
+def test_softmax_sows_its_weights_as_flax_does(batch):
+    x, mask = batch
+    mask = mask[:, None, None, :] & jnp.tri(LENGTH, dtype=bool)
+    linen, params, of_nnx = flax_modules("softmax")
+    reference = nn.MultiHeadAttention(HEADS)
+    (out, sown), (expected, theirs) = (
+        module.apply({"params": params}, x, mask=mask, sow_weights=True, mutable=["intermediates"])
+        for module in (linen, reference)
+    )
+    (weights,), (expected_weights,) = (
+        collections["intermediates"]["attention_weights"] for collections in (sown, theirs)
+    )
+    np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    of_nnx(x, mask=mask, sow_weights=True, deterministic=True)
+    (by_nnx,) = nnx.pop(of_nnx, nnx.Intermediate)["attention_weights"].get_value()
+    np.testing.assert_allclose(by_nnx, weights, atol=1e-5)
+    nothing = skyformer_jax.attention.softmax.softmax_weights(
+        *jnp.ones((2, 3, 5, HEADS, HEAD_DIM)), mask=jnp.zeros((3, 5), bool)
+    )
+    assert not np.any(nothing)
+
+
+@all_attentions
+def test_modules_share_heads_of_keys_and_values(name, batch):
+    """Linen's and NNX's modules agree, and Flax's own takes the function."""
+    x, mask = batch
+    options = LAYER_OPTIONS.get(name, {})
+    grouped = {"num_kv_heads": 2, "value_head_dim": 3}
+    linen = layers.MultiHeadAttention(name, 4, HEAD_DIM, options, **grouped)
+    variables = linen.init(jax.random.key(2), x)
+    params = variables["params"]
+    shapes = {k: v["kernel"].shape for k, v in params.items() if isinstance(v, dict)}
+    assert shapes["query"] == (WIDTH, 4, HEAD_DIM)
+    assert shapes.get("key", (WIDTH, 2, HEAD_DIM)) == (WIDTH, 2, HEAD_DIM)
+    assert shapes["value"] == (WIDTH, 2, 3)
+    assert shapes["out"] == (4, 3, WIDTH)
+    of_nnx = nnx_layers.MultiHeadAttention(
+        name, 4, WIDTH, HEAD_DIM, options=options, max_length=LENGTH, rngs=nnx.Rngs(0), **grouped
+    )
+    for collection in variables.values():
+        copy_to_nnx(collection, of_nnx)
+    expected = jax.jit(linen.apply)(variables, x, mask=mask)
+    np.testing.assert_allclose(of_nnx(x, mask=mask), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="multiple of num_kv_heads; got 4 and 3"):
+        layers.MultiHeadAttention(name, 4, HEAD_DIM, options, num_kv_heads=3).init(
+            jax.random.key(2), x
+        )
+    q = jax.random.normal(jax.random.key(1), (3, LENGTH, 4, HEAD_DIM))
+    k = q[:, :, ::2]
+    function = attention.attention_fn(name, **SMALL.get(name, {}))
+    np.testing.assert_allclose(
+        function(q, k, k[..., :3], mask=mask[:, None, None]),
+        function(q, *(jnp.repeat(y, 2, axis=2) for y in (k, k[..., :3])), mask=mask[:, None, None]),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_attention_fn_refuses_what_needs_a_module():

@@ -3,29 +3,37 @@
 The sequence is cut into blocks of b tokens (section 3 and appendix D of the paper, the
 construction from internal tokens, ITC). A query of block i attends to the keys of
 
-    the first g blocks (global), the blocks within w // 2 of i (window), r random other blocks,
+    g global blocks, the blocks within w // 2 of i (window), r random other blocks,
 
-and the queries of the global blocks attend to all keys.
+and the queries of the global blocks attend to all keys. The paper leaves open which tokens are
+global (section 2 takes any subset of g; figure 1 draws the first ones), so the first g blocks are
+the default here, where a summarising token would stand. The code that its authors and Hugging Face
+published takes the first and the last block: global_blocks="first_last".
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.inputs import (
-    check_and_hide_masked,
     check_at_least,
-    check_self_attention,
     fixed_key,
-    reshaped,
-    zeros_like,
+    hide_masked,
 )
 from skyformer_jax.attention.softmax import softmax_attention
 from skyformer_jax.attention.variables import VariableSpec
 
+GLOBAL_BLOCKS = ("first", "first_last")
+
 
 def attended_blocks(
-    rng: jax.Array, num_blocks: int, num_global: int, num_window: int, num_random: int
+    rng: jax.Array,
+    num_blocks: int,
+    num_first: int,
+    num_window: int,
+    num_random: int,
+    num_last: int = 0,
 ) -> tuple[jax.Array, np.ndarray]:
     """The key blocks of each query block, none of them twice.
 
@@ -33,21 +41,24 @@ def attended_blocks(
       rng: a jax.random key, for the random ones: uniform without replacement among those that
         are neither global nor in the window.
       num_blocks: blocks of the sequence.
-      num_global: g, at most num_blocks.
+      num_first: global blocks at its beginning.
       num_window: w, odd.
       num_random: r of each query block.
+      num_last: global blocks at its end; num_first + num_last, g, is at most num_blocks.
 
     Returns:
       blocks int32 [num_blocks, g + w + r] and valid bool of that shape: False where there is no
       such block, or where it is global and in the window at once.
     """
     rows = np.arange(num_blocks)[:, None]
-    global_blocks = np.broadcast_to(np.arange(num_global), (num_blocks, num_global))
+    end = num_blocks - num_last
+    of_row = np.concatenate([np.arange(num_first), np.arange(end, num_blocks)])
+    global_blocks = np.broadcast_to(of_row, (num_blocks, num_first + num_last))
     window = rows + np.arange(num_window) - num_window // 2
-    window_valid = (window >= num_global) & (window < num_blocks)
+    window_valid = (window >= num_first) & (window < end)
 
     # Floyd's algorithm: r distinct ranks among the `others` blocks that are left to each row.
-    others = num_blocks - num_global - window_valid.sum(axis=1)
+    others = end - num_first - window_valid.sum(axis=1)
     columns: list[jax.Array] = []
     for i, key in enumerate(jax.random.split(rng, num_random) if num_random else ()):
         last = others - num_random + i  # negative where fewer than r are left: all are taken
@@ -60,8 +71,8 @@ def attended_blocks(
     ranks = jnp.stack(columns, axis=1) if columns else jnp.zeros((num_blocks, 0), jnp.int32)
     random_valid = np.arange(num_random) < others[:, None]
     # Ranks count from the first block that is not global, and step over the window.
-    start = np.clip(rows - num_window // 2, num_global, num_blocks)
-    blocks = ranks + num_global
+    start = np.clip(rows - num_window // 2, num_first, end)
+    blocks = ranks + num_first
     blocks = jnp.where(blocks >= start, blocks + window_valid.sum(axis=1)[:, None], blocks)
 
     blocks = jnp.concatenate([global_blocks, window, blocks], axis=1)
@@ -69,6 +80,7 @@ def attended_blocks(
     return jnp.clip(blocks, 0, num_blocks - 1).astype(jnp.int32), valid
 
 
+@attention_function(self_attention_only=True)
 def bigbird_attention(
     query: jax.Array,
     key: jax.Array,
@@ -76,11 +88,12 @@ def bigbird_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     block_size: int = 64,
     num_global_blocks: int = 2,
     num_window_blocks: int = 3,
     num_random_blocks: int = 3,
+    global_blocks: str = "first",
     pattern: jax.Array | None = None,
 ) -> jax.Array:
     """BigBird self-attention, computed in blocks, linear in the length.
@@ -97,9 +110,11 @@ def bigbird_attention(
       rng: a jax.random key to draw the random blocks by; None takes `pattern`.
       scale: factor of the scores; None means head_dim**-0.5.
       block_size: b tokens.
-      num_global_blocks: g, the first of the sequence.
+      num_global_blocks: g of the sequence.
       num_window_blocks: w, odd: the query's own block and as many on both sides.
       num_random_blocks: r of each query block.
+      global_blocks: which are global: "first", the first g, or "first_last", the first g - g // 2
+        and the last g // 2, as in the published code and in Hugging Face's (g = 2: one each).
       pattern: uint32 [2], the data of a key that fixes the random blocks where rng is None; None
         takes a fixed key.
 
@@ -112,10 +127,13 @@ def bigbird_attention(
     """
     check_at_least(1, block_size=block_size, num_window_blocks=num_window_blocks)
     check_at_least(0, num_global_blocks=num_global_blocks, num_random_blocks=num_random_blocks)
+    if global_blocks not in GLOBAL_BLOCKS:
+        raise ValueError(
+            f"global_blocks must be one of {', '.join(GLOBAL_BLOCKS)}; got {global_blocks!r}"
+        )
     if num_window_blocks % 2 == 0:
         raise ValueError(f"num_window_blocks must be odd; got {num_window_blocks}")
-    key, value = check_and_hide_masked(query, key, value, mask)
-    check_self_attention("bigbird", query, key)
+    key, value = hide_masked(key, value, mask)
     if rng is None:
         rng = fixed_key() if pattern is None else jax.random.wrap_key_data(pattern)
 
@@ -123,16 +141,21 @@ def bigbird_attention(
     block_size = min(block_size, length)
     num_blocks = -(-length // block_size)
     num_global = min(num_global_blocks, num_blocks)
-    global_length = min(num_global * block_size, length)
+    num_last = num_global // 2 if global_blocks == "first_last" else 0
+    num_first = num_global - num_last
+    # Queries before `start` and from `end` on are in global blocks, and attend to all keys.
+    start = min(num_first * block_size, length)
+    end = min((num_blocks - num_last) * block_size, length)
     outputs = []
-    if global_length:
-        everywhere = softmax_attention(query[:, :global_length], key, value, mask=mask, scale=scale)
-        outputs.append(everywhere)
+    if num_global:
+        globals_ = jnp.concatenate([query[:, :start], query[:, end:]], axis=1)
+        everywhere = softmax_attention(globals_, key, value, mask=mask, scale=scale)
+        outputs = [everywhere[:, :start], everywhere[:, start:]]
     if num_blocks > num_global:
         blocks, valid = (
-            x[num_global:]
+            x[num_first : num_blocks - num_last]
             for x in attended_blocks(
-                rng, num_blocks, num_global, num_window_blocks, num_random_blocks
+                rng, num_blocks, num_first, num_window_blocks, num_random_blocks, num_last
             )
         )
         real = jnp.ones((batch, length), bool) if mask is None else mask
@@ -142,35 +165,26 @@ def bigbird_attention(
             padding[1] = (0, num_blocks * block_size - length)
             return jnp.pad(x, padding).reshape(batch, num_blocks, block_size, *x.shape[2:])
 
+        def merged(x: jax.Array) -> jax.Array:
+            """[batch, query blocks, ...] -> [batch * query blocks, ...]."""
+            return x.reshape(batch * len(blocks), *x.shape[2:])
+
         def gathered(x: jax.Array) -> jax.Array:
             """[batch * query blocks, keys of those blocks, ...]."""
             found = in_blocks(x)[:, blocks]
-            return _merged(found.reshape(batch, len(blocks), -1, *x.shape[2:]))
+            return merged(found.reshape(batch, len(blocks), -1, *x.shape[2:]))
 
-        in_every_example = (
-            zeros_like(real[:, :1, None]) | jnp.repeat(valid, block_size, axis=1)[None]
-        )
+        exists = jnp.repeat(valid, block_size, axis=1)[None]
         some = softmax_attention(
-            _merged(in_blocks(query)[:, num_global:]),
+            merged(in_blocks(query)[:, num_first : num_blocks - num_last]),
             gathered(key),
             gathered(value),
-            mask=gathered(real) & _merged(in_every_example),
+            mask=gathered(real) & merged(jnp.broadcast_to(exists, (batch, *exists.shape[1:]))),
             scale=scale,
         )
-        some = _split(some, batch).reshape(batch, -1, *query.shape[2:])
-        outputs.append(some[:, : length - global_length])
+        some = some.reshape(batch, -1, *value.shape[2:])[:, : end - start]
+        outputs.insert(1, some)
     return jnp.concatenate(outputs, axis=1)
-
-
-def _merged(x: jax.Array) -> jax.Array:
-    """[batch, blocks, ...] -> [batch * blocks, ...], sharded as the batch is."""
-    return reshaped(x, (x.shape[0] * x.shape[1], *x.shape[2:]), lambda spec: (spec[0], *spec[2:]))
-
-
-def _split(x: jax.Array, batch: int) -> jax.Array:
-    """[batch * blocks, ...] -> [batch, blocks, ...], sharded as the first axis was."""
-    shape = (batch, x.shape[0] // batch, *x.shape[1:])
-    return reshaped(x, shape, lambda spec: (spec[0], None, *spec[1:]))
 
 
 def bigbird_variables(

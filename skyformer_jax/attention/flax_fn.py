@@ -1,6 +1,8 @@
 """The attentions as the attention_fn that Flax's own multi-head modules take."""
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from skyformer_jax.attention.common import on_automatic_axes, out_spec, spec_of
+from skyformer_jax.attention.inputs import with_all_axes
 from skyformer_jax.attention.registry import REGISTRY, split_options
 
 
@@ -17,11 +21,16 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
         nn.MultiHeadAttention(num_heads=8, attention_fn=attention_fn("skyformer"))
         nnx.MultiHeadAttention(8, 64, attention_fn=attention_fn("skyformer"), rngs=rngs)
 
-    Masks are those that Flax builds for padding: [batch, 1, 1, kv_length], or
-    nn.make_attention_mask(query_mask, key_mask), or any other mask that is such a product. Whether
-    a mask is one shows in its values. Outside jit another mask raises a ValueError; inside jit,
-    where values are not known, the output of the examples concerned is NaN. "softmax" takes any
-    mask.
+    A mask is broadcastable to [*batch, heads, q_length, kv_length], and not zero where a query may
+    attend to a key, as in flax.linen.dot_product_attention. Those that take a full_mask in the
+    registry, "softmax" for example, take any. The others take those that Flax builds for padding:
+    [batch, 1, 1, kv_length], or nn.make_attention_mask(query_mask, key_mask), or any other mask
+    that is such a product. Whether a mask is one shows in its values. Outside jit another mask
+    raises a ValueError; inside jit, where values are not known, the output of the examples
+    concerned is NaN. What stands at keys that no query attends to, NaN included, changes nothing.
+
+    Key and value may have fewer heads than query, and value another head_dim. With sow_weights,
+    "softmax" sows its weights as Flax's function does.
 
     Attention dropout drops whole values, the same for all queries and heads of an example, and
     scales the others up, since only softmax has weights to drop. In training with dropout the
@@ -40,12 +49,12 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
 
     Returns:
       A function (query, key, value, bias=None, mask=None, ...) -> [..., q_length, heads,
-      head_dim], with the arguments of flax.linen.dot_product_attention.
+      value_dim], with the arguments of flax.linen.dot_product_attention.
 
     Raises:
-      ValueError: for an unknown name or option. The returned function raises one for a bias, a
-        causal request, a mask or sown weights that the attention cannot honour, and says which
-        attentions can.
+      ValueError: for an unknown name or option. The returned function raises one for a bias or a
+        mask of a wrong shape, and for a bias, a causal request, a mask or sown weights that the
+        attention cannot honour; it says which attentions can.
     """
     function_options, variable_options = split_options(name, options)
     for option in variable_options.keys() - function_options.keys():
@@ -53,7 +62,6 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
             f"option {option!r} of {name} is for parameters, which a bare attention_fn cannot "
             "hold; use MultiHeadAttention of skyformer_jax.layers or skyformer_jax.nnx_layers"
         )
-    entry = REGISTRY[name]
 
     # Linen passes on only the arguments that this signature names.
     def apply(
@@ -73,39 +81,107 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
         is_causal: bool = False,
     ) -> jax.Array:
         del broadcast_dropout  # the heads share the dropped values in any case
-        if module is not None:
-            raise ValueError(f"attention {name!r} forms no weights to sow; leave sow_weights=False")
         arguments = dict(function_options)
-        if bias is not None:
-            _check_supported(name, "bias", "a bias")
-            arguments["bias"] = bias
+        for given, argument, what in (
+            (bias is not None, "bias", "a bias"),
+            (is_causal, "is_causal", "a causal request"),
+        ):
+            if given:
+                _check_supported(name, argument, what)
         if is_causal:
-            _check_supported(name, "is_causal", "a causal request")
             arguments["is_causal"] = True
         if dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
-
-        out_shape, lead = query.shape, query.shape[:-3]
-        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-        factors = None
-        if mask is not None:
-            mask_arguments, factors = _mask_arguments(name, mask, lead, key.shape[1])
-            arguments |= mask_arguments
-        if dropout_rate > 0 and not deterministic:
-            value, draw_rng = _drop_values(value, dropout_rng, dropout_rate)
-            if entry.stream == "landmarks":
-                arguments.setdefault("rng", draw_rng)
+        if dropout_rate <= 0 or deterministic:
+            dropout_rng, dropout_rate = None, 0.0
+        elif dropout_rng is None:
+            raise ValueError("attention dropout needs a dropout_rng")
 
         with contextlib.ExitStack() as stack:
             if isinstance(precision, str | jax.lax.Precision):
                 text = precision if isinstance(precision, str) else precision.name.lower()
                 stack.enter_context(jax.default_matmul_precision(text))
-            out = entry.function(query, None if entry.shared_query_key else key, value, **arguments)
-        if factors is not None:
-            out = jnp.where(factors[:, None, None, None], out, jnp.nan)
-        return out.reshape(out_shape)
+            if module is not None:
+                _sow_weights(name, module, query, key, bias, mask, arguments)
+            attend = functools.partial(_attend, name, dropout_rate)
+            arrays = (query, key, value, bias, mask, dropout_rng, arguments)
+            return on_automatic_axes(attend, out_spec(query, value), *arrays)
 
     return apply
+
+
+def _attend(
+    name: str,
+    dropout_rate: float,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    dropout_rng: jax.Array | None,
+    arguments: dict[str, Any],
+) -> jax.Array:
+    """The attention of Flax's arguments, whose batch may have any number of axes."""
+    entry = REGISTRY[name]
+    lead = query.shape[:-3]
+    arguments |= _restrictions(name, bias, mask, query, key)
+    factors = arguments.pop("factors", None)
+    query, key, value = (_flat_batch(x) for x in (query, key, value))
+    if dropout_rng is not None:
+        value, draw_rng = _drop_values(value, dropout_rng, dropout_rate)
+        if entry.stream == "landmarks":
+            arguments.setdefault("rng", draw_rng)
+    out = entry.function(query, None if entry.shared_query_key else key, value, **arguments)
+    if factors is not None:
+        out = jnp.where(factors[:, None, None, None], out, jnp.nan)
+    return out.reshape(*lead, *out.shape[1:])
+
+
+def _sow_weights(
+    name: str,
+    module: Any,
+    query: jax.Array,
+    key: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    arguments: dict[str, Any],
+) -> None:
+    """Sows the weights into a module of linen or NNX, as Flax's own function does.
+
+    Raises:
+      ValueError: if the attention forms no weights.
+    """
+    import flax.linen as nn  # late: the functions themselves need no Flax
+    from flax import nnx
+
+    weights_of = REGISTRY[name].weights
+    if weights_of is None:
+        able = [other for other, entry in REGISTRY.items() if entry.weights is not None]
+        raise ValueError(
+            f"attention {name!r} forms no weights to sow: leave sow_weights=False; "
+            f"those that do: {', '.join(able)}"
+        )
+
+    def weights(
+        query: jax.Array,
+        key: jax.Array,
+        bias: jax.Array | None,
+        mask: jax.Array | None,
+        arguments: dict[str, Any],
+    ) -> jax.Array:
+        lead = query.shape[:-3]
+        arguments = {k: v for k, v in arguments.items() if k != "rng"}
+        arguments |= _restrictions(name, bias, mask, query, key)
+        query, key = (_flat_batch(x) for x in (query, key))
+        found = weights_of(query, key, **arguments)
+        return found.reshape(*lead, *found.shape[1:])
+
+    *batch, rows, heads, _ = spec_of(query)
+    found = on_automatic_axes(
+        weights, (*batch, heads, rows, None), query, key, bias, mask, arguments
+    )
+    collection = "intermediates" if isinstance(module, nn.Module) else nnx.Intermediate
+    module.sow(collection, "attention_weights", found)
 
 
 def _check_supported(name: str, argument: str, what: str) -> None:
@@ -115,68 +191,98 @@ def _check_supported(name: str, argument: str, what: str) -> None:
         raise ValueError(f"attention {name!r} cannot honour {what}; can: {', '.join(able)}")
 
 
-def _drop_values(
-    value: jax.Array, rng: jax.Array | None, rate: float
-) -> tuple[jax.Array, jax.Array]:
+def _drop_values(value: jax.Array, rng: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:
     """Value [batch, kv_length, heads, head_dim] after dropout, and a key for further draws."""
-    if rng is None:
-        raise ValueError("attention dropout needs a dropout_rng")
     rng, draw_rng = jax.random.split(rng)
     keep = jax.random.bernoulli(rng, jnp.float32(1 - rate), value.shape[:2])
     return jnp.where(keep[:, :, None, None], value / (1 - rate), 0), draw_rng
 
 
-def _mask_arguments(
-    name: str, mask: jax.Array, lead: tuple[int, ...], kv_length: int
-) -> tuple[dict[str, jax.Array], jax.Array | None]:
-    """The mask of a Flax module as arguments of an attention function.
+def _restrictions(
+    name: str,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    query: jax.Array,
+    key: jax.Array,
+) -> dict[str, jax.Array]:
+    """A Flax module's bias and mask as arguments of an attention function.
 
     Args:
       name: of the attention.
-      mask: broadcastable to [*lead, heads, q_length, kv_length]; not zero where allowed.
-      lead: the batch dimensions.
-      kv_length: number of keys.
+      bias: broadcastable to [*lead, heads, q_length, kv_length].
+      mask: likewise; not zero where allowed.
+      query: [*lead, q_length, heads, head_dim].
+      key: [*lead, kv_length, kv_heads, head_dim].
 
     Returns:
-      The arguments; and bool [batch], whether an example's mask is a product of one of queries and
-      one of keys, or None where it need not be or is.
+      The arguments; and as "factors", bool [batch], whether an example's mask is a product of one
+      of queries and one of keys, where it has to be one and that is not known.
     """
-    mask = mask if mask.dtype == jnp.bool_ else mask != 0
-    mask = jnp.broadcast_to(mask, (*lead, *mask.shape[-3:]))
-    mask = mask.reshape(-1, *mask.shape[-3:])
+    *lead, q_length, heads, _ = query.shape
+    shape = (*lead, heads, q_length, key.shape[-3])
+    arguments = {}
+    if bias is not None:
+        arguments["bias"] = _one_batch_axis(with_all_axes("bias", bias, shape), shape)
+    if mask is None:
+        return arguments
+    mask = with_all_axes("mask", jnp.asarray(mask), shape)
+    mask = _one_batch_axis(mask if mask.dtype == jnp.bool_ else mask != 0, shape)
+    of_keys, of_queries, factors = _factor(mask, math.prod(lead), shape)
+    arguments["mask"] = of_keys
     masks = REGISTRY[name].masks
     if "full_mask" in masks:
-        return {"full_mask": mask}, None
-    key_mask, query_mask, factors = _factor(mask, kv_length)
+        if factors is not None:
+            arguments["full_mask"] = mask
+        return arguments
     known = factors is not None and not isinstance(factors, jax.core.Tracer)
     if known and not np.all(factors):
         _check_supported(name, "full_mask", "a mask that is not one of padding")
-    arguments = {"mask": key_mask}
-    if "query_mask" in masks and query_mask is not None:
-        arguments["query_mask"] = query_mask
-    return arguments, factors
+    if factors is not None:
+        arguments["factors"] = factors
+    if "query_mask" in masks and of_queries is not None:
+        arguments["query_mask"] = of_queries
+    return arguments
+
+
+def _flat_batch(x: jax.Array) -> jax.Array:
+    """[*lead, length, heads, head_dim] -> [batch, length, heads, head_dim]."""
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def _one_batch_axis(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[*lead, heads, q_length, kv_length] -> [batch, ...]; batch is 1 where all of lead is."""
+    lead, last = x.shape[:-3], x.shape[-3:]
+    if any(size != 1 for size in lead):
+        lead = shape[:-3]
+        x = jnp.broadcast_to(x, (*lead, *last))
+    return x.reshape(math.prod(lead), *last)
 
 
 def _factor(
-    mask: jax.Array, kv_length: int
+    mask: jax.Array, batch: int, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Splits bool [batch, 1 or heads, 1 or q_length, kv_length] into those of keys and queries.
+    """Splits a mask into those of keys and of queries.
+
+    Args:
+      mask: bool [batch or 1, heads or 1, q_length or 1, kv_length or 1].
+      batch: number of examples.
+      shape: of the scores; its last two entries are q_length and kv_length.
 
     Returns:
       The keys' mask [batch, kv_length]; the queries' [batch, q_length], or None where the mask says
       nothing of them; and bool [batch], whether mask = queries x keys, or None where it must be.
     """
-    if mask.shape[-1] != kv_length:
-        raise ValueError(f"mask has {mask.shape[-1]} columns for {kv_length} keys")
-    key_mask = mask.any(axis=(1, 2))
+    q_length, kv_length = shape[-2:]
+    key_mask = jnp.broadcast_to(mask.any(axis=(1, 2)), (batch, kv_length))
     if mask.shape[1] == mask.shape[2] == 1:
         return key_mask, None, None
     query_mask = mask.any(axis=(1, 3))
-    product = query_mask[:, None, :, None] & key_mask[:, None, None, :]
-    factors = (mask == product).all(axis=(1, 2, 3))
+    product = query_mask[:, None, :, None] & mask.any(axis=(1, 2))[:, None, None, :]
+    factors = jnp.broadcast_to((mask == product).all(axis=(1, 2, 3)), (batch,))
     if mask.shape[2] == 1:
         return key_mask, None, factors
-    if query_mask.shape == key_mask.shape:
+    query_mask = jnp.broadcast_to(query_mask, (batch, q_length))
+    if q_length == kv_length:
         # A mask that was broadcast from [batch, 1, 1, kv_length] says nothing of the queries. As
         # there, queries at padding do not count.
         query_mask = jnp.where(query_mask.all(axis=1, keepdims=True), key_mask, query_mask)

@@ -17,8 +17,15 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from skyformer_jax.attention.derivatives import with_rules
 from skyformer_jax.attention.gaussian_gpu import gpu_gradients, gpu_value
-from skyformer_jax.attention.gaussian_tiles import kernel_values, tiled_gradients, tiled_value
+from skyformer_jax.attention.gaussian_tiles import (
+    kernel_values,
+    only,
+    tiled_gradients,
+    tiled_tangent,
+    tiled_value,
+)
 
 IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
 
@@ -49,7 +56,7 @@ def gaussian_scores(query: jax.Array, key: jax.Array, scale: jax.Array | float) 
     products = jnp.einsum("bqhp,bkhp->bhqk", query, key, precision=jax.lax.Precision.HIGHEST)
     query_norms = jnp.einsum("bqhp,bqhp->bhq", query, query)[..., :, None]
     key_norms = jnp.einsum("bkhp,bkhp->bhk", key, key)[..., None, :]
-    return kernel_values(products, query_norms, key_norms, scale)
+    return kernel_values(0.5 * (query_norms + key_norms) - products, scale)
 
 
 def gaussian_attention(
@@ -59,14 +66,16 @@ def gaussian_attention(
     *,
     scale: jax.Array | float,
     implementation: str = "auto",
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
 ) -> jax.Array:
     """G(query, key) value.
 
     Args:
       query: [batch, q_length, heads, head_dim].
       key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, head_dim]; 0 where masked, which is all that a mask has to
-        do here, since nothing normalises the sum.
+      value: [batch, kv_length, heads, value_dim]; 0 where a key is masked, which is all that such a
+        mask has to do here, since nothing normalises the sum.
       scale: the kernel's inverse squared width.
       implementation: which form computes it.
 
@@ -74,20 +83,29 @@ def gaussian_attention(
         - "chunked" holds a tile of them at a time and computes it anew for gradients, so that
           memory is linear in q_length + kv_length for gradients too.
         - "pallas" is a kernel that holds none of them in memory: for NVIDIA GPUs; elsewhere it is
-          interpreted, slowly, to try it.
+          interpreted, slowly, to try it. It takes no mask and no causality.
         - "auto" is dense for the smallest sizes, where that is faster, and otherwise what is best
           on the platform that the program is compiled for: "pallas" on NVIDIA GPUs, else "chunked".
+      mask: bool [batch or 1, heads or 1, q_length or 1, kv_length], True for the terms of each
+        query's sum.
+      is_causal: the sum for query i ends with key i.
 
     Returns:
-      float32 [batch, q_length, heads, head_dim], summed in float32. docs/kernels.md has the
+      float32 [batch, q_length, heads, value_dim], summed in float32. docs/kernels.md has the
       precision of the products.
 
     Raises:
-      ValueError: for another implementation.
+      ValueError: for another implementation, or one that cannot honour the mask.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
+        )
+    masked = mask is not None or is_causal
+    if implementation == "pallas" and masked:
+        raise ValueError(
+            'implementation="pallas" masks whole keys alone; choose "auto", "chunked" or "dense" '
+            "for a mask of queries and keys, or causality"
         )
     few = query.shape[1] * key.shape[1] <= _DENSE_SCORES
     if (
@@ -96,22 +114,90 @@ def gaussian_attention(
         or 0 in (*query.shape, *key.shape)
     ):
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-        return jnp.einsum("bhqk,bkhp->bqhp", gaussian_scores(query, key, scale), value)
-    return _without_scores(query, key, value, jnp.asarray(scale, jnp.float32), implementation)
+        scores = only(mask, gaussian_scores(query, key, scale))
+        if is_causal:
+            earlier = jnp.tri(query.shape[1], key.shape[1], dtype=bool)
+            scores = only(earlier[None, None], scores)
+        return jnp.einsum("bhqk,bkhp->bqhp", scores, value)
+    function = _without_scores("chunked" if masked else implementation, mask is not None, is_causal)
+    arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
+    return function(*arrays) if mask is None else function(*arrays, mask)
+
+
+@functools.cache
+def _without_scores(
+    implementation: str, has_mask: bool, is_causal: bool
+) -> Callable[..., jax.Array]:
+    """The primitive of query, key, value, scale and, perhaps, mask, without holding all scores.
+
+    Tangents, and what derivatives of higher order differentiate, come from the tiles always.
+    """
+
+    def chunked(tiled: Callable[..., Any], *arrays: jax.Array, tile: tuple[int, int]) -> Any:
+        more = arrays[4:] if has_mask else (None, *arrays[4:])
+        return tiled(*arrays[:4], *more, tile=tile, is_causal=is_causal)
+
+    value, tangent, gradients = (
+        functools.partial(_by_platform, functools.partial(chunked, tiled))
+        for tiled in (tiled_value, tiled_tangent, tiled_gradients)
+    )
+
+    def all_gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return _with_scale(gradients(*arrays), *arrays)
+
+    if implementation == "chunked":
+        return with_rules(value, tangent, all_gradients)
+    interpreted = implementation == "pallas"
+
+    def by_kernel(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        found = gradients(*arrays, gpu=gpu_gradients, interpreted=interpreted)
+        return _with_scale(found, *arrays)
+
+    value_by_kernel = functools.partial(value, gpu=gpu_value, interpreted=interpreted)
+    return with_rules(value_by_kernel, tangent, by_kernel, all_gradients)
 
 
 def _by_platform(
-    tiled: Callable[..., Any], gpu: Callable[..., Any], implementation: str, *arrays: jax.Array
+    tiled: Callable[..., Any],
+    *arrays: jax.Array,
+    gpu: Callable[..., Any] | None = None,
+    interpreted: bool = False,
 ) -> Any:
-    """Calls the form that the implementation names on the platform that is compiled for."""
-    chunked = {platform: functools.partial(tiled, tile=tile) for platform, tile in _TILE.items()}
-    if implementation == "chunked":
-        return jax.lax.platform_dependent(*arrays, **chunked)
-    kernel = functools.partial(_on_each_device, gpu)
-    if implementation == "pallas":
-        interpreted = functools.partial(kernel, interpret=True)
-        return jax.lax.platform_dependent(*arrays, cuda=kernel, default=interpreted)
-    return jax.lax.platform_dependent(*arrays, cuda=kernel, **chunked)
+    """Calls what is right on the platform that the program is compiled for.
+
+    Args:
+      tiled: a function of arrays and a tile.
+      *arrays: the arrays.
+      gpu: a kernel that does the same, to be called on NVIDIA GPUs.
+      interpreted: whether the kernel is interpreted elsewhere, instead of calling tiled.
+    """
+    calls = {platform: functools.partial(tiled, tile=tile) for platform, tile in _TILE.items()}
+    if gpu is not None:
+        calls["cuda"] = functools.partial(_on_each_device, gpu)
+    if interpreted:
+        calls["cpu"] = calls["default"] = functools.partial(calls["cuda"], interpret=True)
+    return jax.lax.platform_dependent(*arrays, **calls)
+
+
+def _with_scale(
+    gradients: tuple[jax.Array, ...],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    *others: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Adds the gradient by scale to those by query, key and value; each in its array's dtype.
+
+    G depends on sqrt(scale) q and sqrt(scale) k alone, wherever they are measured from.
+    """
+    del others
+    d_query, d_key, _ = gradients
+    centre = key.astype(jnp.float32).mean(axis=1, keepdims=True)
+    d_scale = ((query - centre) * d_query).sum() + ((key - centre) * d_key).sum()
+    arrays = (query, key, value, scale)
+    all_gradients = (*gradients, d_scale / (2 * scale))
+    return tuple(g.astype(x.dtype) for g, x in zip(all_gradients, arrays, strict=True))
 
 
 def _on_each_device(function: Callable[..., Any], *arrays: jax.Array, **options: Any) -> Any:
@@ -139,34 +225,3 @@ def _on_each_device(function: Callable[..., Any], *arrays: jax.Array, **options:
     return jax.shard_map(
         function, in_specs=in_specs, out_specs=spec, axis_names=names - {None}, check_vma=False
     )(*arrays)
-
-
-def _value(
-    query: jax.Array, key: jax.Array, value: jax.Array, scale: jax.Array, implementation: str
-) -> jax.Array:
-    return _by_platform(tiled_value, gpu_value, implementation, query, key, value, scale)
-
-
-_without_scores = jax.custom_vjp(_value, nondiff_argnums=(4,))
-
-
-def _forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _value(*arguments), arguments[:4]
-
-
-def _backward(
-    implementation: str, residuals: tuple[jax.Array, ...], d_out: jax.Array
-) -> tuple[jax.Array, ...]:
-    query, key, _, scale = residuals
-    d_query, d_key, d_value = _by_platform(
-        tiled_gradients, gpu_gradients, implementation, *residuals, d_out
-    )
-    # G depends on sqrt(scale) q and sqrt(scale) k alone, wherever they are measured from.
-    centre = key.astype(jnp.float32).mean(axis=1, keepdims=True)
-    d_scale = ((query - centre) * d_query).sum() + ((key - centre) * d_key).sum()
-    d_scale /= 2 * scale
-    gradients = (d_query, d_key, d_value, d_scale)
-    return tuple(g.astype(x.dtype) for g, x in zip(gradients, residuals, strict=True))
-
-
-_without_scores.defvjp(_forward, _backward)

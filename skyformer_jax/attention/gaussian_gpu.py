@@ -26,6 +26,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from skyformer_jax.attention.inputs import zeros_like
+
 # Programs that fill a device: two for each multiprocessor of an H100.
 _PROGRAMS = 264
 # What jax.default_matmul_precision sets, and its values under which a product takes one pass.
@@ -162,8 +164,10 @@ def _run(
         )
         for x in columns
     ]
-    arrays = [padded(x, row_blocks * num_rows) for x in rows]
+    arrays = [scale.reshape(1), padded(centre, 1)]
+    arrays += [padded(x, row_blocks * num_rows) for x in rows]
     arrays += [padded(x, parts * turns * num_columns) for x in columns]
+    arrays = _varying_alike(arrays)
     outs = pl.pallas_call(
         functools.partial(kernel, num_columns=num_columns, turns=turns, dtype=dtype, passes=passes),
         grid=(row_blocks, parts, batch * heads),
@@ -186,14 +190,23 @@ def _run(
             jax.ShapeDtypeStruct(
                 (parts, batch, row_blocks * num_rows, heads, _power_of_2(dim)),
                 jnp.float32,
+                manual_axis_type=jax.typeof(arrays[0]).manual_axis_type,
             )
             for dim in out_dims
         ],
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=2),
         interpret=interpret,
         name=name,
-    )(scale.reshape(1), padded(centre, 1), *arrays)
+    )(*arrays)
     return [out.sum(axis=0)[:, :length, :, :dim] for out, dim in zip(outs, out_dims, strict=True)]
+
+
+def _varying_alike(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The arrays, as varying over the same axes of a jax.shard_map that checks what varies."""
+    if len({jax.typeof(x).manual_axis_type for x in arrays}) == 1:
+        return arrays
+    zero = jnp.stack([zeros_like(x[(0,) * x.ndim], jnp.float32) for x in arrays]).sum()
+    return [x + zero.astype(x.dtype) for x in arrays]
 
 
 def _power_of_2(size: int, least: int = 16) -> int:
@@ -202,12 +215,16 @@ def _power_of_2(size: int, least: int = 16) -> int:
 
 
 def _blocks(dim: int, dtype: Any, passes: int) -> tuple[int, int, int]:
-    """The most rows and columns of a tile of scores, and warps that share it."""
-    if dim <= 64:
-        return 64, 64 if passes == 1 else 32, 4
-    if dim <= 128:
-        return 64, 64 if dtype == jnp.bfloat16 else 32, 4 if dtype == jnp.bfloat16 else 8
-    return 64 if passes == 1 else 32, 32 if dtype == jnp.bfloat16 else 16, 8
+    """The most rows and columns of a tile of scores, and warps that share it.
+
+    As many as fit the registers, by what the compiler says for sm_90.
+    """
+    wide = max(64, _power_of_2(dim))
+    if dtype == jnp.bfloat16:
+        return {64: (64, 64, 4), 128: (64, 64, 4)}.get(wide, (64, 32, 8))
+    if passes == 1:
+        return {64: (64, 64, 4), 128: (64, 32, 8)}.get(wide, (32, 16, 8))
+    return {64: (64, 32, 4), 128: (32, 16, 8)}.get(wide, (16, 16, 4))
 
 
 def _tf32(x: jax.Array) -> jax.Array:

@@ -15,12 +15,12 @@ from skyformer_jax.attention.inputs import zeros_like
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def kernel_values(
-    products: jax.Array, query_norms: jax.Array, key_norms: jax.Array, scale: jax.Array | float
-) -> jax.Array:
-    """exp(-scale/2 ||q - k||^2) from q.k, ||q||^2 and ||k||^2."""
-    exponent = scale * (products - 0.5 * (query_norms + key_norms))
-    return jnp.exp(jnp.minimum(exponent, 0))  # rounding alone can make it positive
+def kernel_values(half_distances: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """exp(-scale/2 ||q - k||^2) from ||q - k||^2 / 2."""
+    exponent = -scale * half_distances
+    # Rounding alone can make it positive, where points coincide: a constant to derivatives, as the
+    # second one is largest there.
+    return jnp.exp(exponent - jax.lax.stop_gradient(jnp.maximum(exponent, 0)))
 
 
 def tiled_value(
@@ -28,38 +28,44 @@ def tiled_value(
     key: jax.Array,
     value: jax.Array,
     scale: jax.Array,
+    mask: jax.Array | None = None,
     *,
     tile: tuple[int, int],
+    is_causal: bool = False,
 ) -> jax.Array:
     """G(query, key) value.
 
     Args:
       query: [batch, q_length, heads, head_dim].
       key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, head_dim].
+      value: [batch, kv_length, heads, value_dim].
       scale: float32 scalar, the kernel's inverse squared width.
+      mask: bool [batch or 1, heads or 1, q_length or 1, kv_length], True for the terms of the sum.
       tile: the most rows of a tile along the longer and along the shorter of query and key.
+      is_causal: the sum for query i ends with key i.
 
     Returns:
-      float32 [batch, q_length, heads, head_dim].
+      float32 [batch, q_length, heads, value_dim].
     """
-    q_length = query.shape[1]
+    q_length, value_dim = query.shape[1], value.shape[-1]
     query_rows, key_rows = _tile_rows(q_length, key.shape[1], tile)
     # Padded values and, in gradients, padded d_out are 0: such rows add nothing.
     query = _pad(query, query_rows)
     key, value = _pad(key, key_rows), _pad(value, key_rows)
+    terms = _terms(mask, query_rows, key_rows, is_causal)
 
     def by_query(i: jax.Array, out: jax.Array) -> jax.Array:
         queries = _block(query, i, query_rows)
 
         def by_key(j: jax.Array, sums: jax.Array) -> jax.Array:
-            scores = _tile_scores(queries, _block(key, j, key_rows), scale)
+            scores = _tile_scores(queries, _block(key, j, key_rows), scale, terms(i, j))
             return sums + scores @ _block(value, j, key_rows)
 
-        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(queries))
+        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(queries, last=value_dim))
         return _put(out, sums, i)
 
-    out = _loop(query.shape[1] // query_rows, by_query, zeros_like(query, jnp.float32))
+    zeros = zeros_like(query, jnp.float32, last=value_dim)
+    out = _loop(query.shape[1] // query_rows, by_query, zeros)
     return out[:, :q_length]
 
 
@@ -68,9 +74,11 @@ def tiled_gradients(
     key: jax.Array,
     value: jax.Array,
     scale: jax.Array,
+    mask: jax.Array | None,
     d_out: jax.Array,
     *,
     tile: tuple[int, int],
+    is_causal: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of (tiled_value(...) * d_out).sum() by query, key and value.
 
@@ -85,6 +93,7 @@ def tiled_gradients(
     query_rows, key_rows = _tile_rows(q_length, kv_length, tile)
     query, d_out = _pad(query, query_rows), _pad(d_out, query_rows)
     key, value = _pad(key, key_rows), _pad(value, key_rows)
+    terms = _terms(mask, query_rows, key_rows, is_causal)
 
     def by_query(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_query, d_key, d_value = gradients
@@ -93,7 +102,9 @@ def tiled_gradients(
         def by_key(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             w_keys, w_sums, d_key, d_value = carry
             keys, values = (_block(x, j, key_rows) for x in (key, value))
-            w_k, w_1, wt_q, st_d_out = _tile_gradients(queries, keys, values, d_outs, scale)
+            w_k, w_1, wt_q, st_d_out = _tile_gradients(
+                queries, keys, values, d_outs, scale, terms(i, j)
+            )
             return w_keys + w_k, w_sums + w_1, _add(d_key, wt_q, j), _add(d_value, st_d_out, j)
 
         zeros = zeros_like(queries)
@@ -106,6 +117,53 @@ def tiled_gradients(
     d_query, d_key, d_value = _loop(query.shape[1] // query_rows, by_query, zeros)
     d_key = scale * (d_key - (value * d_value).sum(axis=-1, keepdims=True) * key)
     return d_query[:, :q_length], d_key[:, :kv_length], d_value[:, :kv_length]
+
+
+def tiled_tangent(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    mask: jax.Array | None,
+    d_query: jax.Array,
+    d_key: jax.Array,
+    d_value: jax.Array,
+    d_scale: jax.Array,
+    *,
+    tile: tuple[int, int],
+    is_causal: bool = False,
+) -> jax.Array:
+    """The tangent of tiled_value(...) for the tangents of its arguments: (S * d_E) v + S d_v.
+
+    E is the exponent, whose tangent is
+    scale (d_q . (k - q) + d_k . (q - k)) - d_scale/2 ||q - k||^2.
+
+    Returns:
+      float32 [batch, q_length, heads, value_dim].
+    """
+    q_length, value_dim = query.shape[1], value.shape[-1]
+    query_rows, key_rows = _tile_rows(q_length, key.shape[1], tile)
+    terms = _terms(mask, query_rows, key_rows, is_causal)
+    query, d_query = (_pad(x, query_rows) for x in (query, d_query))
+    key, value, d_key, d_value = (_pad(x, key_rows) for x in (key, value, d_key, d_value))
+
+    def by_query(i: jax.Array, out: jax.Array) -> jax.Array:
+        q, d_q = (_block(x, i, query_rows) for x in (query, d_query))
+
+        def by_key(j: jax.Array, sums: jax.Array) -> jax.Array:
+            k, v, d_k, d_v = (_block(x, j, key_rows) for x in (key, value, d_key, d_value))
+            half_distances = _half_distances(q, k)
+            d_exponent = -d_scale * half_distances
+            d_exponent += scale * (_differences(d_q, q, k) + _transposed(_differences(d_k, k, q)))
+            scores = only(terms(i, j), kernel_values(half_distances, scale))
+            return sums + (scores * d_exponent) @ v + scores @ d_v
+
+        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(q, last=value_dim))
+        return _put(out, sums, i)
+
+    zeros = zeros_like(query, jnp.float32, last=value_dim)
+    out = _loop(query.shape[1] // query_rows, by_query, zeros)
+    return out[:, :q_length]
 
 
 def _tile_rows(q_length: int, kv_length: int, tile: tuple[int, int]) -> tuple[int, int]:
@@ -148,6 +206,39 @@ def _add(array: jax.Array, block: jax.Array, index: jax.Array | int) -> jax.Arra
     return _put(array, _block(array, index, block.shape[2]) + block, index)
 
 
+def _terms(
+    mask: jax.Array | None, query_rows: int, key_rows: int, is_causal: bool
+) -> Callable[[Any, Any], jax.Array | None]:
+    """A function of a tile's indices: which of its scores count, or None for all."""
+    if mask is not None:
+        # Padding is not read: values and gradients there are 0.
+        missing = (
+            -mask.shape[2] % query_rows if mask.shape[2] > 1 else 0,
+            -mask.shape[3] % key_rows,
+        )
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1])))
+
+    def of_tile(i: Any, j: Any) -> jax.Array | None:
+        terms = mask
+        if mask is not None:
+            terms = jax.lax.dynamic_slice_in_dim(mask, j * key_rows, key_rows, axis=3)
+            if mask.shape[2] > 1:
+                terms = jax.lax.dynamic_slice_in_dim(terms, i * query_rows, query_rows, axis=2)
+        if is_causal:
+            queries = i * query_rows + jnp.arange(query_rows, dtype=jnp.int32)
+            keys = j * key_rows + jnp.arange(key_rows, dtype=jnp.int32)
+            earlier = (queries[:, None] >= keys[None, :])[None, None]
+            terms = earlier if terms is None else terms & earlier
+        return terms
+
+    return of_tile
+
+
+def only(terms: jax.Array | None, scores: jax.Array) -> jax.Array:
+    """The scores that count, 0 in place of the others."""
+    return scores if terms is None else jnp.where(terms, scores, 0)
+
+
 def _loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """Carry after body(0, carry), body(1, ...), ...; a loop only for more than one turn."""
     if count > 1:
@@ -159,16 +250,34 @@ def _transposed(matrix: jax.Array) -> jax.Array:
     return jnp.swapaxes(matrix, -1, -2)
 
 
-def _tile_scores(query: jax.Array, key: jax.Array, scale: jax.Array) -> jax.Array:
+def _tile_scores(
+    query: jax.Array, key: jax.Array, scale: jax.Array, terms: jax.Array | None
+) -> jax.Array:
     """Scores [batch, heads, query rows, key rows] of two blocks."""
+    return only(terms, kernel_values(_half_distances(query, key), scale))
+
+
+def _half_distances(query: jax.Array, key: jax.Array) -> jax.Array:
+    """||q_i - k_j||^2 / 2."""
     products = jnp.matmul(query, _transposed(key), precision=_HIGHEST)
     query_norms = (query * query).sum(axis=-1)[..., :, None]
     key_norms = (key * key).sum(axis=-1)[..., None, :]
-    return kernel_values(products, query_norms, key_norms, scale)
+    return 0.5 * (query_norms + key_norms) - products
+
+
+def _differences(directions: jax.Array, here: jax.Array, there: jax.Array) -> jax.Array:
+    """directions_i . (there_j - here_i)."""
+    products = jnp.matmul(directions, _transposed(there), precision=_HIGHEST)
+    return products - (directions * here).sum(axis=-1)[..., :, None]
 
 
 def _tile_gradients(
-    query: jax.Array, key: jax.Array, value: jax.Array, d_out: jax.Array, scale: jax.Array
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    scale: jax.Array,
+    terms: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """W k, W 1, W^T q and S^T d_out for scores S and W = S * (d_out v^T).
 
@@ -176,13 +285,13 @@ def _tile_gradients(
     differences, W k - (W 1) q, is taken at the highest precision.
     """
     if query.shape[2] >= key.shape[2]:
-        s = _tile_scores(query, key, scale)
+        s = _tile_scores(query, key, scale, terms)
         w = s * (d_out @ _transposed(value))
         sums = w.sum(axis=-1)[..., None]
         w_key = jnp.matmul(w, key, precision=_HIGHEST)
         w_query = jnp.matmul(_transposed(w), query, precision=_HIGHEST)
         return w_key, sums, w_query, _transposed(s) @ d_out
-    s = _tile_scores(key, query, scale)
+    s = _tile_scores(key, query, scale, None if terms is None else _transposed(terms))
     w = s * (value @ _transposed(d_out))
     sums = w.sum(axis=-2)[..., None]
     w_key = jnp.matmul(_transposed(w), key, precision=_HIGHEST)

@@ -11,17 +11,18 @@ taken to be uniform, get the mean of V.
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.inputs import (
-    check_and_hide_masked,
     check_at_least,
-    check_self_attention,
     hide,
+    hide_masked,
     take_rows,
 )
 from skyformer_jax.attention.landmarks import strided_landmarks, uniform_landmarks
 from skyformer_jax.attention.softmax import softmax_attention
 
 
+@attention_function(self_attention_only=True)
 def informer_attention(
     query: jax.Array,
     key: jax.Array,
@@ -29,7 +30,7 @@ def informer_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     num_active_queries: int = 128,
     num_sampled_keys: int = 128,
 ) -> jax.Array:
@@ -57,8 +58,7 @@ def informer_attention(
       ValueError: if shapes do not fit, the mask is not boolean, or an option is less than 1.
     """
     check_at_least(1, num_active_queries=num_active_queries, num_sampled_keys=num_sampled_keys)
-    key, value = check_and_hide_masked(query, key, value, mask)
-    check_self_attention("informer", query, key)
+    key, value = hide_masked(key, value, mask)
     batch, length = query.shape[:2]
     real = jnp.ones((batch, length), bool) if mask is None else mask
     query = hide(query, real)
@@ -69,10 +69,11 @@ def informer_attention(
     else:
         indices, valid = uniform_landmarks(rng, real, num_sampled_keys)
     sample = take_rows(key, indices)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = jnp.einsum(
         "bqhp,bkhp->bhqk",
         query.astype(jnp.float32),
-        sample.astype(jnp.float32),
+        sample.astype(jnp.float32) * factor,
         precision=jax.lax.Precision.HIGHEST,
     )
     valid = valid[:, None, None, :]
@@ -80,7 +81,7 @@ def informer_attention(
     num_valid = jnp.maximum(valid.sum(axis=-1), 1).astype(jnp.float32)
     mean = jnp.where(valid, scores, 0).sum(axis=-1) / num_valid
     measure = jnp.where(real[:, None, :], top - mean, -jnp.inf)  # [batch, heads, length]
-    measure = jax.lax.stop_gradient(measure if scale is None or scale > 0 else -measure)
+    measure = jax.lax.stop_gradient(measure)
 
     _, active = jax.lax.top_k(measure, min(num_active_queries, length))  # [batch, heads, u]
     rows = jnp.moveaxis(active, 1, 2)[..., None]

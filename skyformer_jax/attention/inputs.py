@@ -8,16 +8,15 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
-def check_and_hide_masked(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+def hide_masked(
+    key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Checks shapes and dtypes, and returns key and value with masked positions set to zero.
+    """Key and value with masked positions set to zero.
 
     Selecting (not multiplying) by the mask stops NaN and infinity in padding, in the values and
     in the gradients.
 
     Args:
-      query: [batch, q_length, heads, head_dim], floating.
       key: [batch, kv_length, heads, head_dim].
       value: [batch, kv_length, heads, head_dim].
       mask: bool [batch, kv_length], True at real tokens, or None if all are real.
@@ -26,20 +25,8 @@ def check_and_hide_masked(
       key and value, unchanged at real positions, 0 elsewhere.
 
     Raises:
-      ValueError: if shapes do not fit each other or the mask is not boolean.
+      ValueError: if the mask is not boolean or has another shape.
     """
-    if query.ndim != 4 or key.ndim != 4:
-        raise ValueError(
-            "query, key and value must be [batch, length, heads, head_dim]; "
-            f"got query {query.shape} and key {key.shape}"
-        )
-    if key.shape != value.shape:
-        raise ValueError(f"key and value must have one shape; got {key.shape} and {value.shape}")
-    if query.shape[::2] != key.shape[::2] or query.shape[3] != key.shape[3]:
-        raise ValueError(
-            "query and key must agree in batch, heads and head_dim; "
-            f"got query {query.shape} and key {key.shape}"
-        )
     if mask is None:
         return key, value
     if mask.dtype != jnp.bool_ or mask.shape != key.shape[:2]:
@@ -55,12 +42,74 @@ def hide(rows: jax.Array, real: jax.Array) -> jax.Array:
     return jnp.where(real[:, :, None, None], rows, 0)
 
 
-def zeros_like(x: jax.Array, dtype: Any = None) -> jax.Array:
+def equal_head_dims(
+    query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three with the greatest head_dim among them: zeros after the features of the others.
+
+    They change neither products nor distances of queries and keys, and the result has zeros after
+    the features of value.
+    """
+    head_dim = max(query.shape[-1], value.shape[-1])
+
+    def padded(x: jax.Array) -> jax.Array:
+        missing = head_dim - x.shape[-1]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
+
+    return padded(query), padded(key), padded(value)
+
+
+def with_all_axes(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A mask or bias with an axis for each of the scores', of length 1 where it has none.
+
+    Args:
+      name: the argument's name.
+      x: broadcastable to shape.
+      shape: that of the scores, [*batch, heads, q_length, kv_length].
+
+    Raises:
+      ValueError: if x cannot be broadcast to that shape.
+    """
+    missing = len(shape) - x.ndim
+    sizes = (*[1] * missing, *x.shape)
+    if missing < 0 or any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"{name} must be broadcastable to [batch, heads, q_length, kv_length] = {shape}; "
+            f"got {x.shape}"
+        )
+    return x.reshape(sizes) if missing else x
+
+
+def check_full_mask(full_mask: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    """A full_mask as bool [batch or 1, heads or 1, q_length or 1, kv_length or 1].
+
+    Args:
+      full_mask: broadcastable to [batch, heads, q_length, kv_length].
+      query: [batch, q_length, heads, head_dim].
+      key: [batch, kv_length, kv_heads, head_dim].
+
+    Raises:
+      ValueError: if it is not boolean or cannot be broadcast so.
+    """
+    shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    if full_mask.dtype != jnp.bool_:
+        raise ValueError(f"full_mask must be bool; got {full_mask.dtype}")
+    return with_all_axes("full_mask", full_mask, shape)
+
+
+def zeros_like(x: jax.Array, dtype: Any = None, *, last: int | None = None) -> jax.Array:
     """Zeros of the shape and the sharding of x, on meshes with explicit axes too.
 
     jnp.zeros_like keeps such a sharding in some versions of JAX only. Compilers make a constant of
     this.
+
+    Args:
+      x: any array.
+      dtype: of the zeros; None means that of x.
+      last: length of the last axis; None means that of x.
     """
+    if last is not None and last != x.shape[-1]:
+        x = jnp.broadcast_to(x[..., :1], (*x.shape[:-1], last))
     return ((x == x) & False).astype(x.dtype if dtype is None else dtype)
 
 
@@ -140,16 +189,6 @@ def masks_or_all(
             f"got {query_mask.dtype} {query_mask.shape}"
         )
     return query_mask, mask
-
-
-def check_self_attention(name: str, query: jax.Array, key: jax.Array) -> None:
-    """Raises a ValueError unless there are as many queries as keys."""
-    if query.shape[1] != key.shape[1]:
-        raise ValueError(
-            f"{name} attends from a sequence to itself: q_length must equal kv_length; got "
-            f"{query.shape[1]} and {key.shape[1]}. For cross-attention choose softmax, kernelized, "
-            "skyformer, nystromformer, performer or linformer"
-        )
 
 
 def check_at_least(least: int, **options: int) -> None:

@@ -1,73 +1,83 @@
 """Kernelized Attention (Chen et al., 2021, section 4.1), on one device or with a split sequence."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
+from skyformer_jax.attention.common import attention_function
+from skyformer_jax.attention.derivatives import Arrays, with_rules
 from skyformer_jax.attention.gaussian import gaussian_attention
-from skyformer_jax.attention.inputs import check_and_hide_masked, zeros_like
-
-# For keys and values that are split over devices: they go round a ring, past the queries of each.
-# The rule for gradients sends them round again, with their gradients, instead of keeping every part
-# that passed.
+from skyformer_jax.attention.inputs import check_full_mask, hide, hide_masked, zeros_like
 
 
-def _ring_value(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    scale: jax.Array,
-    axis_name: str,
-    implementation: str,
-) -> jax.Array:
-    def turn(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        out, key, value = carry
-        out += gaussian_attention(query, key, value, scale=scale, implementation=implementation)
-        return out, *shards.ring_shift((key, value), axis_name)
+@functools.cache
+def _ring(axis_name: str, implementation: str) -> Callable[..., jax.Array]:
+    """The primitive of query, key, value and scale where the sequence is split over devices.
 
-    zeros = zeros_like(query, jnp.float32)
-    return jax.lax.fori_loop(0, shards.num_shards(axis_name), turn, (zeros, key, value))[0]
+    Keys and values go round a ring, past the queries of each device. So do their tangents; and for
+    gradients they go round again, with their gradients, instead of keeping every part that passed.
+    """
+
+    def of_part(*arrays: jax.Array) -> jax.Array:
+        query, key, value, scale = arrays
+        return gaussian_attention(query, key, value, scale=scale, implementation=implementation)
+
+    def round_once(turn: Callable[..., tuple[Any, Arrays]], carry: Any, passing: Arrays) -> Any:
+        """Carry and what passes, after turn(carry, passing) for the part of each device."""
+
+        def body(_: jax.Array, state: tuple[Any, Arrays]) -> tuple[Any, Arrays]:
+            carry, passing = turn(*state)
+            return carry, shards.ring_shift(passing, axis_name)
+
+        return jax.lax.fori_loop(0, shards.num_shards(axis_name), body, (carry, passing))
+
+    def value(query: jax.Array, *arrays: jax.Array) -> jax.Array:
+        *passing, scale = arrays
+
+        def turn(out: jax.Array, passing: Arrays) -> tuple[jax.Array, Arrays]:
+            return out + of_part(query, *passing, scale), passing
+
+        zeros = zeros_like(query, jnp.float32, last=arrays[1].shape[-1])
+        return round_once(turn, zeros, tuple(passing))[0]
+
+    def tangent(*arrays: jax.Array) -> jax.Array:
+        query, key, value, scale, d_query, d_key, d_value, d_scale = arrays
+
+        def turn(out: jax.Array, passing: Arrays) -> tuple[jax.Array, Arrays]:
+            key, value, *tangents = passing
+            primals, dots = (query, key, value, scale), (d_query, *tangents, d_scale)
+            return out + jax.jvp(of_part, primals, dots)[1], passing
+
+        zeros = zeros_like(query, jnp.float32, last=value.shape[-1])
+        return round_once(turn, zeros, (key, value, d_key, d_value))[0]
+
+    def gradients(*arrays: jax.Array) -> Arrays:
+        query, key, value, scale, d_out = arrays
+
+        def turn(carry: Arrays, passing: Arrays) -> tuple[Arrays, Arrays]:
+            key, value, d_key, d_value = passing
+            d_query, d_scale = carry
+            of_query, of_key, of_value, of_scale = jax.vjp(of_part, query, key, value, scale)[1](
+                d_out
+            )
+            passing = (key, value, d_key + of_key, d_value + of_value)
+            return (d_query + of_query, d_scale + of_scale), passing
+
+        d_query, d_key, d_value, d_scale = (zeros_like(x, jnp.float32) for x in arrays[:4])
+        (d_query, d_scale), (_, _, d_key, d_value) = round_once(
+            turn, (d_query, d_scale), (key, value, d_key, d_value)
+        )
+        found = (d_query, d_key, d_value, d_scale)
+        return tuple(g.astype(x.dtype) for g, x in zip(found, arrays, strict=False))
+
+    return with_rules(value, tangent, gradients)
 
 
-_ring = jax.custom_vjp(_ring_value, nondiff_argnums=(4, 5))
-
-
-def _ring_forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _ring_value(*arguments), arguments[:4]
-
-
-def _ring_backward(
-    axis_name: str, implementation: str, residuals: tuple[jax.Array, ...], d_out: jax.Array
-) -> tuple[jax.Array, ...]:
-    query, key, value, scale = residuals
-
-    def turn(_: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        (d_query, d_scale), (key, value, d_key, d_value) = carry
-
-        def of_part(*arguments: jax.Array) -> jax.Array:
-            query, key, value, scale = arguments
-            return gaussian_attention(query, key, value, scale=scale, implementation=implementation)
-
-        g_query, g_key, g_value, g_scale = jax.vjp(of_part, query, key, value, scale)[1](d_out)
-        passing = (key, value, d_key + g_key, d_value + g_value)
-        return (d_query + g_query, d_scale + g_scale), shards.ring_shift(passing, axis_name)
-
-    d_query, d_key, d_value, d_scale = (
-        zeros_like(x, jnp.float32) for x in (query, key, value, scale)
-    )
-    carry = (d_query, d_scale), (key, value, d_key, d_value)
-    (d_query, d_scale), (_, _, d_key, d_value) = jax.lax.fori_loop(
-        0, shards.num_shards(axis_name), turn, carry
-    )
-    gradients = (d_query, d_key, d_value, d_scale)
-    return tuple(g.astype(x.dtype) for g, x in zip(gradients, residuals, strict=True))
-
-
-_ring.defvjp(_ring_forward, _ring_backward)
-
-
+@attention_function(takes_explicit_axes=True)
 def kernelized_attention(
     query: jax.Array,
     key: jax.Array,
@@ -75,8 +85,10 @@ def kernelized_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     implementation: str = "auto",
+    full_mask: jax.Array | None = None,
+    is_causal: bool = False,
     axis_name: str | None = None,
 ) -> jax.Array:
     """Kernelized Attention: the Gaussian kernel in place of softmax, exact and quadratic.
@@ -87,29 +99,55 @@ def kernelized_attention(
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
       key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, head_dim].
+      value: [batch, kv_length, heads, value_dim].
       mask: bool [batch, kv_length], True at real tokens; any pattern.
       rng: unused, nothing here is random; part of the common signature.
       scale: the kernel's inverse squared width; None means head_dim**-0.5.
       implementation: "auto", "dense", "chunked" or "pallas", see gaussian_attention.
+      full_mask: bool, broadcastable to [batch, heads, q_length, kv_length], True where a key is a
+        term of a query's sum. Beside the mask itself, memory stays linear in the length.
+      is_causal: True lets the sum of query i end with key i.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
-        as long as the others', of query, key, value and mask. Keys and values go round the devices
-        once, and again for gradients; no device ever holds more than two parts.
+        as long as the others', of query, key, value and mask; there can be no full_mask then, nor
+        is_causal. Keys and values go round the devices once, and again for gradients; no device
+        ever holds more than two parts.
 
     Returns:
-      [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
-      example without any real key.
+      [batch, q_length, heads, value_dim] in the dtype of value, computed in float32; zeros for a
+      query without any key.
 
     Raises:
-      ValueError: if shapes do not fit, the mask is not boolean, or the implementation is unknown.
+      ValueError: if shapes do not fit, a mask is not boolean, the implementation is unknown, or it
+        cannot honour full_mask or is_causal.
     """
     del rng
     dtype = value.dtype
-    key, value = check_and_hide_masked(query, key, value, mask)
+    key, value = hide_masked(key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if full_mask is not None:
+        full_mask = check_full_mask(full_mask, query, key)
+        # What stands at keys that no query has in its sum adds nothing, NaN included.
+        some = jnp.broadcast_to(full_mask.any(axis=(1, 2)), key.shape[:2])
+        key, value = hide(key, some), hide(value, some)
+        of_keys_alone = full_mask.shape[1:3] == (1, 1)
+        shape = (*full_mask.shape[:3], key.shape[1])
+        full_mask = None if of_keys_alone else jnp.broadcast_to(full_mask, shape)
     if axis_name is None:
-        out = gaussian_attention(query, key, value, scale=scale, implementation=implementation)
+        out = gaussian_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            implementation=implementation,
+            mask=full_mask,
+            is_causal=is_causal,
+        )
+    elif full_mask is not None or is_causal:
+        raise ValueError(
+            "full_mask and is_causal need the whole sequence on one device; with axis_name, "
+            "kernelized attention takes a mask of keys"
+        )
     else:
         ring_scale = jnp.asarray(scale, jnp.float32)
-        out = _ring(query, key, value, ring_scale, axis_name, implementation)
+        out = _ring(axis_name, implementation)(query, key, value, ring_scale)
     return out.astype(dtype)

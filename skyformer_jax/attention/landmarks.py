@@ -213,8 +213,8 @@ def leverage_landmarks(
     candidates: jax.Array,
     num_landmarks: int,
     *,
-    scale: float,
-    ridge: float,
+    scale: jax.Array | float,
+    ridge: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
     """Landmarks drawn by their ridge leverage scores (Musco and Musco, 2017, algorithm 2).
 

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
-from skyformer_jax.attention.inputs import check_and_hide_masked, check_at_least, fixed_key
+from skyformer_jax.attention.common import attention_function
+from skyformer_jax.attention.inputs import check_at_least, fixed_key, hide_masked
 from skyformer_jax.attention.softmax import softmax_attention
 from skyformer_jax.attention.variables import VariableSpec
 
 SHARINGS = ("headwise", "key-value", "none")
 
 
+@attention_function()
 def linformer_attention(
     query: jax.Array,
     key: jax.Array,
@@ -23,7 +25,7 @@ def linformer_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     num_features: int = 128,
     key_projection: jax.Array | None = None,
     value_projection: jax.Array | None = None,
@@ -59,7 +61,7 @@ def linformer_attention(
       ValueError: if shapes do not fit, the mask is not boolean, or num_features is less than 1.
     """
     check_at_least(1, num_features=num_features)
-    key, value = check_and_hide_masked(query, key, value, mask)
+    key, value = hide_masked(key, value, mask)
     _, rows_here, heads, _ = key.shape
     kv_length = rows_here * shards.num_shards(axis_name)
     if key_projection is None:

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
+from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.inputs import (
-    check_and_hide_masked,
     check_at_least,
     hide,
+    hide_masked,
     masks_or_all,
 )
 from skyformer_jax.attention.inverses import matmul, razavi_iterations
@@ -26,6 +27,7 @@ from skyformer_jax.attention.softmax import attend_to_split_keys, softmax_attent
 from skyformer_jax.attention.variables import VariableSpec
 
 
+@attention_function()
 def nystromformer_attention(
     query: jax.Array,
     key: jax.Array,
@@ -33,7 +35,7 @@ def nystromformer_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     num_landmarks: int = 128,
     num_iterations: int = 6,
     query_mask: jax.Array | None = None,
@@ -72,7 +74,7 @@ def nystromformer_attention(
     del rng
     check_at_least(1, num_landmarks=num_landmarks, num_iterations=num_iterations)
     dtype = value.dtype
-    key, value = check_and_hide_masked(query, key, value, mask)
+    key, value = hide_masked(key, value, mask)
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query_mask, key_mask = masks_or_all(query, key, mask, query_mask)

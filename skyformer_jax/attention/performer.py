@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
-from skyformer_jax.attention.inputs import check_and_hide_masked, check_at_least, fixed_key
+from skyformer_jax.attention.common import attention_function
+from skyformer_jax.attention.inputs import check_at_least, fixed_key, hide_masked
 from skyformer_jax.attention.variables import VariableSpec
 
 
@@ -51,6 +52,7 @@ def _orthogonalise(matrix: jax.Array) -> jax.Array:
     return q * jnp.sign(jnp.diagonal(r))[None]
 
 
+@attention_function()
 def performer_attention(
     query: jax.Array,
     key: jax.Array,
@@ -58,7 +60,7 @@ def performer_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     num_features: int = 128,
     projection: jax.Array | None = None,
     axis_name: str | None = None,
@@ -93,7 +95,7 @@ def performer_attention(
     """
     check_at_least(1, num_features=num_features)
     dtype = value.dtype
-    key, value = check_and_hide_masked(query, key, value, mask)
+    key, value = hide_masked(key, value, mask)
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale

@@ -9,20 +9,22 @@ into chunks. A token attends to those of its own bucket in its own chunk and the
 Several rounds attend to the union of their P_i (appendix A of the paper): with N_ij the number of
 rounds that have j in P_i,
 
-    o_i^r = sum_j exp(q_i . k_j s - m_ij - z_i^r) v_j,   m_ij = 1e5 where i = j, else log N_ij
+    o_i^r = sum_j exp(s q_i . k_j - m_ij - z_i^r) v_j,   m_ij = 1e5 where i = j, else log N_ij
     out_i = sum_r exp(z_i^r - logsumexp_r z_i^r) o_i^r,
 
 z_i^r being the log-normaliser of round r. The 1e5 lets a token attend to itself only when there is
-no other.
+no other. The scale s is 1, though the paper writes 1 / sqrt(head_dim) in its equation 1: the code
+that its authors published, Hugging Face's, and Skyformer's all divide by the norm of the key alone.
 """
 
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.inputs import (
-    check_and_hide_masked,
     check_at_least,
     fixed_key,
+    hide_masked,
 )
 from skyformer_jax.attention.variables import VariableSpec
 
@@ -61,6 +63,7 @@ def hash_buckets(rows: jax.Array, rotations: jax.Array, num_buckets: int) -> jax
     return both[..., :num_buckets].argmax(axis=-1).astype(jnp.int32)
 
 
+@attention_function(self_attention_only=True, shared_query_key=True)
 def reformer_attention(
     query: jax.Array,
     key: jax.Array | None = None,
@@ -68,7 +71,7 @@ def reformer_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = 1.0,
     num_hashes: int = 2,
     chunk_length: int = 64,
     num_buckets: int | None = None,
@@ -87,7 +90,8 @@ def reformer_attention(
       mask: bool [batch, length], True at real tokens; any pattern. Padding is sorted to the end,
         and is in nobody's P_i.
       rng: a jax.random key to draw rotations that are not given; None takes a fixed key.
-      scale: factor of the scores; None means head_dim**-0.5.
+      scale: factor of the scores q_i . q_j / ||q_j||; 1 as published. None means head_dim**-0.5,
+        with which the weights of queries of unit variance are nearly uniform.
       num_hashes: rounds, where rotations are not given.
       chunk_length: tokens of a chunk; the sequence is padded to a multiple of it.
       num_buckets: 1 or an even number; None means default_num_buckets, at most what rotations
@@ -103,15 +107,10 @@ def reformer_attention(
       ValueError: if shapes do not fit, the mask is not boolean, key is another array than query,
         or an option is out of range.
     """
-    if value is None:
-        raise ValueError("reformer_attention needs a value: (query, None, value)")
-    if key is not None and key is not query:
-        raise ValueError(
-            "reformer shares queries and keys: pass them as query, with key=None; got another key"
-        )
+    assert value is not None  # the decorator has checked it, and key
     check_at_least(1, num_hashes=num_hashes, chunk_length=chunk_length)
     dtype = value.dtype
-    query, value = check_and_hide_masked(query, query, value, mask)  # as the key is hidden
+    query, value = hide_masked(query, value, mask)  # as the key is hidden
     batch, length, _, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     chunk_length = min(chunk_length, length)
@@ -169,7 +168,7 @@ def _attend_in_chunks(
     real: jax.Array,
     buckets: jax.Array,
     chunk_length: int,
-    scale: float,
+    scale: jax.Array | float,
 ) -> jax.Array:
     """The attention of all rounds of hashing, combined.
 

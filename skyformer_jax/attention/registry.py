@@ -15,7 +15,7 @@ from skyformer_jax.attention.nystromformer import nystromformer_attention, nystr
 from skyformer_jax.attention.performer import performer_attention, performer_variables
 from skyformer_jax.attention.reformer import reformer_attention, reformer_variables
 from skyformer_jax.attention.skyformer import skyformer_attention
-from skyformer_jax.attention.softmax import softmax_attention
+from skyformer_jax.attention.softmax import softmax_attention, softmax_weights
 from skyformer_jax.attention.variables import VariableSpec
 
 
@@ -33,6 +33,10 @@ class Attention(NamedTuple):
       function: the attention, of the common signature.
       options: its own keyword arguments with their defaults, None included. Every attention also
         has those of COMMON_OPTIONS.
+      weights: computes the weights that the attention forms, of the same arguments but value and
+        rng, [batch, heads, q_length, kv_length]; None where it forms none.
+      earlier_options: what stands for an option in the config of a run that was written before the
+        option was one of configs, where that is not its default.
       masks: the arguments by which a call restricts which keys a query attends to: of "mask",
         "query_mask", "full_mask", "bias" and "is_causal".
       self_attention_only: queries and keys must be of one sequence.
@@ -49,6 +53,8 @@ class Attention(NamedTuple):
 
     function: Callable[..., jax.Array]
     options: Mapping[str, Any] = MappingProxyType({})
+    weights: Callable[..., jax.Array] | None = None
+    earlier_options: Mapping[str, Any] = MappingProxyType({})
     masks: tuple[str, ...] = ("mask",)
     self_attention_only: bool = False
     splittable: bool = False
@@ -61,10 +67,15 @@ class Attention(NamedTuple):
 COMMON_OPTIONS: Mapping[str, Any] = MappingProxyType({"rng": None, "scale": None})
 
 REGISTRY: Mapping[str, Attention] = {
-    "softmax": Attention(softmax_attention, masks=("mask", "full_mask", "bias", "is_causal")),
+    "softmax": Attention(
+        softmax_attention,
+        weights=softmax_weights,
+        masks=("mask", "full_mask", "bias", "is_causal"),
+    ),
     "kernelized": Attention(
         kernelized_attention,
         options={"implementation": "auto"},
+        masks=("mask", "full_mask", "is_causal"),
         splittable=True,
     ),
     "skyformer": Attention(
@@ -114,7 +125,14 @@ REGISTRY: Mapping[str, Attention] = {
     ),
     "reformer": Attention(
         reformer_attention,
-        options={"num_hashes": 2, "chunk_length": 64, "num_buckets": None, "rotations": None},
+        options={
+            "scale": 1.0,
+            "num_hashes": 2,
+            "chunk_length": 64,
+            "num_buckets": None,
+            "rotations": None,
+        },
+        earlier_options={"scale": None},
         self_attention_only=True,
         stream="landmarks",
         shared_query_key=True,
@@ -128,6 +146,7 @@ REGISTRY: Mapping[str, Attention] = {
             "num_global_blocks": 2,
             "num_window_blocks": 3,
             "num_random_blocks": 3,
+            "global_blocks": "first",
             "pattern": None,
         },
         self_attention_only=True,

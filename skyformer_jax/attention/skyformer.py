@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
+from skyformer_jax.attention.common import attention_function, on_automatic_axes, spec_of
 from skyformer_jax.attention.gaussian import gaussian_attention, gaussian_scores
 from skyformer_jax.attention.inputs import (
-    check_and_hide_masked,
     check_at_least,
     fixed_key,
     hide,
+    hide_masked,
     masks_or_all,
     take_rows,
 )
@@ -44,8 +45,8 @@ def choose_landmarks(
     masks: Sequence[jax.Array],
     num_landmarks: int,
     *,
-    scale: float,
-    gamma: float,
+    scale: jax.Array | float,
+    gamma: jax.Array | float,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The landmarks of skyformer_attention, by the kinds it documents.
@@ -120,6 +121,30 @@ def _gathered(
     return shards.psum(points, axis_name), valid
 
 
+def _check_options(
+    landmarks: str,
+    num_landmarks: int,
+    gamma: jax.Array | float,
+    inverse: str,
+    num_iterations: int,
+) -> None:
+    """Raises a ValueError for an option that cannot work; a traced gamma is not known."""
+    if inverse not in INVERSES:
+        raise ValueError(f"inverse must be one of {', '.join(INVERSES)}; got {inverse!r}")
+    if landmarks not in LANDMARKS:
+        raise ValueError(f"landmarks must be one of {', '.join(LANDMARKS)}; got {landmarks!r}")
+    check_at_least(1, num_landmarks=num_landmarks, num_iterations=num_iterations)
+    if isinstance(gamma, jax.core.Tracer):
+        return
+    if gamma < 0:
+        raise ValueError(f"gamma must not be negative; got {gamma}")
+    if gamma == 0 and landmarks == "leverage":
+        raise ValueError(
+            'landmarks="leverage" needs a gamma above 0, the least ridge of its scores'
+        )
+
+
+@attention_function(takes_explicit_axes=True)
 def skyformer_attention(
     query: jax.Array,
     key: jax.Array,
@@ -127,12 +152,12 @@ def skyformer_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     num_landmarks: int = 128,
     landmarks: str = "uniform",
     landmark_indices: jax.Array | None = None,
     query_mask: jax.Array | None = None,
-    gamma: float = 0.1,
+    gamma: jax.Array | float = 0.1,
     inverse: str = "schulz",
     num_iterations: int = 6,
     implementation: str = "auto",
@@ -185,57 +210,93 @@ def skyformer_attention(
     Raises:
       ValueError: if shapes do not fit, the mask is not boolean, or an option is out of range.
     """
-    if inverse not in INVERSES:
-        raise ValueError(f"inverse must be one of {', '.join(INVERSES)}; got {inverse!r}")
-    if landmarks not in LANDMARKS:
-        raise ValueError(f"landmarks must be one of {', '.join(LANDMARKS)}; got {landmarks!r}")
-    check_at_least(1, num_landmarks=num_landmarks, num_iterations=num_iterations)
-    if gamma < 0:
-        raise ValueError(f"gamma must not be negative; got {gamma}")
-    if gamma == 0 and landmarks == "leverage":
-        raise ValueError(
-            'landmarks="leverage" needs a gamma above 0, the least ridge of its scores'
-        )
+    _check_options(landmarks, num_landmarks, gamma, inverse, num_iterations)
     dtype = value.dtype
-    key, value = check_and_hide_masked(query, key, value, mask)
+    key, value = hide_masked(key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     masks = masks_or_all(query, key, mask, query_mask)
+    batch_axes, _, head_axes, _ = spec_of(query)
+    find = functools.partial(
+        _find_landmarks,
+        kind=landmarks,
+        num_landmarks=num_landmarks,
+        axis_name=axis_name,
+    )
+    specs = [(batch_axes, None, head_axes, None), (batch_axes, None)]
+    arrays = (query, key, masks, rng, landmark_indices, scale, gamma)
+    points, valid = on_automatic_axes(find, specs, *arrays)
+    passes = functools.partial(gaussian_attention, scale=scale, implementation=implementation)
+    context = shards.psum(passes(points, key, value), axis_name)
+    solve = functools.partial(_solve, inverse=inverse, num_iterations=num_iterations)
+    weights = on_automatic_axes(solve, specs[0], points, valid, context, scale, gamma)
+    return passes(query, points, weights).astype(dtype)
+
+
+def _find_landmarks(
+    query: jax.Array,
+    key: jax.Array,
+    masks: tuple[jax.Array, jax.Array],
+    rng: jax.Array | None,
+    landmark_indices: jax.Array | None,
+    scale: jax.Array | float,
+    gamma: jax.Array | float,
+    *,
+    kind: str,
+    num_landmarks: int,
+    axis_name: str | None,
+) -> list[jax.Array]:
+    """The landmarks, float32 [batch, d, heads, head_dim], and bool [batch, d], which count."""
     candidates = jnp.concatenate(masks, axis=1)
     rows = hide(jnp.concatenate([query, key], axis=1), candidates)
     if landmark_indices is None:
         num_landmarks = min(num_landmarks, rows.shape[1] * shards.num_shards(axis_name))
-        points, valid = choose_landmarks(
-            landmarks,
-            rng,
-            rows,
-            masks,
-            num_landmarks,
-            scale=scale,
-            gamma=gamma,
-            axis_name=axis_name,
+        found = choose_landmarks(
+            kind, rng, rows, masks, num_landmarks, scale=scale, gamma=gamma, axis_name=axis_name
         )
     else:
         positions = _positions(masks, axis_name)
         indices = jnp.minimum(jnp.searchsorted(positions, landmark_indices), len(positions) - 1)
         here = positions[indices] == landmark_indices
         here &= jnp.take_along_axis(candidates, indices, axis=1)
-        points, valid = _gathered(rows, indices, here, axis_name)
+        found = _gathered(rows, indices, here, axis_name)
+    return list(found)
 
-    # Landmarks that are not valid are cut out of M (which gets a 1 on its diagonal there) and of
-    # the context, so they add exactly nothing.
+
+def _solve(
+    points: jax.Array,
+    valid: jax.Array,
+    rows: jax.Array,
+    scale: jax.Array | float,
+    gamma: jax.Array | float,
+    *,
+    inverse: str,
+    num_iterations: int,
+) -> jax.Array:
+    """M^-1 rows for M = G(points, points) + gamma I.
+
+    Landmarks that are not valid are cut out of M, which gets a 1 on its diagonal there, and of
+    rows, so that they add exactly nothing.
+
+    Args:
+      points: float32 [batch, d, heads, head_dim].
+      valid: bool [batch, d].
+      rows: float32 [batch, d, heads, any].
+      scale: the kernel's inverse squared width.
+      gamma: regularisation of M.
+      inverse: of INVERSES.
+      num_iterations: of the Schulz iteration.
+
+    Returns:
+      float32 [batch, d, heads, any].
+    """
     both_valid = (valid[:, :, None] & valid[:, None, :])[:, None]
     eye = jnp.eye(valid.shape[1], dtype=jnp.float32)[None, None]
     diagonal = jnp.where(valid, gamma, 1.0).astype(jnp.float32)[:, None, :, None] * eye
     m = jnp.where(both_valid, gaussian_scores(points, points, scale), 0) + diagonal
-    passes = functools.partial(gaussian_attention, scale=scale, implementation=implementation)
-    context = shards.psum(passes(points, key, value), axis_name)
-    context = jnp.moveaxis(
-        hide(context, valid), 2, 1
-    )  # [batch, heads, d, head_dim], as M's [..., d, d]
+    rows = jnp.moveaxis(hide(rows, valid), 2, 1)  # [batch, heads, d, any], as M's [..., d, d]
     if inverse == "schulz":
-        weights = matmul(schulz_inverse(m, num_iterations), context)
+        solved = matmul(schulz_inverse(m, num_iterations), rows)
     else:
-        weights = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(m), context)
-    out = passes(query, points, jnp.moveaxis(weights, 1, 2))
-    return out.astype(dtype)
+        solved = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(m), rows)
+    return jnp.moveaxis(solved, 1, 2)

@@ -1,12 +1,21 @@
 """Softmax attention, the exact baseline (Vaswani et al., 2017, equation 1)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
-from skyformer_jax.attention.inputs import check_and_hide_masked
+from skyformer_jax.attention.common import attention_function, repeat_heads
+from skyformer_jax.attention.inputs import (
+    check_full_mask,
+    equal_head_dims,
+    hide_masked,
+    with_all_axes,
+)
 
 
+@attention_function(takes_groups=True)
 def softmax_attention(
     query: jax.Array,
     key: jax.Array,
@@ -14,7 +23,7 @@ def softmax_attention(
     *,
     mask: jax.Array | None = None,
     rng: jax.Array | None = None,
-    scale: float | None = None,
+    scale: jax.Array | float | None = None,
     full_mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     is_causal: bool = False,
@@ -23,8 +32,8 @@ def softmax_attention(
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
-      key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, head_dim].
+      key: [batch, kv_length, kv_heads, head_dim].
+      value: [batch, kv_length, kv_heads, value_dim].
       mask: bool [batch, kv_length], True at real tokens; any pattern.
       rng: unused, nothing here is random; part of the common signature.
       scale: factor of the scores; None means head_dim**-0.5.
@@ -34,41 +43,95 @@ def softmax_attention(
       is_causal: True lets query i attend to keys 0..i only.
 
     Returns:
-      [batch, q_length, heads, head_dim] in the dtype of value; zeros for a query that may attend
+      [batch, q_length, heads, value_dim] in the dtype of value; zeros for a query that may attend
       to no key.
 
     Raises:
       ValueError: if shapes do not fit or a mask is not boolean.
     """
     del rng
-    key, value = check_and_hide_masked(query, key, value, mask)
-    dtype = jnp.result_type(query, key, value)
-    allowed = None if mask is None else mask[:, None, None, :]
-    if full_mask is not None:
-        if full_mask.dtype != jnp.bool_ or full_mask.ndim != 4:
-            raise ValueError(
-                "full_mask must be bool [batch, heads, q_length, kv_length]; "
-                f"got {full_mask.dtype} {full_mask.shape}"
-            )
-        allowed = full_mask if allowed is None else allowed & full_mask
+    key, value = hide_masked(key, value, mask)
+    allowed, bias = _restrictions(query, key, mask, full_mask, bias, is_causal)
+    dtype, value_dim = jnp.result_type(query, key, value), value.shape[-1]
+    factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, values = equal_head_dims(query, key, value)
     # JAX's own function mixes bfloat16 and float32, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
             query.astype(dtype),
             key.astype(dtype),
-            value.astype(dtype),
+            values.astype(dtype),
             bias=bias,
             mask=allowed,
-            scale=scale,
-            is_causal=is_causal,
-        )
+            scale=factor,
+        )[..., :value_dim]
     if allowed is not None:
         # A row without any key would otherwise be the plain mean over the padding.
-        if is_causal:
-            allowed = allowed & jnp.tri(query.shape[1], key.shape[1], dtype=bool)
         some = jnp.moveaxis(allowed.any(axis=-1), 1, 2)[..., None]
         out = jnp.where(some, out, 0)
     return out.astype(value.dtype)
+
+
+def softmax_weights(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    scale: jax.Array | float | None = None,
+    full_mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    is_causal: bool = False,
+) -> jax.Array:
+    """The weights softmax(scale * Q K^T + bias) of softmax_attention, to look at.
+
+    Args:
+      query: [batch, q_length, heads, head_dim], as in softmax_attention.
+      key: [batch, kv_length, kv_heads, head_dim], likewise.
+      mask: likewise.
+      scale: likewise.
+      full_mask: likewise.
+      bias: likewise.
+      is_causal: likewise.
+
+    Returns:
+      [batch, heads, q_length, kv_length] in the common dtype of query and key; each row sums to 1,
+      or is zeros where a query may attend to no key.
+    """
+    key, _ = hide_masked(key, key, mask)
+    allowed, bias = _restrictions(query, key, mask, full_mask, bias, is_causal)
+    dtype = jnp.result_type(query, key)
+    key = repeat_heads(key, query.shape[2]).astype(dtype)
+    scores = jnp.einsum(
+        "bqhp,bkhp->bhqk", query.astype(dtype), key, preferred_element_type=jnp.float32
+    )
+    scores *= query.shape[-1] ** -0.5 if scale is None else scale
+    if bias is not None:
+        scores += bias.astype(jnp.float32)
+    if allowed is None:
+        return jax.nn.softmax(scores).astype(dtype)
+    scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
+    some = allowed.any(axis=-1, keepdims=True)
+    return jnp.where(some, jax.nn.softmax(scores), 0).astype(dtype)
+
+
+def _restrictions(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array | None,
+    full_mask: jax.Array | None,
+    bias: jax.Array | None,
+    is_causal: bool,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Which keys a query may attend to, bool, and the bias; both of four axes, or None."""
+    shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    allowed = None if mask is None else mask[:, None, None, :]
+    if full_mask is not None:
+        full_mask = check_full_mask(full_mask, query, key)
+        allowed = full_mask if allowed is None else allowed & full_mask
+    if is_causal:
+        earlier = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None]
+        allowed = earlier if allowed is None else allowed & earlier
+    return allowed, None if bias is None else with_all_axes("bias", bias, shape)
 
 
 def attend_to_split_keys(
@@ -76,7 +139,7 @@ def attend_to_split_keys(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array,
-    scale: float,
+    scale: jax.Array | float,
     axis_name: str | None,
 ) -> jax.Array:
     """softmax(scale * Q K^T) V for few queries, all on each device, and keys that are split.

@@ -225,6 +225,11 @@ def read(path: Path) -> ml_collections.ConfigDict:
             f"{path.parent} is a run of skyformer_jax {version}, which {skyformer_jax.__version__} "
             "does not read; go on with that version, or name another --workdir"
         )
+    options = config.get("attention", {})
+    if options.get("name") in attention.REGISTRY:
+        for option, value in attention.REGISTRY[options.name].earlier_options.items():
+            if option not in options:
+                options[option] = value
     return config
 
 

@@ -1,0 +1,230 @@
+"""What a call of any of the attention functions goes through around its own mathematics."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Function = TypeVar("Function", bound=Callable[..., jax.Array])
+
+
+def attention_function(
+    *,
+    self_attention_only: bool = False,
+    shared_query_key: bool = False,
+    takes_groups: bool = False,
+    takes_explicit_axes: bool = False,
+) -> Callable[[Function], Function]:
+    """A decorator that gives an attention function what all of them have in common.
+
+    - Shapes are checked, with one message for each mistake.
+    - Grouped-query heads: key and value may have fewer heads than query, as in
+      jax.nn.dot_product_attention. With g times as many, query heads i * g to i * g + g - 1 share
+      head i of key and value.
+    - Where the batch, the queries or the keys are of length 0, the result is zeros.
+    - On meshes with explicit axes, which are jax.make_mesh's default, the function itself sees
+      automatic axes, and its result is sharded as query is, in its last axis as value.
+
+    Args:
+      self_attention_only: queries and keys must be of one sequence.
+      shared_query_key: the queries are the keys too, so that key is None or query itself.
+      takes_groups: the function itself takes fewer heads of key and value. Otherwise it gets each
+        of them repeated for the query heads that share it.
+      takes_explicit_axes: the function itself takes arrays on explicit axes, because it has kernels
+        that have to know how arrays are divided.
+
+    Returns:
+      A decorator for functions (query, key, value, *, ...).
+    """
+
+    def decorate(function: Function) -> Function:
+        name = function.__name__.removesuffix("_attention")
+
+        @functools.wraps(function)
+        def call(
+            query: jax.Array,
+            key: jax.Array | None = None,
+            value: jax.Array | None = None,
+            **options: Any,
+        ) -> jax.Array:
+            if value is None or (key is None and not shared_query_key):
+                needed = "query, None and value" if shared_query_key else "query, key and value"
+                raise ValueError(f"{name}_attention needs {needed}")
+            if shared_query_key and key is not None and key is not query:
+                raise ValueError(
+                    f"{name} shares queries and keys: pass them as query, with key=None; got "
+                    "another key"
+                )
+            key = None if key is query else key
+            _check_shapes(name, query, query if key is None else key, value, shared_query_key)
+            _check_scalars(options)
+            if self_attention_only:
+                _check_self_attention(name, query, value)
+
+            spec = out_spec(query, value)
+            if 0 in (*query.shape[:3], *value.shape):
+                return on_automatic_axes(_zeros, spec, query, value)
+            if not takes_groups:
+                key, value = key if key is None else _repeated(key, query), _repeated(value, query)
+
+            def attend(
+                query: jax.Array, key: jax.Array | None, value: jax.Array, options: dict[str, Any]
+            ) -> jax.Array:
+                return function(query, query if key is None else key, value, **options)
+
+            if takes_explicit_axes:
+                return attend(query, key, value, options)
+            return on_automatic_axes(attend, spec, query, key, value, options)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _check_shapes(
+    name: str, query: jax.Array, key: jax.Array, value: jax.Array, shared_query_key: bool
+) -> None:
+    """Raises a ValueError unless query, key and value fit each other."""
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(
+            "query, key and value must be [batch, length, heads, head_dim]; "
+            f"got query {query.shape}, key {key.shape} and value {value.shape}"
+        )
+    if shared_query_key:
+        if query.shape[:2] != value.shape[:2]:
+            raise ValueError(
+                f"query and value of {name} must agree in batch and length; "
+                f"got query {query.shape} and value {value.shape}"
+            )
+        what = "value"
+    else:
+        if key.shape[:3] != value.shape[:3]:
+            raise ValueError(
+                "key and value must agree in batch, length and heads; "
+                f"got key {key.shape} and value {value.shape}"
+            )
+        if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+            raise ValueError(
+                "query and key must agree in batch and head_dim; "
+                f"got query {query.shape} and key {key.shape}"
+            )
+        what = "key and value"
+    if query.shape[2] % max(value.shape[2], 1):
+        raise ValueError(
+            f"query must have as many heads as {what}, or a multiple of them; "
+            f"got {query.shape[2]} and {value.shape[2]}"
+        )
+    if query.shape[3] == 0:
+        raise ValueError(f"head_dim of query and key must be at least 1; got query {query.shape}")
+
+
+def _check_scalars(options: dict[str, Any]) -> None:
+    """Raises a ValueError where a number, which may be traced and so learned, is an array."""
+    for name in {"scale", "gamma"} & options.keys():
+        if np.ndim(options[name]) != 0:
+            raise ValueError(
+                f"{name} must be one number; got an array of shape {np.shape(options[name])}. "
+                "Multiply queries and keys where heads need scales of their own"
+            )
+
+
+def _check_self_attention(name: str, query: jax.Array, value: jax.Array) -> None:
+    """Raises a ValueError unless there are as many queries as keys."""
+    if query.shape[1] != value.shape[1]:
+        raise ValueError(
+            f"{name} attends from a sequence to itself: q_length must equal kv_length; got "
+            f"{query.shape[1]} and {value.shape[1]}. For cross-attention choose softmax, "
+            "kernelized, skyformer, nystromformer, performer or linformer"
+        )
+
+
+def _zeros(query: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.zeros((*query.shape[:3], value.shape[3]), value.dtype)
+
+
+def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Each head of [batch, length, kv_heads, head_dim] repeated, up to so many heads."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def _repeated(x: jax.Array, query: jax.Array) -> jax.Array:
+    """Key or value with as many heads as query, and with its sharding of heads where it may be."""
+    heads = query.shape[2]
+    if x.shape[2] == heads:
+        return x
+    batch, rows, _, last = spec_of(x)
+    taken = {axis for entry in (batch, rows, last) for axis in _axes(entry)}
+    of_heads = spec_of(query)[2]
+    spec = (batch, rows, None if taken & set(_axes(of_heads)) else of_heads, last)
+    return on_automatic_axes(functools.partial(repeat_heads, heads=heads), spec, x)
+
+
+def on_automatic_axes(function: Callable[..., Any], out_specs: Any, *arguments: Any) -> Any:
+    """function(*arguments), where the explicit axes of a mesh become automatic ones.
+
+    The compiler then finds the shardings of what the function computes within, and only the
+    result's is prescribed. Without arrays on explicit axes it is a plain call.
+
+    Args:
+      function: of arrays, or trees of them and of anything else; what it closes over must not be
+        on explicit axes.
+      out_specs: the entries of the result's PartitionSpec, a tuple; a list of them for a list of
+        results.
+      *arguments: those of the function.
+
+    Returns:
+      The result, an array or a list of arrays.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    sharded = [i for i, leaf in enumerate(leaves) if _explicit_axes(leaf)]
+    if not sharded:
+        return function(*arguments)
+    mesh = jax.typeof(leaves[sharded[0]]).sharding.mesh
+    axes = tuple(dict.fromkeys(axis for i in sharded for axis in _explicit_axes(leaves[i])))
+
+    def on_arrays(*arrays: jax.Array) -> jax.Array:
+        found = dict(zip(sharded, arrays, strict=True))
+        every = [found.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return function(*jax.tree.unflatten(structure, every))
+
+    def sharding(spec: tuple[Any, ...]) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    several = isinstance(out_specs, list)
+    out_sharding = [sharding(s) for s in out_specs] if several else sharding(out_specs)
+    automatic = jax.sharding.auto_axes(on_arrays, axes=axes, out_sharding=out_sharding)
+    return automatic(*(leaves[i] for i in sharded))
+
+
+def _explicit_axes(leaf: Any) -> tuple[str, ...]:
+    """The explicit axes of the mesh that an array, or anything else, is on."""
+    if not isinstance(leaf, jax.Array):
+        return ()
+    mesh = jax.typeof(leaf).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
+
+
+def spec_of(x: jax.Array) -> tuple[Any, ...]:
+    """The entries of an array's PartitionSpec, one for each axis; None without explicit axes."""
+    spec = tuple(jax.typeof(x).sharding.spec) if _explicit_axes(x) else ()
+    return (*spec, *[None] * (x.ndim - len(spec)))
+
+
+def out_spec(query: jax.Array, value: jax.Array) -> tuple[Any, ...]:
+    """How an attention's result is sharded: as query, its last axis as value's where it may be."""
+    *rows, _ = spec_of(query)
+    last = spec_of(value)[-1]
+    taken = {axis for entry in rows for axis in _axes(entry)}
+    return (*rows, None if taken & set(_axes(last)) else last)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The axes of a mesh that an entry of a PartitionSpec names."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

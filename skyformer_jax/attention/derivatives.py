@@ -1,0 +1,165 @@
+"""Functions that are differentiated by rules of their own, in forward and in reverse mode.
+
+jax.custom_vjp has no forward mode, and jax.custom_jvp gets its reverse mode by transposing the
+tangents' computation, which would keep what a second computation is meant to spare. So the tangents
+are computed by a primitive here, whose transpose is the other rule.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Arrays = tuple[jax.Array, ...]
+
+
+class _Rule(NamedTuple):
+    """A function of residuals and, linearly, of other arrays, to a tuple of arrays.
+
+    Attributes:
+      fast: what is computed.
+      plain: the same in operations that JAX can differentiate.
+    """
+
+    fast: Callable[..., Arrays]
+    plain: Callable[..., Arrays]
+
+
+def with_rules(
+    value: Callable[..., jax.Array],
+    tangent: Callable[..., jax.Array],
+    gradients: Callable[..., Arrays],
+    plain_gradients: Callable[..., Arrays] | None = None,
+) -> Callable[..., jax.Array]:
+    """A function with rules for its derivatives, of all modes and orders.
+
+    Only derivatives of second and higher order differentiate a rule.
+
+    Args:
+      value: of floating arrays, and of others that have no derivatives; the function.
+      tangent: of those arrays and, linearly, the tangents of the floating ones; the output's
+        tangent. JAX can differentiate it.
+      gradients: of those arrays and, linearly, the output's gradient; those of the floating ones,
+        of their dtypes.
+      plain_gradients: the same, where JAX cannot differentiate gradients.
+
+    Returns:
+      The function of the same arrays.
+    """
+
+    def tangents(*arrays: jax.Array) -> Arrays:
+        return (tangent(*arrays),)
+
+    forward = _Rule(tangents, tangents)
+    backward = _Rule(gradients, plain_gradients or gradients)
+
+    def jvp(primals: Arrays, dots: Arrays) -> tuple[jax.Array, jax.Array]:
+        floating = [
+            dot
+            for x, dot in zip(primals, dots, strict=True)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
+        (out_dot,) = _linear.bind(
+            *primals, *floating, rule=forward, transposed=backward, num_residuals=len(primals)
+        )
+        return with_jvp(*primals), out_dot
+
+    with_jvp = jax.custom_jvp(value)
+    with_jvp.defjvp(jvp)
+    return with_jvp
+
+
+# The primitive: rule.fast(*arrays), linear in all but the first num_residuals of them.
+_linear = Primitive("linear_by_rule")
+_linear.multiple_results = True
+
+
+def _computed(*arrays: jax.Array, rule: _Rule, **_: Any) -> list[jax.Array]:
+    return list(rule.fast(*arrays))
+
+
+def _types(*types: Any, rule: _Rule, **_: Any) -> Any:
+    return jax.make_jaxpr(rule.plain)(*types).out_avals
+
+
+def _jvp(
+    primals: Arrays, tangents: Arrays, *, num_residuals: int, rule: _Rule, transposed: _Rule
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The rule itself on the tangents of what it is linear in; the plain one's by the residuals."""
+    bind = functools.partial(
+        _linear.bind, rule=rule, transposed=transposed, num_residuals=num_residuals
+    )
+    residuals, linear = primals[:num_residuals], primals[num_residuals:]
+    outs = bind(*primals)
+    dots = [jnp.zeros_like(out) for out in outs]
+    moving = [i for i in range(num_residuals) if not isinstance(tangents[i], ad.Zero)]
+    if any(not isinstance(t, ad.Zero) for t in tangents[num_residuals:]):
+        dots = bind(*residuals, *map(ad.instantiate_zeros, tangents[num_residuals:]))
+    if moving:
+
+        def by_residuals(*moved: jax.Array) -> Arrays:
+            all_residuals = list(residuals)
+            for i, array in zip(moving, moved, strict=True):
+                all_residuals[i] = array
+            return tuple(rule.plain(*all_residuals, *linear))
+
+        at, towards = (tuple(x[i] for i in moving) for x in (primals, tangents))
+        more = jax.jvp(by_residuals, at, towards)[1]
+        dots = [a + b for a, b in zip(dots, more, strict=True)]
+    return outs, dots
+
+
+def _transpose(
+    cotangents: list[Any], *arrays: Any, num_residuals: int, rule: _Rule, transposed: _Rule
+) -> list[Any]:
+    outs = _linear.bind(
+        *arrays[:num_residuals],
+        *map(ad.instantiate_zeros, cotangents),
+        rule=transposed,
+        transposed=rule,
+        num_residuals=num_residuals,
+    )
+    linear = arrays[num_residuals:]
+    wanted = [
+        out if ad.is_undefined_primal(x) else None for out, x in zip(outs, linear, strict=True)
+    ]
+    return [None] * num_residuals + wanted
+
+
+def _batched(
+    arrays: Arrays, axes: tuple[Any, ...], *, num_residuals: int, rule: _Rule, transposed: _Rule
+) -> tuple[list[jax.Array], list[int]]:
+    """Both rules mapped over the residuals' axes, and over the first axis of all other arrays."""
+    (size,) = {x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None}
+
+    def mapped(rule: _Rule) -> _Rule:
+        def call(function: Callable[..., Arrays], *arrays: jax.Array) -> Arrays:
+            in_axes = (*axes[:num_residuals], *(0,) * (len(arrays) - num_residuals))
+            return tuple(jax.vmap(function, in_axes)(*arrays))
+
+        return _Rule(*(functools.partial(call, function) for function in rule))
+
+    linear = [
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arrays[num_residuals:], axes[num_residuals:], strict=True)
+    ]
+    outs = _linear.bind(
+        *arrays[:num_residuals],
+        *linear,
+        rule=mapped(rule),
+        transposed=mapped(transposed),
+        num_residuals=num_residuals,
+    )
+    return outs, [0] * len(outs)
+
+
+_linear.def_impl(_computed)
+_linear.def_abstract_eval(_types)
+mlir.register_lowering(_linear, mlir.lower_fun(_computed, multiple_results=True))
+ad.primitive_jvps[_linear] = _jvp
+ad.primitive_transposes[_linear] = _transpose
+batching.primitive_batchers[_linear] = _batched
