@@ -32,6 +32,17 @@ def dense_inits(fan_in: int) -> dict[str, Any]:
     return {"kernel_init": init, "bias_init": init}
 
 
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether the module is applied with mutable=["statistics"]."""
+    return module.is_mutable_collection("statistics") and not module.is_initializing()
+
+
+def sow_statistic(module: nn.Module, name: str, value: jax.Array) -> None:
+    """Puts an array into the collection "statistics", which no gradient comes from."""
+    value = jax.lax.stop_gradient(value)
+    module.sow("statistics", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
 def projected_heads(
     num_heads: int, num_kv_heads: int | None, head_dim: int, value_head_dim: int
 ) -> dict[str, tuple[int, int]]:
@@ -70,6 +81,9 @@ class MultiHeadAttention(nn.Module):
     - "fixed": Performer's features, Reformer's rotations, the key of BigBird's blocks. Keep it with
       the parameters. If apply does not get it, the layer warns and uses the function's own fixed
       draw.
+
+    - "statistics", if apply has it among `mutable`: for Skyformer `residual`, nystrom_residual's
+      [batch, heads].
 
     Attributes:
       attention: a name of skyformer_jax.attention.NAMES.
@@ -156,15 +170,18 @@ class MultiHeadAttention(nn.Module):
         rng = None
         if entry.stream is not None and self.has_rng(entry.stream):
             rng = self.make_rng(entry.stream)
-        out = entry.function(
-            project("query", inputs_q),
-            None if entry.shared_query_key else project("key", inputs_kv),
-            project("value", inputs_kv),
-            mask=mask,
-            rng=rng,
+        query = project("query", inputs_q)
+        key = None if entry.shared_query_key else project("key", inputs_kv)
+        value = project("value", inputs_kv)
+        options = {
+            "mask": mask,
+            "rng": rng,
             **self._kept_variables(kv_length, redraw=rng is not None),
             **function_options,
-        )
+        }
+        out = entry.function(query, key, value, **options)
+        if entry.residual and keeps_statistics(self):
+            sow_statistic(self, "residual", entry.residual(query, key, **options))
         return nn.DenseGeneral(
             inputs_q.shape[-1],
             axis=(-2, -1),

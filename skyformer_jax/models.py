@@ -10,9 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
+from skyformer_jax.attention.common import on_automatic_axes, spec_of
 from skyformer_jax.attention.random_bits import dropout
 from skyformer_jax.errors import UserError
-from skyformer_jax.layers import MultiHeadAttention, dense_inits
+from skyformer_jax.layers import (
+    MultiHeadAttention,
+    dense_inits,
+    keeps_statistics,
+    sow_statistic,
+)
 
 POSITIONS = ("learned", "sinusoidal")
 POOLINGS = ("mean", "cls", "padded_mean")
@@ -104,6 +110,18 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of a table [rows, width] for tokens, int [...], sharded as the tokens are.
+
+    nn.Embed's own call does not say so, as meshes with explicit axes want it.
+    """
+
+    def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.take(table, tokens, axis=0)
+
+    return on_automatic_axes(take, (*spec_of(tokens), spec_of(table)[1]), table, tokens)
+
+
 class _Encoder(nn.Module):
     """What both classifiers share. The attributes are fields of config.model and config.attention.
 
@@ -112,7 +130,8 @@ class _Encoder(nn.Module):
     for the backward pass, which computes the rest again; its dropout drops other elements.
     positions are "learned", a table of max_length x width, or "sinusoidal", without parameters.
     Applied with mutable=["statistics"] a model also returns mean_square [num_layers], of each
-    block's output at real tokens.
+    block's output at real tokens, and with Skyformer residual [num_layers], the means of
+    nystrom_residual.
 
     axis_name names the mesh axis, within jax.shard_map, over which the length is split: tokens and
     mask are then this device's shard of each sequence, and the logits are the same on all devices.
@@ -146,9 +165,8 @@ class _Encoder(nn.Module):
                 f"sequences of {length} tokens do not fit model.max_length={self.max_length}"
             )
         init = nn.initializers.normal(_EMBEDDING_SCALE)
-        x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")(
-            tokens.astype(jnp.int32)
-        )
+        embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
+        x = look_up(embed.embedding, tokens.astype(jnp.int32))
         positions = shards.positions(tokens.shape[1], self.axis_name)
         if self.positions == "learned":
             table = self.param(
@@ -175,37 +193,33 @@ class _Encoder(nn.Module):
             self.axis_name,
         )
         if self.remat and not self.is_initializing():
-            x, mean_squares = self._recomputed_blocks(block(parent=None), x, mask)
+            x, statistics = self._recomputed_blocks(block(parent=None), x, mask)
         else:
             of_blocks = []
             for i in range(self.num_layers):
-                x = block(name=f"block_{i}")(x, mask)
-                of_blocks.append(self._mean_square(x, mask))
-            mean_squares = jnp.stack(of_blocks)
-        if self._keeps_statistics():
-            self.sow(
-                "statistics",
-                "mean_square",
-                mean_squares,
-                init_fn=lambda: None,
-                reduce_fn=lambda _, new: new,
-            )
+                layer = block(name=f"block_{i}")
+                x = layer(x, mask)
+                of_blocks.append(self._statistics(x, mask, layer.variables))
+            statistics = jax.tree.map(lambda *values: jnp.stack(values), *of_blocks)
+        for name, values in statistics.items():
+            sow_statistic(self, name, values)
         x = nn.LayerNorm(epsilon=_EPSILON, dtype=jnp.float32, name="final_norm")(x)
         return pool(x, mask, self.pooling, self.axis_name)
 
-    def _keeps_statistics(self) -> bool:
-        return self.is_mutable_collection("statistics") and not self.is_initializing()
-
-    def _mean_square(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """The mean over the examples of x**2 at real tokens; 0 unless statistics are collected."""
-        if not self._keeps_statistics():
-            return jnp.float32(0)
+    def _statistics(
+        self, x: jax.Array, mask: jax.Array, variables: Mapping[str, Any]
+    ) -> dict[str, jax.Array]:
+        """Means over the examples of what a block returned and sowed; {} unless they are kept."""
+        if not keeps_statistics(self):
+            return {}
         square = (x.astype(jnp.float32) ** 2).mean(axis=-1, keepdims=True)
-        return pool(square, mask, "mean", self.axis_name).mean()
+        found = {"mean_square": pool(square, mask, "mean", self.axis_name).mean()}
+        sown = variables.get("statistics", {}).get("attention_layer", {})
+        return found | {name: values.mean() for name, values in sown.items()}
 
     def _recomputed_blocks(
         self, block: nn.Module, x: jax.Array, mask: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """All blocks as one loop, which keeps only the carried x for the backward pass.
 
         Without a loop, compilers may merge the second computation of a block with the first, as XLA
@@ -220,10 +234,11 @@ class _Encoder(nn.Module):
         ]
 
         @jax.checkpoint
-        def step(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+        def step(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
             variables, rngs = layer
-            out: Any = block.apply(variables, x, mask, rngs=rngs)
-            return out, self._mean_square(out, mask)
+            mutable = ["statistics"] if keeps_statistics(self) else []
+            out, sown = block.apply(variables, x, mask, rngs=rngs, mutable=mutable)
+            return out, self._statistics(out, mask, sown)
 
         return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 
@@ -279,14 +294,21 @@ class DualClassifier(_Encoder):
         """
         if tokens.ndim != 3 or tokens.shape[1] != 2:
             raise ValueError(f"tokens must be [batch, 2, length], not {list(tokens.shape)}")
-        batch, _, length = tokens.shape
-        pooled = self._encode(
-            tokens.reshape(2 * batch, length),
-            mask.reshape(2 * batch, length),
-            deterministic=deterministic,
-        ).reshape(batch, 2, self.width)
-        a, b = pooled[:, 0], pooled[:, 1]
+        tokens, mask = (_merged(x) for x in (tokens, mask))
+        pooled = self._encode(tokens, mask, deterministic=deterministic)
+        a, b = _split(pooled)
         return self._head(jnp.concatenate([a, b, a * b, a - b], axis=-1))
+
+
+def _merged(x: jax.Array) -> jax.Array:
+    """[batch, 2, ...] -> [batch * 2, ...], sharded as the batch is."""
+    spec = (spec_of(x)[0], *spec_of(x)[2:])
+    return on_automatic_axes(lambda x: x.reshape(2 * len(x), *x.shape[2:]), spec, x)
+
+
+def _split(x: jax.Array) -> list[jax.Array]:
+    """[batch * 2, width] -> two of [batch, width], sharded as the batch is."""
+    return on_automatic_axes(lambda x: [x[::2], x[1::2]], [spec_of(x), spec_of(x)], x)
 
 
 def build_model(

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_attention import RANDOM, SMALL, call, inputs, masks
+from test_model import tiny_config
 
 import skyformer_jax
-from skyformer_jax import attention, layers
+from skyformer_jax import attention, layers, models, nnx_layers
 
 QUICK = ("softmax", "skyformer", "bigbird")
 quick_attentions = pytest.mark.parametrize(
@@ -89,3 +91,55 @@ def test_modules_keep_the_sharding(name):
         out = apply(*(jax.device_put(array, sharding) for array in (x, mask)))
         assert out.sharding.is_equivalent_to(sharding, out.ndim)
         np.testing.assert_allclose(out, apply(x, mask), rtol=1e-4, atol=1e-5)
+    of_nnx = nnx_layers.MultiHeadAttention(
+        name, 2, 8, 4, options=options, max_length=12, rngs=nnx.Rngs(0)
+    )
+    apply = nnx.jit(lambda module, x, mask: module(x, mask=mask))
+    out = apply(of_nnx, *(jax.device_put(array, sharding) for array in (x, mask)))
+    assert out.sharding.is_equivalent_to(sharding, out.ndim)
+    np.testing.assert_allclose(out, apply(of_nnx, x, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("skyformer", {"num_documents": 2}),
+        ("softmax", {"remat": True, "dropout": 0.1, "pooling": "cls"}),
+        *(
+            pytest.param(name, {"remat": remat}, marks=pytest.mark.slow)
+            for name in attention.NAMES
+            for remat in (False, True)
+        ),
+    ],
+)
+def test_models_keep_the_sharding(name, settings):
+    """Logits, statistics and gradients, of one document and of two, with dropout and remat."""
+    sharding = NamedSharding(explicit_mesh(), P("data"))
+    config = tiny_config(name, num_layers=1, **settings)
+    model = models.build_model(config)
+    shape = (4, 2, 48) if "num_documents" in settings else (4, 48)
+    tokens = np.random.default_rng(0).integers(0, 15, shape).astype(np.uint8)
+    variables = model.init(jax.random.key(0), tokens, tokens > 0)
+    rngs = {s: jax.random.key(1) for s in ("dropout", "landmarks")}
+
+    @jax.jit
+    def loss(params, tokens, mask, variables=variables, model=model, rngs=rngs):
+        logits, sown = model.apply(
+            {**variables, "params": params},
+            tokens,
+            mask,
+            deterministic=False,
+            rngs=rngs,
+            mutable=["statistics"],
+        )
+        return jnp.sin(logits).sum(), (logits, sown["statistics"]["mean_square"])
+
+    gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    expected = gradients(variables["params"], tokens, tokens > 0)
+    arrays = [jax.device_put(x, sharding) for x in (tokens, tokens > 0)]
+    on_mesh = jax.device_put(variables["params"], NamedSharding(sharding.mesh, P()))
+    found = gradients(on_mesh, *arrays)
+    assert found[0][1][0].sharding.is_equivalent_to(sharding, 2)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected
+    )

@@ -18,6 +18,7 @@ from experiments.faults.judge import Seen
 from experiments.faults.runner import Exit
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.training import checkpoints
+from skyformer_jax.training.state import TrainState
 
 poisoned = import_script("faults.poisoned")
 
@@ -69,6 +70,26 @@ def test_truncated_and_emptied(newest, how, index):
     if index == 0 or how is damage.empty:
         with pytest.raises(checkpoints.DamagedCheckpointError):
             checkpoints.restore(newest.parent, 60, STATE)
+
+
+def test_checkpoints_written_before_a_statistic_are_whole(tmp_path):
+    """What they lack of the sums since the last log is not known, and nothing else is lost."""
+    sums = {"loss": np.float32(2), "residual": np.ones(2, np.float32)}
+    state = TrainState(
+        step=np.int32(3), rng=np.ones(2, np.uint32), params=STATE, fixed={}, opt_state=(), sums=sums
+    )
+    folder = tmp_path / "checkpoints"
+    with checkpoints.open_saver(folder) as save:
+        save(state.replace(sums={"loss": sums["loss"]}), {"step": 3, "validation": None})
+        save(state, {"step": 4, "validation": None})
+    found, meta = checkpoints.restore(folder, 3, state)
+    assert meta["step"] == 3
+    assert found.sums["loss"] == 2 and np.isnan(found.sums["residual"]).all()
+    np.testing.assert_array_equal(found.params["w"], STATE["w"])
+    assert (checkpoints.restore(folder, 4, state)[0].sums["residual"] == 1).all()
+    damage.truncate(folder / "3", random.Random(0), 0)
+    with pytest.raises(checkpoints.DamagedCheckpointError):
+        checkpoints.restore(folder, 3, state)
 
 
 def test_flipped(newest):

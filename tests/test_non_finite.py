@@ -60,6 +60,7 @@ def test_bad_batches_are_skipped_and_counted(tmp_path, data_dir, monkeypatch, ca
     assert "skipped" not in first and second["skipped"] == 2
     for entry in (first, second):
         assert 0 < entry["gradient_norm"] < 100 and 0 < entry["block_0_rms"] < 100
+        assert 0 < entry["block_0_nystrom_residual"] < 1
 
 
 def test_a_run_of_nothing_but_bad_steps_stops_in_any_case(tmp_path):

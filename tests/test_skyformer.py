@@ -1,6 +1,7 @@
 """Skyformer against float64, and what it must become in its limits."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import references
 from test_attention import inputs, masks
 
-from skyformer_jax.attention import kernelized_attention
+from skyformer_jax.attention import kernelized_attention, nystrom_residual
 from skyformer_jax.attention import skyformer_attention as eager_skyformer_attention
 from skyformer_jax.attention.inverses import schulz_inverse
 from skyformer_jax.attention.landmarks import strided_landmarks, uniform_landmarks
@@ -45,6 +46,56 @@ def test_equals_float64_reference(inverse, lengths):
     )
     expected = references.skyformer(q, k, v, indices, mask)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@both_inverses
+def test_residual_equals_float64_reference(inverse, monkeypatch):
+    """Its mean over real rows; with few heads of keys; in blocks of rows; for no real row 0."""
+    monkeypatch.setattr(sys.modules[nystrom_residual.__module__], "_ROWS", 16)
+    q, k, _ = inputs(20, 17, heads=4)
+    mask, query_mask = masks(3, 17), masks(3, 20, seed=2)
+    indices = np.array([[0, 20, 3, 25], [1, 21, 4, 23], [5, 6, 7, 8]])
+    options = {"gamma": 0.2, "inverse": inverse, "num_iterations": 10, "scale": 0.6}
+    found = nystrom_residual(
+        q,
+        k[:, :, ::2],
+        mask,
+        query_mask=query_mask,
+        landmark_indices=jnp.asarray(indices),
+        **options,
+    )
+    rows = np.concatenate([q, np.repeat(k[:, :, ::2], 2, axis=2)], axis=1).astype(np.float64)
+    real = np.concatenate([query_mask, mask], axis=1)
+    expected = np.zeros((3, 4))
+    for b, h in np.ndindex(2, 4):
+        points = rows[b, [i for i in indices[b] if real[b, i]], h]
+        m = references.gaussian_kernel(points, points, 0.6) + 0.2 * np.eye(len(points))
+        across = references.gaussian_kernel(rows[b, real[b], h], points, 0.6)
+        expected[b, h] = 1 - (across @ np.linalg.inv(m) * across).sum(axis=1).mean()
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_residual_says_how_well_skyformer_approximates():
+    """0 with all rows as landmarks, near 1 where rows are far from each other, as the error."""
+    q, k, v = inputs(48, 48)
+    everything = {"num_landmarks": 96, "gamma": 1e-4, "inverse": "cholesky"}
+    assert (nystrom_residual(q, k, **everything) < 1e-3).all()
+    residuals, errors = [], []
+    for spread in (0.1, 0.5, 1.0, 4.0):
+        a, b = spread * q, spread * k
+        residuals.append(float(nystrom_residual(a, b, num_landmarks=16).mean()))
+        exact = kernelized_attention(a, b, v)
+        out = eager_skyformer_attention(a, b, v, num_landmarks=16)
+        errors.append(float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)))
+    assert residuals == sorted(residuals)
+    assert errors == sorted(errors)
+    assert residuals[0] < 0.05 < 0.7 < residuals[-1]
+    assert errors[0] < 0.05 < 0.7 < errors[-1]
+    assert nystrom_residual(q[:0], k[:0]).shape == (0, 2)
+    assert not nystrom_residual(q, k, jnp.zeros((3, 48), bool)).any()
+    with pytest.raises(ValueError, match="agree in batch and head_dim"):
+        nystrom_residual(q, k[..., :4])
 
 
 @both_inverses

@@ -11,6 +11,7 @@ from skyformer_jax.attention.flax_fn import attention_fn
 from skyformer_jax.attention.informer import informer_attention
 from skyformer_jax.attention.kernelized import kernelized_attention
 from skyformer_jax.attention.linformer import linformer_attention
+from skyformer_jax.attention.nystrom_residual import nystrom_residual
 from skyformer_jax.attention.nystromformer import nystromformer_attention
 from skyformer_jax.attention.performer import performer_attention
 from skyformer_jax.attention.reformer import reformer_attention
@@ -40,6 +41,7 @@ __all__ = [
     "kernelized_attention",
     "layer_variables",
     "linformer_attention",
+    "nystrom_residual",
     "nystromformer_attention",
     "performer_attention",
     "reformer_attention",

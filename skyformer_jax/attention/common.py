@@ -60,7 +60,10 @@ def attention_function(
                     "another key"
                 )
             key = None if key is query else key
-            _check_shapes(name, query, query if key is None else key, value, shared_query_key)
+            if shared_query_key:
+                _check_shared(name, query, value)
+            else:
+                check_shapes(query, query if key is None else key, value)
             _check_scalars(options)
             if self_attention_only:
                 _check_self_attention(name, query, value)
@@ -85,41 +88,49 @@ def attention_function(
     return decorate
 
 
-def _check_shapes(
-    name: str, query: jax.Array, key: jax.Array, value: jax.Array, shared_query_key: bool
-) -> None:
+def check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     """Raises a ValueError unless query, key and value fit each other."""
+    _check_axes(query, key, value)
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            "key and value must agree in batch, length and heads; "
+            f"got key {key.shape} and value {value.shape}"
+        )
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            "query and key must agree in batch and head_dim; "
+            f"got query {query.shape} and key {key.shape}"
+        )
+    _check_heads("key and value", query, value)
+
+
+def _check_shared(name: str, query: jax.Array, value: jax.Array) -> None:
+    """Raises a ValueError unless query, which is the key too, and value fit each other."""
+    _check_axes(query, query, value)
+    if query.shape[:2] != value.shape[:2]:
+        raise ValueError(
+            f"query and value of {name} must agree in batch and length; "
+            f"got query {query.shape} and value {value.shape}"
+        )
+    _check_heads("value", query, value)
+
+
+def _check_axes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(
             "query, key and value must be [batch, length, heads, head_dim]; "
             f"got query {query.shape}, key {key.shape} and value {value.shape}"
         )
-    if shared_query_key:
-        if query.shape[:2] != value.shape[:2]:
-            raise ValueError(
-                f"query and value of {name} must agree in batch and length; "
-                f"got query {query.shape} and value {value.shape}"
-            )
-        what = "value"
-    else:
-        if key.shape[:3] != value.shape[:3]:
-            raise ValueError(
-                "key and value must agree in batch, length and heads; "
-                f"got key {key.shape} and value {value.shape}"
-            )
-        if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-            raise ValueError(
-                "query and key must agree in batch and head_dim; "
-                f"got query {query.shape} and key {key.shape}"
-            )
-        what = "key and value"
+    if query.shape[3] == 0:
+        raise ValueError(f"head_dim of query and key must be at least 1; got query {query.shape}")
+
+
+def _check_heads(what: str, query: jax.Array, value: jax.Array) -> None:
     if query.shape[2] % max(value.shape[2], 1):
         raise ValueError(
             f"query must have as many heads as {what}, or a multiple of them; "
             f"got {query.shape[2]} and {value.shape[2]}"
         )
-    if query.shape[3] == 0:
-        raise ValueError(f"head_dim of query and key must be at least 1; got query {query.shape}")
 
 
 def _check_scalars(options: dict[str, Any]) -> None:

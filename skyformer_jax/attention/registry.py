@@ -11,6 +11,7 @@ from skyformer_jax.attention.bigbird import bigbird_attention, bigbird_variables
 from skyformer_jax.attention.informer import informer_attention
 from skyformer_jax.attention.kernelized import kernelized_attention
 from skyformer_jax.attention.linformer import linformer_attention, linformer_variables
+from skyformer_jax.attention.nystrom_residual import nystrom_residual
 from skyformer_jax.attention.nystromformer import nystromformer_attention, nystromformer_variables
 from skyformer_jax.attention.performer import performer_attention, performer_variables
 from skyformer_jax.attention.reformer import reformer_attention, reformer_variables
@@ -37,6 +38,8 @@ class Attention(NamedTuple):
         rng, [batch, heads, q_length, kv_length]; None where it forms none.
       earlier_options: what stands for an option in the config of a run that was written before the
         option was one of configs, where that is not its default.
+      residual: tells how much the attention's approximation misses, float32 [batch, heads], of its
+        arguments but value; None where it has no such diagnostic.
       masks: the arguments by which a call restricts which keys a query attends to: of "mask",
         "query_mask", "full_mask", "bias" and "is_causal".
       self_attention_only: queries and keys must be of one sequence.
@@ -54,6 +57,7 @@ class Attention(NamedTuple):
     function: Callable[..., jax.Array]
     options: Mapping[str, Any] = MappingProxyType({})
     weights: Callable[..., jax.Array] | None = None
+    residual: Callable[..., jax.Array] | None = None
     earlier_options: Mapping[str, Any] = MappingProxyType({})
     masks: tuple[str, ...] = ("mask",)
     self_attention_only: bool = False
@@ -80,6 +84,7 @@ REGISTRY: Mapping[str, Attention] = {
     ),
     "skyformer": Attention(
         skyformer_attention,
+        residual=nystrom_residual,
         options={
             "num_landmarks": 128,
             "landmarks": "uniform",

@@ -15,7 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
-from skyformer_jax.attention.common import attention_function, on_automatic_axes, spec_of
+from skyformer_jax.attention.common import (
+    attention_function,
+    on_automatic_axes,
+    spec_of,
+)
 from skyformer_jax.attention.gaussian import gaussian_attention, gaussian_scores
 from skyformer_jax.attention.inputs import (
     check_at_least,
@@ -121,7 +125,7 @@ def _gathered(
     return shards.psum(points, axis_name), valid
 
 
-def _check_options(
+def check_skyformer_options(
     landmarks: str,
     num_landmarks: int,
     gamma: jax.Array | float,
@@ -210,7 +214,7 @@ def skyformer_attention(
     Raises:
       ValueError: if shapes do not fit, the mask is not boolean, or an option is out of range.
     """
-    _check_options(landmarks, num_landmarks, gamma, inverse, num_iterations)
+    check_skyformer_options(landmarks, num_landmarks, gamma, inverse, num_iterations)
     dtype = value.dtype
     key, value = hide_masked(key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -218,22 +222,19 @@ def skyformer_attention(
     masks = masks_or_all(query, key, mask, query_mask)
     batch_axes, _, head_axes, _ = spec_of(query)
     find = functools.partial(
-        _find_landmarks,
-        kind=landmarks,
-        num_landmarks=num_landmarks,
-        axis_name=axis_name,
+        find_landmarks, kind=landmarks, num_landmarks=num_landmarks, axis_name=axis_name
     )
     specs = [(batch_axes, None, head_axes, None), (batch_axes, None)]
     arrays = (query, key, masks, rng, landmark_indices, scale, gamma)
     points, valid = on_automatic_axes(find, specs, *arrays)
     passes = functools.partial(gaussian_attention, scale=scale, implementation=implementation)
     context = shards.psum(passes(points, key, value), axis_name)
-    solve = functools.partial(_solve, inverse=inverse, num_iterations=num_iterations)
+    solve = functools.partial(solve_landmarks, inverse=inverse, num_iterations=num_iterations)
     weights = on_automatic_axes(solve, specs[0], points, valid, context, scale, gamma)
     return passes(query, points, weights).astype(dtype)
 
 
-def _find_landmarks(
+def find_landmarks(
     query: jax.Array,
     key: jax.Array,
     masks: tuple[jax.Array, jax.Array],
@@ -263,7 +264,7 @@ def _find_landmarks(
     return list(found)
 
 
-def _solve(
+def solve_landmarks(
     points: jax.Array,
     valid: jax.Array,
     rows: jax.Array,

@@ -28,6 +28,9 @@ from skyformer_jax.training import processes
 
 _DELETED = "deleted"
 
+# Sums of a state that checkpoints of earlier versions do not have.
+LATER_SUMS = ("residual",)
+
 
 class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read, or is not what was written."""
@@ -181,12 +184,28 @@ def restore(directory: Path, step: int, state_spec: Any) -> tuple[Any, dict[str,
       state_spec: a TrainState of ShapeDtypeStructs.
 
     Returns:
-      The state, of NumPy arrays, and the meta.
+      The state, of NumPy arrays, and the meta. Those of LATER_SUMS that the checkpoint does not
+      have are NaN.
 
     Raises:
       DamagedCheckpointError: if it cannot be read, or differs from what was written.
     """
     target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state_spec)
+    try:
+        return _restore_as(target, directory, step)
+    except DamagedCheckpointError:
+        sums = getattr(target, "sums", {})
+        later = {name: x for name, x in sums.items() if name in LATER_SUMS}
+        if not later:
+            raise
+    earlier = {name: x for name, x in sums.items() if name not in later}
+    state, meta = _restore_as(target.replace(sums=earlier), directory, step)
+    unknown = jax.tree.map(lambda x: np.full_like(x, np.nan), later)
+    return state.replace(sums=state.sums | unknown), meta
+
+
+def _restore_as(target: Any, directory: Path, step: int) -> tuple[Any, dict[str, Any]]:
+    """The state, of the structure of the target, and the meta of a checkpoint, verified."""
     items = _restore(
         directory,
         step,

@@ -182,8 +182,9 @@ def _statistics(sums: dict[str, np.ndarray], num_steps: int) -> dict[str, Any]:
     """What is logged beside loss and accuracy of num_steps steps.
 
     skipped is the number of steps that were not finite. With train.statistics, gradient_norm is the
-    mean norm of the gradient before clipping, and block_<i>_rms the root mean square of what a
-    block returns at real tokens.
+    mean norm of the gradient before clipping, block_<i>_rms the root mean square of what a block
+    returns at real tokens, and block_<i>_nystrom_residual, of Skyformer, the mean of
+    attention.nystrom_residual.
     """
     found: dict[str, Any] = {"skipped": int(sums["skipped"])} if sums["skipped"] else {}
     if "gradient_norm" in sums:
@@ -191,6 +192,9 @@ def _statistics(sums: dict[str, np.ndarray], num_steps: int) -> dict[str, Any]:
         found["gradient_norm"] = float(sums["gradient_norm"]) / finite
         for i, mean_square in enumerate(sums["mean_square"]):
             found[f"block_{i}_rms"] = float(mean_square / finite) ** 0.5
+        for i, residual in enumerate(sums.get("residual", ())):
+            if np.isfinite(residual):
+                found[f"block_{i}_nystrom_residual"] = float(residual / finite)
     return found
 
 

@@ -7,8 +7,13 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention import REGISTRY
 from skyformer_jax.training.mesh import replicated
 from skyformer_jax.training.run import Run
+
+# What models collect of each block, of their collection "statistics": the mean square of what it
+# returns, and what Skyformer's landmarks leave of the kernel (nystrom_residual).
+STATISTICS = ("mean_square", "residual")
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -23,7 +28,7 @@ class TrainState(flax.struct.PyTreeNode):
       sums: sums since the last multiple of train.log_every steps. Over finite steps: loss, correct
         predictions, examples. Over the others: skipped, their number, and first_skipped, the step
         of the first. With train.statistics also gradient_norm, of the mean gradient before
-        clipping, and mean_square [layers], of what each block returns.
+        clipping, and those of STATISTICS that the model has, each [layers].
     """
 
     step: jax.Array
@@ -49,8 +54,10 @@ def init_state(run: Run, seed: int | jax.Array) -> TrainState:
     sums = {name: jnp.float32(0) for name in ("loss", "correct", "examples")}
     sums |= {name: jnp.int32(0) for name in ("skipped", "first_skipped")}
     if run.config.train.statistics:
-        num_layers = run.config.model.num_layers
-        sums |= {"gradient_norm": jnp.float32(0), "mean_square": jnp.zeros(num_layers, jnp.float32)}
+        of_blocks = jnp.zeros(run.config.model.num_layers, jnp.float32)
+        sums |= {"gradient_norm": jnp.float32(0), "mean_square": of_blocks}
+        if REGISTRY[run.config.attention.name].residual is not None:
+            sums["residual"] = of_blocks
     return TrainState(
         step=jnp.int32(0),
         rng=jax.random.key_data(train_key),

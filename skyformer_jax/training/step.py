@@ -15,7 +15,7 @@ from skyformer_jax.attention import shards
 from skyformer_jax.data.batches import Batch
 from skyformer_jax.training.mesh import DATA
 from skyformer_jax.training.run import Run
-from skyformer_jax.training.state import TrainState, take
+from skyformer_jax.training.state import STATISTICS, TrainState, take
 
 # Tokens that a CPU computes at a time. The activations then stay in its caches, and their memory is
 # not fetched from the system page by page (docs/speed.md).
@@ -35,13 +35,13 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> TrainState:
     # A key belongs to an example's position in the global batch.
     local_batch = len(batch.label)
     keys = fold_in_each(rng, jax.lax.axis_index(DATA) * local_batch + jnp.arange(local_batch))
-    statistics = "mean_square" in state.sums
+    statistics = tuple(name for name in STATISTICS if name in state.sums)
 
     def loss_fn(
         params: Any, batch: Batch, keys: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables = {"params": params, "fixed": state.fixed}
-        logits, mean_square = _apply(run, variables, batch, keys, train=True, statistics=statistics)
+        logits, sown = _apply(run, variables, batch, keys, train=True, statistics=statistics)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
         correct = (logits.argmax(axis=-1) == batch.label).sum()
         sums = {
@@ -49,8 +49,7 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> TrainState:
             "correct": correct.astype(jnp.float32),
             "examples": jnp.float32(len(losses)),
         }
-        if mean_square is not None:
-            sums["mean_square"] = mean_square.sum(axis=0)
+        sums |= {name: values.sum(axis=0) for name, values in sown.items()}
         return losses.sum() / local_batch, sums
 
     gradient_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
@@ -62,7 +61,7 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> TrainState:
     sums = jax.lax.psum(sums, DATA)
     if statistics:
         sums["gradient_norm"] = optax.tree.norm(gradients)
-        sums["mean_square"] /= sums["examples"]
+        sums |= {name: sums[name] / sums["examples"] for name in statistics}
     return _update(run, state, gradients, sums)
 
 
@@ -135,9 +134,9 @@ def _apply(
     keys: jax.Array | None,
     *,
     train: bool,
-    statistics: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Logits [batch, classes]; with statistics also mean squares [batch, layers].
+    statistics: tuple[str, ...] = (),
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Logits [batch, classes], and of STATISTICS those asked for, each [batch, layers].
 
     The model is mapped over the examples, each with a key of its own. So an example's random
     numbers depend on its position in the global batch, not on how many devices share the work.
@@ -146,7 +145,7 @@ def _apply(
 
     def one(
         values: jax.Array, length: jax.Array, key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         rngs = {}
         if key is not None:
             rngs["landmarks"], rngs["dropout"] = jax.random.split(key)
@@ -159,7 +158,7 @@ def _apply(
             rngs=rngs,
             mutable=["statistics"] if statistics else [],
         )
-        return logits[0], sown["statistics"]["mean_square"] if statistics else None
+        return logits[0], {name: sown["statistics"][name] for name in statistics}
 
     return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(
         batch.tokens, batch.length, keys

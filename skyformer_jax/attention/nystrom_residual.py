@@ -1,0 +1,141 @@
+"""How well Skyformer's landmarks stand for queries and keys: what its Nystrom method leaves."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from skyformer_jax.attention import shards
+from skyformer_jax.attention.common import (
+    check_shapes,
+    on_automatic_axes,
+    repeat_heads,
+    spec_of,
+)
+from skyformer_jax.attention.gaussian import gaussian_scores
+from skyformer_jax.attention.inputs import hide, hide_masked, masks_or_all
+from skyformer_jax.attention.skyformer import (
+    check_skyformer_options,
+    find_landmarks,
+    solve_landmarks,
+)
+
+_ROWS = 16_384  # of a block whose kernel with the landmarks is in memory
+
+
+def nystrom_residual(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    rng: jax.Array | None = None,
+    scale: jax.Array | float | None = None,
+    num_landmarks: int = 128,
+    landmarks: str = "uniform",
+    landmark_indices: jax.Array | None = None,
+    query_mask: jax.Array | None = None,
+    gamma: jax.Array | float = 0.1,
+    inverse: str = "schulz",
+    num_iterations: int = 6,
+    implementation: str = "auto",
+    axis_name: str | None = None,
+) -> jax.Array:
+    """How much of the kernel the landmarks of skyformer_attention do not see, at linear cost.
+
+    The mean, over the real rows x of [query; key], of
+
+        1 - G(x, L) M^-1 G(L, x),   M = G(L, L) + gamma I,
+
+    which is what the Nystrom method leaves of the kernel's diagonal, G(x, x) = 1: 0 where the
+    landmarks span all rows, 1 where no row is near any. The rows lie too far apart for their number
+    where it is large, and skyformer_attention then returns much less than kernelized_attention:
+    docs/skyformer.md has how its error goes with this number.
+
+    Args:
+      query: [batch, q_length, heads, head_dim], unscaled.
+      key: [batch, kv_length, kv_heads, head_dim].
+      mask: bool [batch, kv_length], True at real tokens.
+      rng: as in skyformer_attention, so that the same landmarks are drawn.
+      scale: likewise.
+      num_landmarks: likewise.
+      landmarks: likewise.
+      landmark_indices: likewise.
+      query_mask: likewise.
+      gamma: likewise. A landmark itself keeps gamma / (1 + gamma) where it is alone.
+      inverse: likewise.
+      num_iterations: likewise.
+      implementation: unused, so that the options of skyformer_attention may be passed on.
+      axis_name: likewise.
+
+    Returns:
+      float32 [batch, heads]; 0 for an example without any real row.
+
+    Raises:
+      ValueError: if shapes do not fit, a mask is not boolean, or an option is out of range.
+    """
+    del implementation
+    check_skyformer_options(landmarks, num_landmarks, gamma, inverse, num_iterations)
+    check_shapes(query, key, key)
+    batch, _, heads, head_dim = query.shape
+    if 0 in (*query.shape, *key.shape):
+        return jnp.zeros((batch, heads), jnp.float32)
+    scale = head_dim**-0.5 if scale is None else scale
+    key, _ = hide_masked(key, key, mask)
+
+    def residual(
+        query: jax.Array, key: jax.Array, masks: tuple[jax.Array, jax.Array], *arrays: Any
+    ) -> jax.Array:
+        key = repeat_heads(key, heads)
+        points, valid = find_landmarks(
+            query,
+            key,
+            masks,
+            *arrays,
+            kind=landmarks,
+            num_landmarks=num_landmarks,
+            axis_name=axis_name,
+        )
+        *_, scale, gamma = arrays
+        solve = functools.partial(solve_landmarks, inverse=inverse, num_iterations=num_iterations)
+
+        def seen(rows: jax.Array, real: jax.Array) -> jax.Array:
+            """[batch, heads]: the sum over some real rows x of G(x, L) M^-1 G(L, x)."""
+            scores = gaussian_scores(points, hide(rows, real).astype(jnp.float32), scale)
+            scores = jnp.where(real[:, None, None], jnp.moveaxis(scores, 1, 2), 0)
+            return (hide(scores, valid) * solve(points, valid, scores, scale, gamma)).sum((1, 3))
+
+        total = _sum_over_rows(seen, jnp.concatenate([query, key], 1), jnp.concatenate(masks, 1))
+        count = jnp.concatenate(masks, axis=1).sum(axis=1, dtype=jnp.int32)[:, None]
+        total, count = (shards.psum(x, axis_name) for x in (total, count.astype(jnp.float32)))
+        return jnp.where(count > 0, 1 - total / jnp.maximum(count, 1), 0)
+
+    batch_axes, _, head_axes, _ = spec_of(query)
+    masks = masks_or_all(query, key, mask, query_mask)
+    arrays = (query, key, masks, rng, landmark_indices, scale, gamma)
+    return on_automatic_axes(residual, (batch_axes, head_axes), *arrays)
+
+
+def _sum_over_rows(
+    function: Callable[[jax.Array, jax.Array], jax.Array], rows: jax.Array, real: jax.Array
+) -> jax.Array:
+    """The sum of function(rows, real) over blocks of rows, so that little has to be in memory.
+
+    Args:
+      function: of [batch, some rows, heads, head_dim] and bool [batch, some rows].
+      rows: [batch, rows, heads, head_dim].
+      real: bool [batch, rows]; False adds nothing.
+    """
+    length = rows.shape[1]
+    num_blocks = -(-length // _ROWS)
+    size = -(-length // num_blocks)
+    missing = num_blocks * size - length
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, size, *x.shape[2:]), 1, 0)
+
+    if num_blocks == 1:
+        return function(rows, real)
+    return jax.lax.map(lambda block: function(*block), (in_blocks(rows), in_blocks(real))).sum(0)
