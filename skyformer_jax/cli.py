@@ -1,8 +1,11 @@
 """The shared part of train.py, eval.py and the other command lines: errors in one line."""
 
+import contextlib
 import errno
 import logging as python_logging
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -15,15 +18,39 @@ from skyformer_jax.errors import UserError
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
+def _open_standard_streams() -> None:
+    """Opens the null device for standard streams that the process was started without.
+
+    The next file that is opened would otherwise have the number of such a stream, and get what
+    libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free is this one; programs that we start get it too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader ended."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported all the same
+    return bool(poll.poll(0))
+
+
 def _fail(text: str, status: int = 2) -> NoReturn:
     """Prints one line and ends the process at once.
 
     Our own files are closed by now. On a full disk, threads and exit handlers of libraries would
     add their tracebacks to the line.
     """
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream, line in ((sys.stdout, ""), (sys.stderr, f"error: {' '.join(text.split())}\n")):
+        with contextlib.suppress(OSError):
+            stream.write(line)
+            stream.flush()
     os._exit(status)
 
 
@@ -92,13 +119,17 @@ def run(main: Callable[[], None]) -> None:
             sys.unraisablehook = _without_late_arrays(sys.unraisablehook)
         try:
             main()
+            sys.stdout.flush()
         except KeyboardInterrupt:
             _fail("interrupted; start the same command to go on", status=130)
         except UserError as error:
             _fail(str(error))
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                os._exit(128 + signal.SIGPIPE)  # as a program ends that leaves the signal alone
             if error.errno not in _MACHINE_ERRORS:
                 raise
             _fail(f"{error.strerror}: {error.filename or 'while writing'}")
 
+    _open_standard_streams()
     app.run(guarded, flags_parser=_parse_flags)

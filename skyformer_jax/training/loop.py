@@ -65,11 +65,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             say(f"stopped after step {step}; saved. Start the same command to go on.")
             return None
         result = evaluation.evaluate_run(run, workdir, predict_step)
-        if processes.is_first():
-            for one in seeds:
-                plot_learning_curve(one.workdir, result["floors"])
-            print_summary(workdir, result)
-        return result
+        for one in seeds if processes.is_first() else ():
+            plot_learning_curve(one.workdir, result["floors"])
+    if processes.is_first():
+        print_summary(workdir, result)
+    return result
 
 
 def _fit(

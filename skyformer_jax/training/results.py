@@ -108,12 +108,12 @@ def print_summary(workdir: Path, result: dict[str, Any]) -> None:
     if "seeds" in result:
         print(f"\neach seed         {workdir}/seed-*: checkpoints, metrics, learning curve")
     else:
-        validation = result["validation"]
+        validation, curve = result["validation"], workdir / "learning_curve.png"
         print(
             f"\nbest checkpoint   {workdir}/checkpoints/{result['checkpoint']} "
             f"(validation accuracy {100 * validation['accuracy']:.2f} %)\n"
-            f"metrics           {workdir}/metrics.jsonl\n"
-            f"learning curve    {workdir}/learning_curve.png"
+            f"metrics           {workdir}/metrics.jsonl"
+            + (f"\nlearning curve    {curve}" if curve.exists() else "")
         )
     print(
         f"TensorBoard       tensorboard --logdir {workdir}\n"

@@ -1,7 +1,6 @@
 """The workdir of a run: its folders, its lock, the disk it needs, and the config that binds it."""
 
 import contextlib
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import jax
 import ml_collections
 
 from skyformer_jax.errors import UserError
+from skyformer_jax.files import lock
 from skyformer_jax.training import checkpoints
 from skyformer_jax.training import config as configs
 from skyformer_jax.training.run import Run
@@ -102,9 +102,9 @@ def _open_folder(one: SeedRun) -> Iterator[None]:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"--workdir={workdir}: {parent} is a file; name a folder")
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(lock(workdir / "lock", wait=False))
         except BlockingIOError:
             raise UserError(f"another process is training in {workdir}") from None
         _bind_config(one)
