@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from skyformer_jax.errors import UserError
+from skyformer_jax.files import expand
 
 # Failures of the machine, not of the program: the person can mend them.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
@@ -59,13 +60,14 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
     Args:
       values: the flags, which get their values.
-      argv: the command line, the program's name first.
+      argv: the command line, the program's name first. A ~ that begins the value of a flag is
+        the home folder, though shells leave it alone after the sign =.
 
     Raises:
       UserError: one line for what is wrong.
     """
     try:
-        rest = values(argv)
+        rest = values([argv[0], *map(_with_home, argv[1:])])
     except UserError:
         raise
     except flags.Error as error:
@@ -81,6 +83,14 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise UserError(str(error)) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+
+
+def _with_home(argument: str) -> str:
+    """The argument with the path that is its value expanded; no other value begins with ~."""
+    name, equals, value = argument.partition("=")
+    if argument.startswith("~"):
+        return str(expand(argument))
+    return f"{name}={expand(value)}" if equals and value.startswith("~") else argument
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -138,7 +138,10 @@ def test_prepare_and_eval_without_all_of_them(tmp_path, bare):
         assert "accuracy" in done.stdout
 
 
-SPEAKS = """
+SPEAK = [
+    sys.executable,
+    "-c",
+    """
 import contextlib, os, sys
 from skyformer_jax import cli
 from skyformer_jax.progress import say, Progress
@@ -155,16 +158,16 @@ def main():
 from absl import flags
 flags.DEFINE_string("file", "", "")
 cli.run(main)
-"""
+""",
+]
 
 
-@pytest.mark.parametrize("closed", [(0, 1, 2), (2,), ()])
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "2>&-", ""])
 def test_standard_streams_that_are_closed(tmp_path, closed):
     """What is printed then goes nowhere, and above all not into the next file that is opened."""
     done = subprocess.run(
-        [sys.executable, "-c", SPEAKS, f"--file={tmp_path}/file"],
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *SPEAK, f"--file={tmp_path}/file"],
         env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: [os.close(number) for number in closed],
         timeout=60,
         check=False,
     )
@@ -175,7 +178,7 @@ def test_standard_streams_that_are_closed(tmp_path, closed):
 def test_a_full_log_does_not_stop_the_work(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", SPEAKS, f"--file={tmp_path}/file"],
+            [*SPEAK, f"--file={tmp_path}/file"],
             env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=full,

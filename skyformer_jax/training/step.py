@@ -183,7 +183,7 @@ def tokens_and_mask(
       tokens int32 [..., length], 0 at padding; and mask bool [..., length], True at real tokens.
     """
     mask = positions < length[..., None]
-    if run.config.data.get("mask_zeros", False):
+    if run.config.data.mask_zeros:
         mask &= values != 0
     return jnp.where(mask, run.task.tokenizer(values), 0), mask
 
