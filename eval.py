@@ -8,11 +8,13 @@ A workdir that cannot be written is evaluated all the same; --out=FILE.json writ
 import glob
 from pathlib import Path
 
-from absl import flags
+from skyformer_jax.errors import UserError, lra_imports
 
-from skyformer_jax import cli, training
-from skyformer_jax.errors import UserError
-from skyformer_jax.training import processes
+with lra_imports():
+    from absl import flags
+
+    from skyformer_jax import cli, training
+    from skyformer_jax.training import processes
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; runs/quickstart will do for runs/quickstart-skyformer."

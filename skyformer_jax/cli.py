@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import UserError, missing_package
 from skyformer_jax.files import expand
 
 # Failures of the machine, not of the program: the person can mend them.
@@ -134,6 +134,8 @@ def run(main: Callable[[], None]) -> None:
             _fail("interrupted; start the same command to go on", status=130)
         except UserError as error:
             _fail(str(error))
+        except ModuleNotFoundError as error:
+            _fail(missing_package(error))
         except OSError as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 os._exit(128 + signal.SIGPIPE)  # as a program ends that leaves the signal alone

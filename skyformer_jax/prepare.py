@@ -7,17 +7,21 @@ a published folder (lra_release, aclImdb or cifar-10-batches-bin), its archive, 
 TFDS prepared imdb_reviews or cifar10, or a folder that holds several of these.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 
 import numpy as np
-from absl import flags
 
-from skyformer_jax import cli, tasks
-from skyformer_jax.data.examples import Examples
-from skyformer_jax.errors import UserError
-from skyformer_jax.files import expand
-from skyformer_jax.progress import say
+from skyformer_jax.errors import UserError, lra_imports
+
+with lra_imports() if __name__ == "__main__" else contextlib.nullcontext():
+    from absl import flags
+
+    from skyformer_jax import cli, tasks
+    from skyformer_jax.data.examples import Examples
+    from skyformer_jax.files import expand
+    from skyformer_jax.progress import say
 
 _HEADER = (
     *("task", "split", "examples", "classes' shares"),

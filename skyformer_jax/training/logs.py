@@ -104,12 +104,12 @@ def plot_learning_curve(workdir: Path, floors: dict[str, float]) -> Path | None:
       floors: accuracies in 0..1 of trivial classifiers, drawn as dashed lines.
 
     Returns:
-      The picture's path; None, after a line that says so, where matplotlib has no folder for its
-      caches.
+      The picture's path; None, after a line that says so, where matplotlib is missing or has no
+      folder for its caches.
     """
     try:
         from matplotlib.figure import Figure  # imported late: it is slow to load
-    except OSError as error:
+    except (ImportError, OSError) as error:
         say(f"the learning curve is not drawn: {error}")
         return None
 
