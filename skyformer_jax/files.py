@@ -71,11 +71,11 @@ def unnamed_owners() -> Iterator[None]:
         except KeyError:
             return pwd.struct_passwd((str(uid), "x", uid, uid, "", "/", ""))
 
-    def group(gid: int) -> grp.struct_group:
+    def group(id: int) -> grp.struct_group:  # named as Python's
         try:
-            return groups(gid)
+            return groups(id)
         except KeyError:
-            return grp.struct_group((str(gid), "x", gid, []))
+            return grp.struct_group((str(id), "x", id, []))
 
     pwd.getpwuid, grp.getgrgid = user, group
     try:

@@ -17,7 +17,7 @@ def use_cache(directory: str) -> None:
         there, a line says so and nothing is kept. The environment variable
         JAX_COMPILATION_CACHE_DIR, if set, names another folder that is used instead.
     """
-    if directory and not jax.config.jax_compilation_cache_dir:
+    if directory and not jax.config.values["jax_compilation_cache_dir"]:
         try:
             path = Path(directory).expanduser() / _processor()
             path.mkdir(parents=True, exist_ok=True)

@@ -161,9 +161,8 @@ def _apply(
         )
         return logits[0], sown["statistics"]["mean_square"] if statistics else None
 
-    return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(
-        batch.tokens, batch.length, keys
-    )
+    arrays: Any = (batch.tokens, batch.length, keys)
+    return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(*arrays)
 
 
 def tokens_and_mask(
