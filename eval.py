@@ -1,15 +1,20 @@
 """Evaluates a run: prints a table, writes eval_<split>.json into the workdir.
 
 python eval.py --workdir=runs/quickstart-skyformer [--split=test] [--checkpoint=best|latest|STEP]
+
+A workdir that cannot be written is evaluated all the same; --out=FILE.json writes elsewhere.
 """
 
+import glob
 from pathlib import Path
 
-from absl import flags
+from skyformer_jax.errors import UserError, lra_imports
 
-from skyformer_jax import cli, training
-from skyformer_jax.errors import UserError
-from skyformer_jax.training import processes
+with lra_imports():
+    from absl import flags
+
+    from skyformer_jax import cli, training
+    from skyformer_jax.training import processes
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; runs/quickstart will do for runs/quickstart-skyformer."
@@ -23,6 +28,9 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Default: that of training. Does not change the result.", lower_bound=1
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data lie, if they were moved.")
+_OUT = flags.DEFINE_string(
+    "out", None, "JSON file, or folder, for the result; default: the workdir."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Several processes: auto, or host:port of process 0 (docs/scaling.md)."
 )
@@ -36,7 +44,7 @@ def _find_workdir(given: str) -> Path:
     path = Path(given)
     if path.exists():
         return path
-    longer = sorted(p for p in path.parent.glob(f"{path.name}-*") if p.is_dir())
+    longer = sorted(p for p in path.parent.glob(f"{glob.escape(path.name)}-*") if p.is_dir())
     if len(longer) == 1:
         return longer[0]
     if longer:
@@ -47,16 +55,16 @@ def _find_workdir(given: str) -> Path:
 def main() -> None:
     """Evaluates and prints."""
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    result = training.evaluate(
+    training.evaluate(
         _find_workdir(_WORKDIR.value),
         split=_SPLIT.value,
         checkpoint=_CHECKPOINT.value,
         landmark_draws=_LANDMARK_DRAWS.value,
         data_dir=_DATA_DIR.value,
         batch_size=_BATCH_SIZE.value,
+        out=_OUT.value,
+        show=lambda result: print(training.result_table(result)),
     )
-    if processes.is_first():
-        print(training.result_table(result))
 
 
 if __name__ == "__main__":

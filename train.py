@@ -5,11 +5,13 @@ python train.py --config=configs/listops.py:skyformer [--config.train.batch_size
 
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
+from skyformer_jax.errors import UserError, lra_imports
 
-from skyformer_jax import cli, training
-from skyformer_jax.errors import UserError
+with lra_imports():
+    from absl import flags
+    from ml_collections import config_flags
+
+    from skyformer_jax import cli, training
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as configs/listops.py:ATTENTION[,VARIANT].", lock_config=True

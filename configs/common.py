@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from skyformer_jax import attention, tasks
+from skyformer_jax import attention
 from skyformer_jax.errors import UserError, one_of
+from skyformer_jax.training.defaults import default_config
 
 VARIANTS = ("paper", "small")  # beside "", the right one
 
@@ -24,65 +25,13 @@ def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.ConfigDict:
-    """The paper's setting of everything that does not depend on the task (FACTS: appendix).
+    """The paper's setting of everything that does not depend on the task (its appendix).
 
-    Each attention has the options that its function and its arrays have, whose defaults are the
-    paper's: 128 landmarks or features, BigBird's blocks of 64, two rounds of hashing.
-
-    2 layers of width 64, MLP 128, 2 heads of 32, dropout 0.1, learned positions, mean pooling;
-    AdamW without weight decay, gradients clipped by value at 1, linear one-cycle schedule.
+    skyformer_jax/training/defaults.py lists all fields, with what they mean.
     """
-    return ml_collections.ConfigDict(
-        {
-            "task": task,
-            "seed": 0,
-            "num_seeds": 1,  # models trained at once: of seed, seed + 1, ...
-            "compilation_cache": "~/.cache/skyformer_jax",  # "" compiles anew in every process
-            "attention": {"name": name, **attention.default_options(name)},
-            "model": {
-                "vocab_size": tasks.get(task).vocab_size,
-                "max_length": max_length,  # sequences are padded to this
-                "num_classes": tasks.get(task).num_classes,
-                "num_documents": tasks.get(task).num_documents,
-                "num_layers": 2,
-                "width": 64,
-                "num_heads": 2,
-                "head_dim": 32,
-                "mlp_dim": 128,
-                "dropout": 0.1,
-                "pooling": "mean",
-                "dtype": "float32",  # or bfloat16: of activations; parameters stay float32
-                "remat": False,  # compute blocks again in the backward pass, to save memory
-                "positions": "learned",  # or sinusoidal, without a table of max_length
-            },
-            "train": {
-                "num_steps": 50_000,
-                "batch_size": 32,
-                "accumulation": 0,  # equal parts of a batch, one after another; 0: what suits
-                "learning_rate": 1e-4,  # the peak
-                "warmup_steps": 1000,
-                "weight_decay": 0.0,
-                "eval_every": 500,  # steps between validations, each followed by a checkpoint
-                "log_every": 50,
-                "non_finite": "stop",  # or skip: steps whose loss or gradients are not finite
-                "statistics": False,  # log gradient norms and sizes of activations
-            },
-            "parallel": {  # docs/scaling.md
-                "data": -1,  # parts of each batch; -1: the devices that seq leaves
-                "seq": 1,  # parts of each sequence
-                "backend": "shard_map",  # or pmap
-                "coordinator": "",  # several processes: auto, or host:port of process 0
-                "num_processes": 0,  # 0: as the environment says
-                "process_id": -1,  # -1: as the environment says
-            },
-            "data": {
-                "dir": "data",  # where prepared data sets lie or are put
-                "source": "",  # a folder or archive as published; "" generates or downloads
-                "buckets": (),  # lengths that batches of short examples are padded to instead
-                **tasks.get(task).options,
-            },
-        }
-    )
+    config = ml_collections.ConfigDict(default_config(task, name))
+    config.model.max_length = max_length  # sequences are padded to this
+    return config
 
 
 def use_few_landmarks(config: ml_collections.ConfigDict) -> None:

@@ -1,18 +1,45 @@
 """The shared part of train.py, eval.py and the other command lines: errors in one line."""
 
+import contextlib
 import errno
 import logging as python_logging
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import UserError, missing_package
+from skyformer_jax.files import expand
 
 # Failures of the machine, not of the program: the person can mend them.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+
+
+def _open_standard_streams() -> None:
+    """Opens the null device for standard streams that the process was started without.
+
+    The next file that is opened would otherwise have the number of such a stream, and get what
+    libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free is this one; programs that we start get it too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader ended."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported all the same
+    return bool(poll.poll(0))
 
 
 def _fail(text: str, status: int = 2) -> NoReturn:
@@ -21,9 +48,10 @@ def _fail(text: str, status: int = 2) -> NoReturn:
     Our own files are closed by now. On a full disk, threads and exit handlers of libraries would
     add their tracebacks to the line.
     """
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream, line in ((sys.stdout, ""), (sys.stderr, f"error: {' '.join(text.split())}\n")):
+        with contextlib.suppress(OSError):
+            stream.write(line)
+            stream.flush()
     os._exit(status)
 
 
@@ -32,13 +60,14 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
     Args:
       values: the flags, which get their values.
-      argv: the command line, the program's name first.
+      argv: the command line, the program's name first. A ~ that begins the value of a flag is
+        the home folder, though shells leave it alone after the sign =.
 
     Raises:
       UserError: one line for what is wrong.
     """
     try:
-        rest = values(argv)
+        rest = values([argv[0], *map(_with_home, argv[1:])])
     except UserError:
         raise
     except flags.Error as error:
@@ -54,6 +83,14 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise UserError(str(error)) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+
+
+def _with_home(argument: str) -> str:
+    """The argument with the path that is its value expanded; no other value begins with ~."""
+    name, equals, value = argument.partition("=")
+    if argument.startswith("~"):
+        return str(expand(argument))
+    return f"{name}={expand(value)}" if equals and value.startswith("~") else argument
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -92,13 +129,19 @@ def run(main: Callable[[], None]) -> None:
             sys.unraisablehook = _without_late_arrays(sys.unraisablehook)
         try:
             main()
+            sys.stdout.flush()
         except KeyboardInterrupt:
             _fail("interrupted; start the same command to go on", status=130)
         except UserError as error:
             _fail(str(error))
+        except ModuleNotFoundError as error:
+            _fail(missing_package(error))
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                os._exit(128 + signal.SIGPIPE)  # as a program ends that leaves the signal alone
             if error.errno not in _MACHINE_ERRORS:
                 raise
             _fail(f"{error.strerror}: {error.filename or 'while writing'}")
 
+    _open_standard_streams()
     app.run(guarded, flags_parser=_parse_flags)

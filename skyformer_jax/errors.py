@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,31 @@ class UserError(ValueError):
 
     The command lines print its text without a traceback and exit with status 2.
     """
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to do about a package of the benchmark's that is not installed.
+
+    Raises:
+      ModuleNotFoundError: the error itself, if what is missing is a module of ours.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "skyformer_jax", "configs", "experiments"):
+        raise error
+    return (
+        f"{package} is not installed, which the data and the training need: pip install "
+        '"skyformer_jax[lra]", or in a checkout pip install -e ".[lra]"'
+    )
+
+
+@contextlib.contextmanager
+def lra_imports() -> Iterator[None]:
+    """For the imports of a command: ends it in one line if a package of the extra is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def one_of(what: str, got: str, allowed: Iterable[str]) -> str:

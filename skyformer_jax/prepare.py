@@ -7,16 +7,21 @@ a published folder (lra_release, aclImdb or cifar-10-batches-bin), its archive, 
 TFDS prepared imdb_reviews or cifar10, or a folder that holds several of these.
 """
 
+import contextlib
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from absl import flags
 
-from skyformer_jax import cli, tasks
-from skyformer_jax.data.examples import Examples
-from skyformer_jax.errors import UserError
-from skyformer_jax.progress import say
+from skyformer_jax.errors import UserError, lra_imports
+
+with lra_imports() if __name__ == "__main__" else contextlib.nullcontext():
+    from absl import flags
+
+    from skyformer_jax import cli, tasks
+    from skyformer_jax.data.examples import Examples
+    from skyformer_jax.files import expand
+    from skyformer_jax.progress import say
 
 _HEADER = (
     *("task", "split", "examples", "classes' shares"),
@@ -69,7 +74,7 @@ def rows_of(task: tasks.Task, data_dir: str, source: str | None) -> list[list[st
     for split in tasks.SPLITS:
         examples = task.load(split, data_dir, source=source)
         files = task.data_set(data_dir, source=source).info.splits[split].filepaths
-        rows.append(row(task.name, split, examples, sum(file.stat().length for file in files)))
+        rows.append(row(task.name, split, examples, sum(map(os.path.getsize, files))))
     return rows
 
 
@@ -88,7 +93,7 @@ def main(name: str, data_dir: str, source: str | None) -> None:
     if name != "all":
         print(table(rows_of(tasks.get(name), data_dir, source)))
         return
-    if source and not Path(source).expanduser().exists():
+    if source and not expand(source).exists():
         raise UserError(f"--source={source} does not exist")
     rows, failed = [], []
     for task in tasks.BENCHMARK:

@@ -1,5 +1,6 @@
 """The progress of long work: a bar on a terminal, plain lines in a log."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -21,15 +22,20 @@ def mute() -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line to standard error, above a progress bar if there is one."""
-    if _muted:
+    """Prints a line to standard error, above a progress bar if there is one.
+
+    A line that cannot be written, as to a pipe whose reader ended, is dropped: it is not worth a
+    run.
+    """
+    if _muted or sys.stderr is None:
         return
-    tqdm.tqdm.write(text, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+        tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def open_bar(total: int, **options: Any) -> tqdm.tqdm | None:
     """A tqdm bar on a terminal, with further options of tqdm; None elsewhere."""
-    if _muted or not sys.stderr.isatty():
+    if _muted or sys.stderr is None or sys.stderr.closed or not sys.stderr.isatty():
         return None
     return tqdm.tqdm(total=total, dynamic_ncols=True, file=sys.stderr, **options)
 

@@ -7,7 +7,7 @@ from skyformer_jax.data.retrieval import RETRIEVAL
 from skyformer_jax.data.splits import SPLITS
 from skyformer_jax.data.task import Task
 from skyformer_jax.data.text import TEXT
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import one_of
 
 BENCHMARK = (LISTOPS, TEXT, RETRIEVAL, IMAGE, PATHFINDER, PATHX)
 SMALL = (LISTOPS_SMALL, PATHFINDER_SMALL, PATHX_SMALL)
@@ -21,9 +21,7 @@ def get(name: str) -> Task:
     Raises:
       UserError: if there is none; NAMES lists them.
     """
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; choose one of: {', '.join(NAMES)}")
-    return TASKS[name]
+    return TASKS[one_of("task", name, TASKS)]
 
 
 __all__ = ["BENCHMARK", "NAMES", "SMALL", "SPLITS", "TASKS", "Task", "get"]

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from run_on import run_on
 
 from configs import common
 from skyformer_jax import attention, tasks, training
+from skyformer_jax.attention import registry
 from skyformer_jax.data import parallel
 from skyformer_jax.errors import UserError
 from skyformer_jax.training import config
@@ -96,12 +98,52 @@ def test_a_run_of_reformer_without_a_scale_keeps_the_one_it_had(tmp_path):
     config.check(earlier, 1)
 
 
+def test_a_fault_of_an_attention_is_not_blamed_on_the_config(monkeypatch):
+    """Nor are JAX's strict modes; an option that cannot work is."""
+    settings = get("text", "skyformer")
+    entry = registry.REGISTRY["skyformer"]
+
+    def raises(query, key, value, **options):
+        return jax.numpy.broadcast_to(query, (3, 5))
+
+    def promotes(query, key, value, **options):
+        return query + jax.numpy.ones(8) * options.get("gamma", 1.0)
+
+    def use(function):
+        changed = {**registry.REGISTRY, "skyformer": entry._replace(function=function)}
+        monkeypatch.setattr(registry, "REGISTRY", changed)
+
+    use(raises)
+    with pytest.raises(ValueError, match="Cannot broadcast to shape") as error:
+        config.check(settings, num_devices=1)
+    assert not isinstance(error.value, UserError)
+    use(promotes)
+    with jax.numpy_rank_promotion("raise"):
+        config.check(settings, num_devices=1)
+    settings.attention.landmarks = "unifrom"
+    use(entry.function)
+    with pytest.raises(UserError, match=r"^config\.attention: .*unifrom"):
+        config.check(settings, num_devices=1)
+
+
+def test_fields_that_there_are_not_are_named():
+    """Also where a config is not locked, as configs are that no command line makes."""
+    for section, message in (
+        ("train", "field of config.train, 'batchsize' .did you mean 'batch_size'"),
+        ("parallel", "field of config.parallel, 'batchsize'"),
+    ):
+        settings = get("text")
+        settings[section].batchsize = 3
+        with pytest.raises(UserError, match=message):
+            config.check(settings, num_devices=1)
+
+
 def test_bad_data_fields_are_named():
     for name, field, value, message in (
         ("text", "length", 4001, "data.length must be in 1..4000"),
         ("text", "length", 0, "data.length must be in 1..4000"),
         ("image", "shrink", 0, "data.shrink must be in 1..1024"),
-        ("image", "brackets", True, "unknown field of task image, data. 'brackets'"),
+        ("image", "brackets", True, "unknown field of config.data, 'brackets'"),
         ("image", "buckets", (512, 256), "rising lengths"),
         ("image", "buckets", (1024,), "rising lengths"),
     ):
@@ -201,8 +243,16 @@ def test_a_missing_source_can_be_added(tiny_benchmark, tmp_path):
         training.train(settings, tmp_path / "run")
     settings.data.source = str(source)
     assert training.train(settings, tmp_path / "run")["examples"] == tiny_data.PAIRS["test"]
+    # Where the files and the prepared data lie binds nothing; what they hold does.
     settings.data.source = ""
-    with pytest.raises(UserError, match=r"another config.*data\.source"):
+    assert training.train(settings, tmp_path / "run")["examples"] == tiny_data.PAIRS["test"]
+    shutil.copytree(source, tmp_path / "moved")
+    settings.data.update({"source": str(tmp_path / "moved"), "dir": str(tmp_path / "new data")})
+    assert training.train(settings, tmp_path / "run")["examples"] == tiny_data.PAIRS["test"]
+    (path,) = (tmp_path / "moved").rglob("new_aan_pairs.train.tsv")
+    path.write_bytes(path.read_bytes().replace(b"0.0\t", b"1.0\t", 1))
+    settings.data.dir = str(tmp_path / "other data")
+    with pytest.raises(UserError, match=r"was trained on other data \(checksum \w+\) than data"):
         training.train(settings, tmp_path / "run")
 
 

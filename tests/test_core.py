@@ -57,3 +57,29 @@ def test_it_imports_jax_flax_and_numpy_alone(core):
     """Flax itself imports absl, optax and orbax; the core must not rely on that."""
     for name, file in core["modules"].items():
         assert set(imported(file)) <= ALLOWED, name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "--config=configs/quickstart.py"],
+        ["eval.py", "--workdir=runs/none"],
+        ["-m", "skyformer_jax.prepare", "--task=text"],
+    ],
+)
+def test_commands_of_the_benchmark_name_the_extra(command, tmp_path):
+    """In one line, where its packages are missing."""
+    missing = (ROOT / "tests/core_only.py").read_text().partition("import skyformer_jax\n")[0]
+    (tmp_path / "sitecustomize.py").write_text(missing)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "is not installed" in line and 'pip install "skyformer_jax[lra]"' in line

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from run_on import run_on
 
 import skyformer_jax
-from skyformer_jax import training
+from skyformer_jax import cli, training
 from skyformer_jax.errors import UserError
-from skyformer_jax.training import checkpoints
+from skyformer_jax.training import checkpoints, results
 from skyformer_jax.training.config import read
 from skyformer_jax.training.state import state_spec
 
@@ -327,23 +330,147 @@ def test_all_checkpoints_damaged_is_said(undisturbed, tmp_path):
         training.train(read(workdir / "config.json"), workdir)
 
 
-def test_a_run_of_another_version_is_refused(undisturbed, tmp_path):
-    """In one line that names it; runs of 0.1.0 did not write theirs."""
-    workdir = tmp_path / "run"
-    shutil.copytree(undisturbed[0], workdir)
+def rewrite_config(workdir, change):
+    """Changes the content of config.json by a function."""
     path = workdir / "config.json"
     content = json.loads(path.read_text())
-    assert content["version"] == skyformer_jax.__version__
-    for version in ("0.1.0", None):
-        old = {**content, "version": version}
-        path.write_text(json.dumps({k: v for k, v in old.items() if v is not None}))
-        done = run([sys.executable, str(ROOT / "eval.py"), f"--workdir={workdir}"])
-        assert done.returncode == 2
-        (line,) = done.stderr.strip().splitlines()
-        assert f"is a run of skyformer_jax 0.1.0, which {skyformer_jax.__version__}" in line
-        with pytest.raises(UserError, match=r"skyformer_jax 0\.1\.0, which"):
-            training.train(read(undisturbed[0] / "config.json"), workdir)
-    assert json.loads(path.read_text()) == {k: v for k, v in content.items() if k != "version"}
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_runs_of_earlier_versions_are_read(undisturbed, tmp_path):
+    """0.1.0 did not write its version, and a later version's fields are not in config.json."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir)
+    config = read(workdir / "config.json")
+
+    def as_of_old(content):
+        assert content.pop("version") == skyformer_jax.__version__
+        content["train"]["steps_per_call"] = 1
+        del content["num_seeds"], content["model"]["remat"], content["parallel"]
+        del content["data"]["mask_zeros"], content["attention"]["num_iterations"]
+
+    rewrite_config(workdir, as_of_old)
+    assert read(workdir / "config.json") == config
+    result = training.evaluate(workdir)
+    before = json.loads((undisturbed[0] / "eval_test.json").read_text())
+    assert result["config_digest"] == before["config_digest"]
+    assert result["confusion"] == before["confusion"]
+    # A config that lacks fields, as of a user's file, means the same; it is finished.
+    del config.model["remat"], config.data["mask_zeros"]
+    assert training.train(config, workdir)["confusion"] == before["confusion"]
+    assert json.loads((workdir / "config.json").read_text())["model"]["remat"] is False
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"nesterov": True}}, "unknown field of config.train, 'nesterov'"),
+        ({"attention": {"name": "skyformer", "power": 2}}, "has no option 'power'"),
+        ({"attention": {"name": "hyena"}}, "unknown attention 'hyena'"),
+        ({"task": "chess"}, "unknown task 'chess'"),
+    ],
+)
+def test_what_a_later_version_wrote_is_read_or_refused_by_name(
+    undisturbed, tmp_path, change, message
+):
+    shutil.copy(undisturbed[0] / "config.json", tmp_path)
+    rewrite_config(tmp_path, lambda content: content.update(version="9.9.0"))
+    assert read(tmp_path / "config.json") == read(undisturbed[0] / "config.json")
+    rewrite_config(tmp_path, lambda content: content.update(change))
+    with pytest.raises(UserError, match=rf"skyformer_jax 9\.9\.0, and .* not read it: .*{message}"):
+        read(tmp_path / "config.json")
+
+
+def test_more_steps_go_on_by_the_longer_schedule(undisturbed, tmp_path, capsys):
+    """What is logged and how it is computed may change too; fewer steps than done are refused."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir)
+    config = read(workdir / "config.json")
+    config.train.update({"num_steps": NUM_STEPS + 20, "log_every": 10, "non_finite": "skip"})
+    config.model.remat = True
+    assert training.train(config, workdir)["examples"] == 5000
+    said = capsys.readouterr().err
+    # Linear from 2e-3 at step 5 to nothing at the end: what optax says, and the formula.
+    rate = 2e-3 * 20 / (NUM_STEPS + 20 - 5)
+    assert f"train.num_steps was {NUM_STEPS} and is {NUM_STEPS + 20}" in said
+    assert f"{rate:.2e} at this step, not 8.00e-09, and 8.00e-09 at the end" in said
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    after = [e for e in entries if e["step"] > NUM_STEPS and e["split"] == "train"]
+    assert [e["step"] for e in after] == [NUM_STEPS + 10, NUM_STEPS + 20]
+    np.testing.assert_allclose(after[0]["learning_rate"], 2e-3 * 11 / 215, rtol=1e-2)
+    assert max(checkpoints.steps(workdir / "checkpoints")) == NUM_STEPS + 20
+
+    config.train.num_steps = NUM_STEPS
+    with pytest.raises(UserError, match=r"num_steps=200 is less than the 220 steps"):
+        training.train(config, workdir)
+    config.train.update({"num_steps": NUM_STEPS + 20, "eval_every": 5})
+    with pytest.raises(UserError, match=r"another config.*eval_every \(saved: 20, asked for: 5\)"):
+        training.train(config, workdir)
+
+
+# Starts a program that is bound by the permissions of files even as root (PR_CAPBSET_DROP).
+BOUND = """
+import ctypes, os, sys
+for capability in (1, 2):
+    ctypes.CDLL(None).prctl(24, capability)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_run_that_cannot_be_written_is_evaluated(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir)
+    (workdir / "eval_test.json").unlink()
+    workdir.chmod(0o555)
+
+    def evaluate(*flags):
+        command = [sys.executable, str(ROOT / "eval.py"), f"--workdir={workdir}", *flags]
+        done = run([sys.executable, "-c", BOUND, *command])
+        assert f"checkpoint of step {before['checkpoint']}" in done.stdout
+        return done.returncode, done.stderr
+
+    before = json.loads((undisturbed[0] / "eval_test.json").read_text())
+    status, said = evaluate()
+    assert status == 0
+    (line,) = said.splitlines()
+    assert line.startswith(f"eval_test.json is not written into {workdir} (Permission denied)")
+    out = tmp_path / "elsewhere" / "result.json"
+    assert evaluate(f"--out={out}") == (0, "")
+    assert json.loads(out.read_text())["confusion"] == before["confusion"]
+    assert not list(workdir.glob("*.tmp"))
+    workdir.chmod(0o755)
+    with pytest.raises(UserError, match=r"^--out=.* cannot be written: Not a directory; name"):
+        training.evaluate(workdir, out=out / "result.json")
+    training.evaluate(workdir, out=out.parent)
+    assert (
+        json.loads((out.parent / "eval_test.json").read_text())["confusion"] == before["confusion"]
+    )
+
+
+def test_printed_commands_can_be_pasted(undisturbed, capsys):
+    result = json.loads((undisturbed[0] / "eval_test.json").read_text())
+    workdir = Path("my runs") / "it's $HOME; #1"
+    results.print_summary(workdir, result)
+    board, evaluate = capsys.readouterr().out.splitlines()[-2:]
+    assert shlex.split(board)[1:] == ["tensorboard", "--logdir", str(workdir)]
+    assert shlex.split(evaluate)[2:] == ["python", "eval.py", f"--workdir={workdir}"]
+
+
+def test_paths_of_flags_begin_at_home(tmp_path, monkeypatch):
+    """Shells leave the ~ of --flag=~/path alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my configs.py").write_text((ROOT / "configs/quickstart.py").read_text())
+    argv = ["train.py", "--config=~/my configs.py:softmax", "--config.data.dir=~/the data"]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    cli.parse(values, [*argv, "--workdir", "~/runs"])
+    assert config.value.attention.name == "softmax"
+    assert config.value.data.dir == f"{tmp_path}/the data"
+    assert workdir.value == f"{tmp_path}/runs"
+    with pytest.raises(UserError, match="~nobody-of-that-name/x begins with a home folder that"):
+        cli.parse(values, [*argv, "--workdir=~nobody-of-that-name/x"])
 
 
 def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):

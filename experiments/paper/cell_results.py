@@ -1,5 +1,6 @@
 """What the cells of a grid have come to: their results, and the table of all."""
 
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def _read_result(cell: Cell) -> dict[str, Any]:
     if checkpoints.steps(folder) and result["checkpoint"] != checkpoints.find(folder, "best"):
         raise UserError(
             f"{path} is of checkpoint {result['checkpoint']}, not of the best; "
-            f"run python eval.py --workdir={cell.workdir}"
+            f"run {shlex.join(['python', 'eval.py', f'--workdir={cell.workdir}'])}"
         )
     return result
 

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ from experiments.paper.cell_results import TRAINABLE, read_cell
 from experiments.paper.grid import ROOT, Cell
 from experiments.records import read_json, write_json
 from skyformer_jax.errors import UserError
+from skyformer_jax.files import lock
 from skyformer_jax.progress import say
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -40,12 +40,11 @@ def _is_held(workdir: Path) -> bool:
     path = workdir / "lock"
     if not path.exists():
         return False
-    with path.open("r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with lock(path, wait=False):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def _start(cell: Cell, environment: dict[str, str]) -> _Attempt:

@@ -66,7 +66,7 @@ def prepared_by_tfds(name: str, source: Path | None) -> Path | None:
       The folder of its latest version, or None if there is none.
     """
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    place = source or Path(default).expanduser()
+    place = source or Path(os.path.expanduser(default))  # as it is where there is no home
     found = [
         *place.glob(f"{name}/*/dataset_info.json"),
         *place.glob(f"{name}/*/*/dataset_info.json"),

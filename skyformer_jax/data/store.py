@@ -1,7 +1,6 @@
 """Data sets on disk: a TFDS builder prepares each once; splits are read whole."""
 
 import contextlib
-import fcntl
 import io
 import json
 import shutil
@@ -16,6 +15,7 @@ from skyformer_jax.data import archives
 from skyformer_jax.data.builder import SOURCE_FILE, LraBuilder, document_features
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
+from skyformer_jax.files import expand, lock, unnamed_owners
 from skyformer_jax.progress import say
 
 _READ_AT_ONCE = 4096
@@ -29,9 +29,7 @@ def make(builder: type[LraBuilder], config: str | Any, data_dir: str) -> LraBuil
       config: name of one of its configs, or a config of the caller's own.
       data_dir: folder of all data sets.
     """
-    return builder(
-        config=config, data_dir=str(Path(data_dir).expanduser()), file_format="array_record"
-    )
+    return builder(config=config, data_dir=str(expand(data_dir)), file_format="array_record")
 
 
 def prepare(builder: LraBuilder, source: str | None = None) -> None:
@@ -47,7 +45,7 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
     Raises:
       UserError: if the source is missing or malformed, or the data set was made from another one.
     """
-    builder.source = Path(source).expanduser() if source else None
+    builder.source = expand(source) if source else None
     place = Path(builder.data_dir)
     if place.is_dir():
         builder.clean_up()  # in case an earlier process was killed before it did so
@@ -63,15 +61,14 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
             f"data.dir={builder.data_dir_root} cannot be made a folder ({error.strerror}); "
             "name another"
         ) from None
-    with (place.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(place.parent / "lock", wait=True) as held:
         if place.is_dir():
             return
-        for leftover in place.parent.glob("incomplete.*"):
+        for leftover in place.parent.glob("incomplete.*") if held else ():
             shutil.rmtree(leftover, ignore_errors=True)
         say(f"preparing {builder.info.full_name} in {builder.data_dir_root}")
         # TFDS prints that sizes are unknown, but standard output belongs to the caller.
-        with contextlib.redirect_stdout(io.StringIO()), _without_tfds_bars():
+        with contextlib.redirect_stdout(io.StringIO()), _without_tfds_bars(), unnamed_owners():
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(force_checksums_validation=True)
             )

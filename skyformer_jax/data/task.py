@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from skyformer_jax.data.examples import Examples
 from skyformer_jax.data.splits import SPLITS
 from skyformer_jax.data.tokenizer import Tokenizer
 from skyformer_jax.errors import UserError
+from skyformer_jax.files import expand
 
 DOCUMENT_LENGTH = 4_000  # bytes of a document that the benchmark reads
 
@@ -107,7 +107,7 @@ class Task:
         if self.source_config is None:
             return False
         data_set = store.make(self.builder, self.source_config, source)
-        data_set.source = Path(source).expanduser()
+        data_set.source = expand(source)
         try:
             data_set.source_files()
         except UserError:

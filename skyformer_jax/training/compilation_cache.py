@@ -1,6 +1,7 @@
 """Compiled programs on disk, so that a second start does not compile again."""
 
 import hashlib
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,16 +13,19 @@ def use_cache(directory: str) -> None:
     """Keeps programs that take over a second to compile in a folder, for later processes too.
 
     Args:
-      directory: the folder, made if it is missing; "" keeps nothing. If the folder cannot be made,
-        a line says so and nothing is kept. The environment variable JAX_COMPILATION_CACHE_DIR, if
-        set, names another folder that is used instead.
+      directory: the folder, made if it is missing; "" keeps nothing. If nothing can be written
+        there, a line says so and nothing is kept. The environment variable
+        JAX_COMPILATION_CACHE_DIR, if set, names another folder that is used instead.
     """
-    if directory and not jax.config.jax_compilation_cache_dir:
-        path = Path(directory).expanduser() / _processor()
+    if directory and not jax.config.values["jax_compilation_cache_dir"]:
         try:
+            path = Path(directory).expanduser() / _processor()
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            say(f"compilation_cache={directory}: {error.strerror}; programs are not kept")
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+            say(f"compilation_cache={directory}: {reason}; programs are not kept")
             return
         jax.config.update("jax_compilation_cache_dir", str(path))
 

@@ -4,24 +4,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 import skyformer_jax
 from skyformer_jax import attention, models, tasks
 from skyformer_jax.errors import UserError, one_of
+from skyformer_jax.files import expand
+from skyformer_jax.training.defaults import default_config
 
-# Fields that say where files lie and what computes, not what is computed. They may differ between
-# two starts of one workdir, whose results then agree to rounding.
+# Fields that say where files lie, how it is computed and what is logged, not what is computed. They
+# may differ between two starts of one workdir, whose results then agree to rounding.
 MUTABLE_FIELDS = (
     "version",
     "data.dir",
+    "data.source",  # checkpoints are bound to the data themselves
     "compilation_cache",
+    "attention.implementation",
+    "model.remat",
     "train.accumulation",
+    "train.log_every",
+    "train.non_finite",  # skipping differs from stopping at the step alone that stops
     "parallel.",
 )
 BACKENDS = ("shard_map", "pmap")
 NON_FINITE = ("stop", "skip")
-_DATA_FIELDS = ("dir", "source", "buckets", "mask_zeros")
 _SPLIT_LANDMARKS = ("uniform", "strided", "segment_means")
 
 
@@ -32,7 +39,8 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
       config: the complete configuration.
       num_devices: devices that the batch will be divided over.
     """
-    task = tasks.get(one_of("task", config.task, tasks.NAMES))
+    task = tasks.get(config.task)
+    _check_fields(config)
     _check_attention(config)
     _check_model(config, task)
     _check_training(config)
@@ -40,15 +48,29 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
     _check_devices(config, num_devices)
 
 
+def _check_fields(config: ml_collections.ConfigDict) -> None:
+    """Raises a UserError for a field that there is not."""
+    known = default_config(config.task, config.attention.name)
+    for field in config:
+        one_of("config field", field, known)
+    for section in ("model", "train", "parallel", "data"):
+        for field in config[section]:
+            one_of(f"field of config.{section},", field, known[section])
+
+
 def _check_attention(config: ml_collections.ConfigDict) -> None:
     options = config.attention.to_dict()
     name = one_of("attention", options.pop("name"), attention.NAMES)
-    try:
-        attention.check_options(name, options)
-    except ValueError as error:
-        raise UserError(
-            f"config.attention: {error} (--config=FILE:{name} sets just what {name} has)"
-        ) from None
+    # JAX's strict modes raise for what the attention computes, whatever its options are. So might
+    # an attention that is broken by itself; that is not the config's fault either.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        attention.check_options(name, {})
+        try:
+            attention.check_options(name, options)
+        except ValueError as error:
+            raise UserError(
+                f"config.attention: {error} (--config=FILE:{name} sets just what {name} has)"
+            ) from None
 
 
 def _check_model(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
@@ -104,8 +126,6 @@ def _check_positive(field: str, value: int) -> None:
 
 def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
     data, max_length = config.data, config.model.max_length
-    for field in data:
-        one_of(f"field of task {task.name}, data.", field, (*_DATA_FIELDS, *task.options))
     for option in ("length", "shrink"):
         if option in data and not 1 <= data[option] <= task.max_length:
             raise UserError(f"data.{option} must be in 1..{task.max_length}; got {data[option]}")
@@ -202,40 +222,57 @@ def stored(config: ml_collections.ConfigDict) -> dict[str, Any]:
     held = to_dict(config)
     for location in ("dir", "source"):
         if held["data"][location]:
-            held["data"][location] = str(Path(held["data"][location]).expanduser().absolute())
+            held["data"][location] = str(expand(held["data"][location]).absolute())
     return {"version": skyformer_jax.__version__, **held}
 
 
 def read(path: Path) -> ml_collections.ConfigDict:
-    """The config of a workdir.
+    """The config of a workdir, which this version or an earlier one wrote.
 
     Raises:
-      UserError: if the file is missing, is not a config, or another version wrote it.
+      UserError: if the file is missing, is not a config, or has fields that this version does not
+        know.
     """
+    version = "0.1.0"  # which did not write its own
     try:
         content = json.loads(path.read_text())
-        version = content.pop("version", "0.1.0")  # 0.1.0 did not write its own
-        config = ml_collections.ConfigDict(content)
+        version = content.pop("version", version)
+        _upgrade(content, version)
+        config = complete(content)
+        _check_fields(config)
+        _check_attention(config)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not a workdir of train.py") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if _series(version) != _series(skyformer_jax.__version__):
+    except UserError as error:
         raise UserError(
-            f"{path.parent} is a run of skyformer_jax {version}, which {skyformer_jax.__version__} "
-            "does not read; go on with that version, or name another --workdir"
-        )
-    options = config.get("attention", {})
-    if options.get("name") in attention.REGISTRY:
-        for option, value in attention.REGISTRY[options.name].earlier_options.items():
-            if option not in options:
-                options[option] = value
+            f"{path} was written by skyformer_jax {version}, and {skyformer_jax.__version__} does "
+            f"not read it: {error}"
+        ) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     return config
 
 
-def _series(version: str) -> list[str]:
-    """Major and minor number; versions that share them read each other's runs."""
-    return str(version).split(".")[:2]
+def _upgrade(content: dict[str, Any], version: str) -> None:
+    """Says what earlier versions meant, where that is not what the same fields say today."""
+    if version == "0.1.0":
+        content["train"].pop("steps_per_call", None)  # of no influence on what was computed
+    options = content["attention"]
+    for option, value in attention.REGISTRY[options["name"]].earlier_options.items():
+        options.setdefault(option, value)
+
+
+def complete(config: ml_collections.ConfigDict | dict[str, Any]) -> ml_collections.ConfigDict:
+    """A copy of a config in which fields that it lacks have their defaults.
+
+    Raises:
+      UserError: if there is no such task or attention.
+    """
+    given = ml_collections.ConfigDict(config).to_dict()
+    full = default_config(given["task"], given["attention"]["name"])
+    for field, value in given.items():
+        full[field] = {**full.get(field, {}), **value} if isinstance(value, dict) else value
+    return ml_collections.ConfigDict(full)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -249,12 +286,19 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """One text for each field, MUTABLE_FIELDS aside, that differs between two stored configs."""
+def differences(
+    saved: dict[str, Any], asked: dict[str, Any], may_differ: tuple[str, ...] = MUTABLE_FIELDS
+) -> list[str]:
+    """One text for each field that differs between two stored configs.
+
+    Args:
+      saved: the one.
+      asked: the other.
+      may_differ: what the fields begin with that are left out.
+    """
     old, new = flatten(saved), flatten(asked)
     return [
         f"{field} (saved: {old.get(field, 'absent')!r}, asked for: {new.get(field, 'absent')!r})"
         for field in sorted(old.keys() | new.keys())
-        if not field.startswith(MUTABLE_FIELDS)
-        and old.get(field, KeyError) != new.get(field, KeyError)
+        if not field.startswith(may_differ) and old.get(field, KeyError) != new.get(field, KeyError)
     ]

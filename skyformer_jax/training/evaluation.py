@@ -2,8 +2,9 @@
 
 import collections
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -14,7 +15,9 @@ from skyformer_jax.attention import REGISTRY
 from skyformer_jax.data import store
 from skyformer_jax.data.batches import evaluation_batches
 from skyformer_jax.data.examples import Examples
-from skyformer_jax.errors import UserError, full_disk, one_of
+from skyformer_jax.errors import UserError, one_of
+from skyformer_jax.files import expand
+from skyformer_jax.progress import say
 from skyformer_jax.training import checkpoints, compilation_cache, processes, results
 from skyformer_jax.training import config as configs
 from skyformer_jax.training import mesh as meshes
@@ -27,6 +30,23 @@ from skyformer_jax.training.workdir import SeedRun, seed_runs, write_json
 _IN_FLIGHT = 8
 
 
+class Evaluation(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      result: the result; of several seeds, a summary.
+      files: what belongs into which file of the workdir.
+    """
+
+    result: dict[str, Any]
+    files: dict[Path, dict[str, Any]]
+
+    def write(self) -> None:
+        """Writes the files."""
+        for path, content in self.files.items():
+            write_json(path, content)
+
+
 def evaluate(
     workdir: str | Path,
     *,
@@ -35,11 +55,13 @@ def evaluate(
     landmark_draws: int = 0,
     data_dir: str | None = None,
     batch_size: int | None = None,
+    out: str | Path | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a workdir and writes eval_<split>.json into it.
 
     For a run of several seeds it evaluates one checkpoint of each, writes eval_<split>.json into
-    each seed's folder, and a summary into the workdir.
+    each seed's folder, and a summary into the workdir. A line says so if these cannot be written.
 
     Args:
       workdir: the folder of the run; nothing else is needed.
@@ -50,6 +72,9 @@ def evaluate(
       data_dir: where the data lie, if not where they lay in training.
       batch_size: None means that of training. It is rounded up to a multiple of the devices along
         "data", and does not change the result.
+      out: a JSON file, or a folder for eval_<split>.json, that the result is written to instead of
+        the workdir.
+      show: called with the result before it is written, in the first of several processes.
 
     Returns:
       What the file holds: accuracy and interval in 0..1, loss in nats,
@@ -58,15 +83,16 @@ def evaluate(
       accuracy, mean loss, floors, and under "seeds" the figures of each.
 
     Raises:
-      UserError: if the workdir, the checkpoint or the data are missing or damaged.
+      UserError: if the workdir, the checkpoint or the data are missing or damaged, or out cannot be
+        written.
     """
-    workdir = Path(workdir)
+    workdir = expand(workdir)
     config = configs.read(workdir / "config.json")
     compilation_cache.use_cache(config.compilation_cache)
     if data_dir:
         config.data.dir = data_dir
     run = make_run(config, _mesh(config))
-    return evaluate_run(
+    evaluation = evaluate_run(
         run,
         workdir,
         make_predict_step(run),
@@ -75,6 +101,35 @@ def evaluate(
         landmark_draws=landmark_draws,
         batch_size=batch_size,
     )
+    if processes.is_first():
+        if show is not None:
+            show(evaluation.result)
+        if out is not None:
+            _write_out(expand(out), split, evaluation.result)
+        else:
+            _write_or_say(workdir, evaluation)
+    return evaluation.result
+
+
+def _write_out(out: Path, split: str, result: dict[str, Any]) -> None:
+    path = out / f"eval_{split}.json" if out.is_dir() else out
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}; name another") from None
+
+
+def _write_or_say(workdir: Path, evaluation: Evaluation) -> None:
+    """Writes into a workdir, which may be somebody else's or an archive."""
+    try:
+        evaluation.write()
+    except OSError as error:
+        names = " and ".join(dict.fromkeys(path.name for path in evaluation.files))
+        say(
+            f"{names} is not written into {workdir} ({error.strerror}); --out=FILE.json writes it "
+            "elsewhere"
+        )
 
 
 def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
@@ -94,8 +149,8 @@ def evaluate_run(
     checkpoint: str = "best",
     landmark_draws: int = 0,
     batch_size: int | None = None,
-) -> dict[str, Any]:
-    """As evaluate, of a run whose prediction is compiled already."""
+) -> Evaluation:
+    """As evaluate, of a run whose prediction is compiled already; writes nothing."""
     one_of("split", split, tasks.SPLITS)
     attention = run.config.attention.name
     if landmark_draws and REGISTRY[attention].stream != "landmarks":
@@ -103,7 +158,7 @@ def evaluate_run(
     seeds = seed_runs(run.config, workdir)
     restored = [_restore(run, one, checkpoint) for one in seeds]
     examples = run.load_split(split)
-    of_seeds = {}
+    of_seeds, files = {}, {}
     for one, (step, state, meta) in zip(seeds, restored, strict=True):
         result = {
             "task": run.config.task,
@@ -116,13 +171,10 @@ def evaluate_run(
             "config_digest": results.config_digest(one.config),
             "data": _describe_data(run, examples),
         }
-        of_seeds[one.config.seed] = result
-        _write(one.workdir / f"eval_{split}.json", result)
-    if len(seeds) == 1:
-        return result
-    summary = results.summarise(of_seeds)
-    _write(workdir / f"eval_{split}.json", summary)
-    return summary
+        of_seeds[one.config.seed] = files[one.workdir / f"eval_{split}.json"] = result
+    if len(seeds) > 1:
+        result = files[workdir / f"eval_{split}.json"] = results.summarise(of_seeds)
+    return Evaluation(result, files)
 
 
 def _restore(run: Run, one: SeedRun, checkpoint: str) -> tuple[int, TrainState, dict[str, Any]]:
@@ -260,9 +312,3 @@ def score(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:
         "loss": float(losses.mean()),
         "accuracy": float((logits.argmax(axis=1) == label).mean()),
     }
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    if processes.is_first():
-        with full_disk(path.parent):
-            write_json(path, result)

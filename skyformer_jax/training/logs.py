@@ -96,7 +96,7 @@ class StepProgress:
             self._bar.close()
 
 
-def plot_learning_curve(workdir: Path, floors: dict[str, float]) -> Path:
+def plot_learning_curve(workdir: Path, floors: dict[str, float]) -> Path | None:
     """Draws learning_curve.png from metrics.jsonl.
 
     Args:
@@ -104,9 +104,14 @@ def plot_learning_curve(workdir: Path, floors: dict[str, float]) -> Path:
       floors: accuracies in 0..1 of trivial classifiers, drawn as dashed lines.
 
     Returns:
-      The picture's path.
+      The picture's path; None, after a line that says so, where matplotlib is missing or has no
+      folder for its caches.
     """
-    from matplotlib.figure import Figure  # imported late: it is slow to load
+    try:
+        from matplotlib.figure import Figure  # imported late: it is slow to load
+    except (ImportError, OSError) as error:
+        say(f"the learning curve is not drawn: {error}")
+        return None
 
     entries = read_metrics(workdir / "metrics.jsonl")
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -11,12 +11,14 @@ import numpy as np
 
 from skyformer_jax.data.batches import Batch, stack_batches, training_batches
 from skyformer_jax.data.examples import Examples
-from skyformer_jax.errors import full_disk
+from skyformer_jax.errors import UserError, full_disk
+from skyformer_jax.files import expand
 from skyformer_jax.progress import say
 from skyformer_jax.training import checkpoints, compilation_cache, evaluation, processes
 from skyformer_jax.training import config as configs
 from skyformer_jax.training import mesh as meshes
 from skyformer_jax.training.logs import plot_learning_curve
+from skyformer_jax.training.optimizer import make_schedule
 from skyformer_jax.training.recorder import open_recorder
 from skyformer_jax.training.results import print_summary
 from skyformer_jax.training.run import Run, new_run
@@ -29,7 +31,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     """Trains to the end, going on where an earlier run in the workdir stopped, then evaluates.
 
     Args:
-      config: as the files in configs/ build it.
+      config: as the files in configs/ build it; a field that it lacks has its default.
       workdir: gets config.json, checkpoints/, metrics.jsonl, tensorboard/, learning_curve.png and
         eval_test.json. With num_seeds above 1 its folders seed-0, ... get these, each what a run
         of that seed alone would make, and the workdir gets config.json and a summary,
@@ -42,7 +44,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     Raises:
       UserError: for a config, data or a workdir that cannot work, or if a loss is not finite.
     """
-    workdir, parallel = Path(workdir), config.parallel
+    workdir, config = expand(workdir), configs.complete(config)
+    parallel = config.parallel
     processes.start(parallel.coordinator, parallel.num_processes, parallel.process_id)
     run = new_run(config)
     compilation_cache.use_cache(config.compilation_cache)
@@ -64,12 +67,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         if step < config.train.num_steps:
             say(f"stopped after step {step}; saved. Start the same command to go on.")
             return None
-        result = evaluation.evaluate_run(run, workdir, predict_step)
+        found = evaluation.evaluate_run(run, workdir, predict_step)
         if processes.is_first():
+            found.write()
             for one in seeds:
-                plot_learning_curve(one.workdir, result["floors"])
-            print_summary(workdir, result)
-        return result
+                plot_learning_curve(one.workdir, found.result["floors"])
+    if processes.is_first():
+        print_summary(workdir, found.result)
+    return found.result
 
 
 def _fit(
@@ -82,12 +87,13 @@ def _fit(
 ) -> int:
     """Steps from the newest checkpoint to the end or to a signal; returns the last step taken."""
     num_steps, eval_every = run.config.train.num_steps, run.config.train.eval_every
-    states, step = _restore_or_init(run, seeds, len(train_split))
+    data = train_split.checksum()
+    states, step = _restore_or_init(run, seeds, len(train_split), data)
     if step == num_steps:
         return step
     train_step = make_train_step(run)
     batches = _training_batches(run, train_split, step)
-    with open_recorder(run, seeds, step) as recorder, _open_savers(run, seeds) as save:
+    with open_recorder(run, seeds, step) as recorder, _open_savers(run, seeds, data) as save:
         while step < num_steps:
             with recorder.reading():
                 batch = next(batches)
@@ -113,14 +119,31 @@ def _fit(
 
 
 def _restore_or_init(
-    run: Run, seeds: Sequence[SeedRun], num_examples: int
+    run: Run, seeds: Sequence[SeedRun], num_examples: int, data: str
 ) -> tuple[TrainState, int]:
-    """The states of the newest checkpoint, or those before the first step; and their step."""
+    """The states of the newest checkpoint, or those before the first step; and their step.
+
+    Args:
+      run: the run.
+      seeds: its models.
+      num_examples: examples to train on.
+      data: their checksum.
+
+    Raises:
+      UserError: if all checkpoints are damaged, or the newest was trained on other data.
+    """
     restored = checkpoints.restore_latest([one.checkpoints for one in seeds], state_spec(run))
     if restored is not None:
         found, step = restored
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
-        say(f"going on from the checkpoint of step {step}")
+        meta = checkpoints.read_meta(seeds[0].checkpoints, step)
+        if meta.get("data", data) != data:  # earlier versions did not store it
+            raise UserError(
+                f"{seeds[0].workdir} was trained on other data (checksum {meta['data']}) than "
+                f"data.dir={run.config.data.dir} holds ({data}); name those by --config.data.dir "
+                "or --config.data.source, or name another --workdir"
+            )
+        say(f"going on from the checkpoint of step {step}" + _change_of_schedule(run, meta, step))
         return jax.device_put(stacked, meshes.replicated(run.mesh)), step
     states, config = init_states(run), run.config
     num_parameters = sum(p.size for p in jax.tree.leaves(states.params)) // len(seeds)
@@ -131,6 +154,26 @@ def _restore_or_init(
         + (f", {len(seeds)} seeds at once" if len(seeds) > 1 else "")
     )
     return states, 0
+
+
+def _change_of_schedule(run: Run, meta: dict[str, Any], step: int) -> str:
+    """What another train.num_steps than that of a checkpoint does to the learning rate; or ""."""
+    before = ml_collections.ConfigDict(meta["config"]["train"])
+    num_steps = run.config.train.num_steps
+    if before.num_steps == num_steps:
+        return ""
+    was, now, end = (
+        f"{float(rate):.2e}"
+        for rate in (
+            make_schedule(before)(step),
+            run.schedule(step),
+            run.schedule(num_steps),
+        )
+    )
+    return (
+        f"; train.num_steps was {before.num_steps} and is {num_steps}, whose schedule the learning "
+        f"rate follows from here: {now} at this step, not {was}, and {end} at the end"
+    )
 
 
 def _training_batches(run: Run, examples: Examples, first_step: int) -> Iterator[Batch]:
@@ -162,9 +205,12 @@ def _validate(
 
 @contextlib.contextmanager
 def _open_savers(
-    run: Run, seeds: Sequence[SeedRun]
+    run: Run, seeds: Sequence[SeedRun], data: str
 ) -> Iterator[Callable[[int, TrainState, Sequence[dict[str, float]] | None], None]]:
-    """A function save(step, states, validation scores or None) for the checkpoints of all seeds."""
+    """A function save(step, states, validation scores or None) for the checkpoints of all seeds.
+
+    data is the checksum of what is trained on.
+    """
     with contextlib.ExitStack() as stack:
         savers = [stack.enter_context(checkpoints.open_saver(one.checkpoints)) for one in seeds]
 
@@ -176,6 +222,7 @@ def _open_savers(
                     "examples_read": step * run.config.train.batch_size,
                     "validation": None if scores is None else scores[i],
                     "config": configs.to_dict(one.config),
+                    "data": data,
                 }
                 save_one(jax.tree.map(np.asarray, take(host_states, i)), meta)
 

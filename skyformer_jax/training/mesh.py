@@ -65,11 +65,12 @@ def batch_specs(batch: Any, axis: int = 0) -> Any:
         is the sequence.
       axis: number of that axis.
     """
-    examples = P(*[None] * axis, DATA)
+    examples: Any = P(*[None] * axis, DATA)  # in place of an array
     if not isinstance(batch, Batch):
         return jax.tree.map(lambda _: examples, batch)
     between = [None] * (batch.tokens.ndim - axis - 2)
-    return Batch(P(*examples, *between, SEQ), examples, examples)
+    tokens: Any = P(*examples, *between, SEQ)
+    return Batch(tokens, examples, examples)
 
 
 def shard_batch(batch: Any, mesh: Mesh, *, axis: int = 0) -> Any:
@@ -87,7 +88,7 @@ def shard_batch(batch: Any, mesh: Mesh, *, axis: int = 0) -> Any:
         size = x.shape[axis] // len(shards.indices)  # examples of a device
         shape = (*x.shape[:axis], size * shards.num_shards, *x.shape[axis + 1 :])
 
-        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+        def of_device(index: Any) -> np.ndarray:  # of a slice for each axis
             first = shards.indices.index((index[axis].start or 0) // size) * size
             return x[*index[:axis], first : first + size, *index[axis + 1 :]]
 

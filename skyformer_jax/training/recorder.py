@@ -105,7 +105,6 @@ class Recorder:
             accuracy=float(accuracies.mean()),
             rate=rate * len(self._seeds),
         )
-        window = (step - 1) % train.log_every + 1  # steps since the last log
         for i, log in enumerate(self._logs):
             log.write(
                 step,
@@ -114,7 +113,7 @@ class Recorder:
                 accuracy=float(accuracies[i]),
                 learning_rate=float(self._run.schedule(step - 1)),
                 examples_per_second=rate,
-                **_statistics(take(sums, i), window),
+                **_statistics(take(sums, i), train.batch_size),
                 **lap,
             )
 
@@ -178,8 +177,8 @@ def check_finite(
             say(f"{what}; {skipped} step(s) up to {step} skipped")
 
 
-def _statistics(sums: dict[str, np.ndarray], num_steps: int) -> dict[str, Any]:
-    """What is logged beside loss and accuracy of num_steps steps.
+def _statistics(sums: dict[str, np.ndarray], batch_size: int) -> dict[str, Any]:
+    """What is logged beside loss and accuracy of the steps of some sums.
 
     skipped is the number of steps that were not finite. With train.statistics, gradient_norm is the
     mean norm of the gradient before clipping, block_<i>_rms the root mean square of what a block
@@ -188,7 +187,8 @@ def _statistics(sums: dict[str, np.ndarray], num_steps: int) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"skipped": int(sums["skipped"])} if sums["skipped"] else {}
     if "gradient_norm" in sums:
-        finite = num_steps - int(sums["skipped"])
+        # Not train.log_every, which an earlier start may have had another value of.
+        finite = float(sums["examples"]) / batch_size
         found["gradient_norm"] = float(sums["gradient_norm"]) / finite
         for i, mean_square in enumerate(sums["mean_square"]):
             found[f"block_{i}_rms"] = float(mean_square / finite) ** 0.5

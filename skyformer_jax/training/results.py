@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,18 @@ def wilson_interval(accuracy: float, examples: int) -> tuple[float, float]:
 
 
 def config_digest(config: ml_collections.ConfigDict) -> str:
-    """First 16 digits of the SHA-256 of the config without its MUTABLE_FIELDS."""
-    flat = configs.flatten(configs.to_dict(config))
-    flat = {k: v for k, v in flat.items() if not k.startswith(configs.MUTABLE_FIELDS)}
-    flat["data.source"] = bool(flat["data.source"])  # published, or generated or downloaded
+    """First 16 digits of a SHA-256 of all fields but MUTABLE_FIELDS and those at their defaults.
+
+    So it does not depend on fields that later versions add.
+    """
+    default = configs.complete({"task": config.task, "attention": {"name": config.attention.name}})
+    defaults = configs.flatten(configs.to_dict(default))
+    flat = {
+        field: value
+        for field, value in configs.flatten(configs.to_dict(config)).items()
+        if field in ("task", "attention.name")
+        or (not field.startswith(configs.MUTABLE_FIELDS) and value != defaults.get(field))
+    }
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -108,14 +117,14 @@ def print_summary(workdir: Path, result: dict[str, Any]) -> None:
     if "seeds" in result:
         print(f"\neach seed         {workdir}/seed-*: checkpoints, metrics, learning curve")
     else:
-        validation = result["validation"]
+        validation, curve = result["validation"], workdir / "learning_curve.png"
         print(
             f"\nbest checkpoint   {workdir}/checkpoints/{result['checkpoint']} "
             f"(validation accuracy {100 * validation['accuracy']:.2f} %)\n"
-            f"metrics           {workdir}/metrics.jsonl\n"
-            f"learning curve    {workdir}/learning_curve.png"
+            f"metrics           {workdir}/metrics.jsonl"
+            + (f"\nlearning curve    {curve}" if curve.exists() else "")
         )
     print(
-        f"TensorBoard       tensorboard --logdir {workdir}\n"
-        f"evaluate again    python eval.py --workdir={workdir}"
+        f"TensorBoard       {shlex.join(['tensorboard', '--logdir', str(workdir)])}\n"
+        f"evaluate again    {shlex.join(['python', 'eval.py', f'--workdir={workdir}'])}"
     )

@@ -160,9 +160,8 @@ def _apply(
         )
         return logits[0], {name: sown["statistics"][name] for name in statistics}
 
-    return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(
-        batch.tokens, batch.length, keys
-    )
+    arrays: Any = (batch.tokens, batch.length, keys)
+    return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(*arrays)
 
 
 def tokens_and_mask(
@@ -182,7 +181,7 @@ def tokens_and_mask(
       tokens int32 [..., length], 0 at padding; and mask bool [..., length], True at real tokens.
     """
     mask = positions < length[..., None]
-    if run.config.data.get("mask_zeros", False):
+    if run.config.data.mask_zeros:
         mask &= values != 0
     return jnp.where(mask, run.task.tokenizer(values), 0), mask
 

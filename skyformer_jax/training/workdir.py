@@ -1,10 +1,9 @@
 """The workdir of a run: its folders, its lock, the disk it needs, and the config that binds it."""
 
 import contextlib
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import ml_collections
 
 from skyformer_jax.errors import UserError
+from skyformer_jax.files import lock
 from skyformer_jax.training import checkpoints
 from skyformer_jax.training import config as configs
 from skyformer_jax.training.run import Run
@@ -48,9 +48,14 @@ def seed_runs(config: ml_collections.ConfigDict, workdir: Path) -> list[SeedRun]
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    partial = path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -102,9 +107,9 @@ def _open_folder(one: SeedRun) -> Iterator[None]:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"--workdir={workdir}: {parent} is a file; name a folder")
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(lock(workdir / "lock", wait=False))
         except BlockingIOError:
             raise UserError(f"another process is training in {workdir}") from None
         _bind_config(one)
@@ -121,10 +126,32 @@ def _bind_config(one: SeedRun) -> None:
         raise UserError(f"{one.workdir} has checkpoints but no config.json; name another --workdir")
     if has_checkpoints:  # otherwise nothing depends on the config of an earlier attempt
         saved = configs.to_dict(configs.read(path))
-        different = configs.differences(saved, asked)
+        may_differ = (*configs.MUTABLE_FIELDS, "train.num_steps")
+        different = configs.differences(saved, asked, may_differ)
         if different:
             raise UserError(
                 f"{one.workdir} holds a run of another config; name another --workdir, or restore: "
                 + "; ".join(different)
             )
+        _check_num_steps(one, folders)
     write_json(path, asked)
+
+
+def _check_num_steps(one: SeedRun, folders: Sequence[Path]) -> None:
+    """Raises a UserError unless a run with checkpoints can end after train.num_steps."""
+    asked = one.config.train.num_steps
+    done, folder = max(
+        (step, folder / "checkpoints")
+        for folder in folders
+        for step in checkpoints.steps(folder / "checkpoints")
+    )
+    if asked < done:
+        raise UserError(
+            f"train.num_steps={asked} is less than the {done} steps that {one.workdir} has taken; "
+            "ask for as many or more, or name another --workdir"
+        )
+    if asked == done and not checkpoints.read_meta(folder, done)["validation"]:
+        raise UserError(
+            f"train.num_steps={asked}: {one.workdir} was stopped after that step, before it was "
+            "validated; ask for more steps"
+        )
