@@ -34,6 +34,24 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
     return config
 
 
+def restore_published(config: ml_collections.ConfigDict) -> None:
+    """Changes a config to what the published code computes, where that is an option.
+
+    The mean pooling divides by the padded length, and Performer's scores are scaled twice.
+
+    Not restored, beside what only differs in its random numbers: Skyformer and Nystromformer start
+    their iteration from a maximum over the batch, Nystromformer averages padding into its
+    landmarks, Linformer has a projection for each head, the same for keys and values, which is
+    never trained on a GPU, Performer adds 1e-4 to its features and counts padding in its
+    denominator, Informer measures each query by keys of its own, padding among them, and Reformer
+    attends to other buckets of its chunk as well. Landmarks and Performer's directions are not
+    drawn anew at evaluation. docs/published_weights.md says what that makes of the logits.
+    """
+    config.model.pooling = "padded_mean"
+    if config.attention.name == "performer":
+        config.attention.scale = 1 / config.model.head_dim
+
+
 def use_few_landmarks(config: ml_collections.ConfigDict) -> None:
     """Gives an attention 32 landmarks or features, where it has them, for short sequences."""
     for option in ("num_landmarks", "num_features"):

@@ -12,9 +12,9 @@ Floor: 10 %. Test accuracy in the paper's table 1 (mean of three seeds, 50,000 s
 40.57, kernelized 41.29, Nystromformer 41.30, Linformer 37.96, Informer 38.10, Performer 41.43,
 Reformer 48.87, BigBird 43.16, Skyformer 40.77.
 
-Variant "paper" restores what the published code does and this one mends: black pixels count as
-padding, and the mean pooling divides by the full length. Variant "small" is 16 x 16
-pixels, each the mean of four, and a smaller model, for a CPU.
+Variant "paper" restores of the published code that black pixels count as padding, and what
+common.restore_published says. Variant "small" is 16 x 16 pixels, each the mean of four, and a
+smaller model, for a CPU.
 
     python train.py --config=configs/image.py:skyformer
     python train.py --config=configs/image.py:performer,small
@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.train.eval_every = 50
     if variant == "paper":
         config.data.mask_zeros = True
-        config.model.pooling = "padded_mean"
+        common.restore_published(config)
     if variant == "small":
         config.data.shrink = 2
         config.model.max_length = 256

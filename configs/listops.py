@@ -7,9 +7,9 @@ grammar (Nangia and Bowman, 2018; Tay et al., 2020), or the published files wher
 Floors: commonest label 17 %, root operator alone 36 %. Test accuracy in the paper's table 1:
 softmax 38.37, kernelized 38.78, Skyformer 38.69 (mean of three seeds, 50,000 steps, one GPU).
 
-Variant "paper" restores what the published code does and this one mends: closing brackets are
-dropped from the tokens, and the mean pooling divides by the padded length. Variant "small" is of
-shorter and shallower expressions, see configs/quickstart.py.
+Variant "paper" restores of the published code that closing brackets are dropped from the tokens,
+and what common.restore_published says. Variant "small" is of shorter and shallower expressions, see
+configs/quickstart.py.
 
     python train.py --config=configs/listops.py:skyformer
     python train.py --config=configs/listops.py:softmax,paper
@@ -32,5 +32,5 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.train.eval_every = 500
     if variant == "paper":
         config.data.brackets = False
-        config.model.pooling = "padded_mean"
+        common.restore_published(config)
     return config

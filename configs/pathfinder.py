@@ -11,10 +11,9 @@ Floor: 50 %. Test accuracy in the paper's table 1 (mean of three seeds, 50,000 s
 65.26, kernelized 70.73, Nystromformer 69.48, Linformer 60.93, Informer 57.83, Performer 66.30,
 Reformer 66.49, BigBird 68.72, Skyformer 70.73.
 
-Variant "paper" restores what the published code does and this one mends: black pixels, two thirds
-of an image, count as padding, and the mean pooling divides by the full length. Variant "small" is
-the first 20,000 generated images at 16 x 16 pixels, each the mean of four, and a smaller model, for
-a CPU; it learns little.
+Variant "paper" restores of the published code that black pixels, two thirds of an image, count as
+padding, and what common.restore_published says. Variant "small" is the first 20,000 generated
+images at 16 x 16 pixels, each the mean of four, and a smaller model, for a CPU; it learns little.
 
     python train.py --config=configs/pathfinder.py:skyformer
     python train.py --config=configs/pathfinder.py:performer,small
@@ -36,7 +35,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.train.eval_every = 500
     if variant == "paper":
         config.data.mask_zeros = True
-        config.model.pooling = "padded_mean"
+        common.restore_published(config)
     if variant == "small":
         config.data.shrink = 2
         config.model.max_length = 256

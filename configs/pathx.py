@@ -9,8 +9,8 @@ Floor: 50 %. The Skyformer paper does not report it; all attentions of the Long 
 stay at the floor, and state-space models reach 88 to 98 %. So the setting is Pathfinder's, with a
 batch of 16.
 
-Variant "paper": black pixels count as padding, and the mean pooling divides by the full length, as
-the published code would have it. Variant "small" takes a few steps of a smaller model on the first
+Variant "paper": black pixels count as padding, as the published code would have it, and what
+common.restore_published says. Variant "small" takes a few steps of a smaller model on the first
 20,000 generated images at 32 x 32 pixels, each the mean of sixteen: it shows that all works, and
 learns nothing.
 
@@ -34,7 +34,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.train.eval_every = 1000
     if variant == "paper":
         config.data.mask_zeros = True
-        config.model.pooling = "padded_mean"
+        common.restore_published(config)
     if variant == "small":
         config.data.shrink = 4
         config.model.max_length = 1024

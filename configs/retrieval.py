@@ -11,8 +11,8 @@ Floor: about 50 %. Test accuracy in the paper's table 1 (mean of three seeds, 50
 80.69, kernelized 81.77, Nystromformer 80.52, Linformer 78.19, Informer 77.57, Performer 80.04,
 Reformer 78.99, BigBird 80.28, Skyformer 82.06.
 
-Variant "paper" restores what the published code does and this one mends: the mean pooling divides
-by the padded length. Variant "small" reads 256 bytes of each with a smaller model, for a CPU.
+Variant "paper" restores of the published code what common.restore_published says. Variant "small"
+reads 256 bytes of each with a smaller model, for a CPU.
 
     python train.py --config=configs/retrieval.py:skyformer --config.data.source=DIR
     python train.py --config=configs/retrieval.py:performer,small --config.data.source=DIR
@@ -32,7 +32,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.train.warmup_steps = 800
     config.train.eval_every = 1000
     if variant == "paper":
-        config.model.pooling = "padded_mean"
+        common.restore_published(config)
     if variant == "small":
         config.data.length = config.model.max_length = 256
         common.make_small(config, num_steps=500)

@@ -11,10 +11,9 @@ Floor: 50 %. Test accuracy in the paper's table 1 (mean of three seeds, 50,000 s
 the test set): softmax 61.95, kernelized 60.22, Nystromformer 64.83, Linformer 58.93, Informer
 62.64, Performer 64.19, Reformer 62.93, BigBird 63.86, Skyformer 64.70.
 
-Variant "paper" restores what the published code does and this one mends: the validation set is the
-test set, all 25,000 others are trained on, in batches of 32 (the paper says 16), and the mean
-pooling divides by the padded length. Variant "small" reads 512 bytes with a smaller model, for a
-CPU.
+Variant "paper" restores of the published code that the validation set is the test set, all 25,000
+others are trained on, in batches of 32 (the paper says 16), and what common.restore_published says.
+Variant "small" reads 512 bytes with a smaller model, for a CPU.
 
     python train.py --config=configs/text.py:skyformer
     python train.py --config=configs/text.py:performer,small
@@ -36,7 +35,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     if variant == "paper":
         config.data.validate_on_test = True
         config.train.batch_size = 32
-        config.model.pooling = "padded_mean"
+        common.restore_published(config)
     if variant == "small":
         config.data.length = config.model.max_length = 512
         config.train.batch_size = 32

@@ -1,4 +1,4 @@
-"""Parameters from the classifiers of the published PyTorch code."""
+"""Variables from the classifiers of the published PyTorch code."""
 
 import re
 import statistics
@@ -9,33 +9,66 @@ import flax
 import jax.numpy as jnp
 import numpy as np
 
-from skyformer_jax.errors import UserError
+from skyformer_jax.attention.registry import NAMES
+from skyformer_jax.errors import UserError, one_of
 
-# One row for each entry of the state dict: its name, the path of the parameter, and the names of
-# its axes. Axes of one name have one size; "features" are the heads' features side by side.
-_Rows = list[tuple[str, str, tuple[str, ...]]]
+# One row for each variable: the name of the state dict's entry that it comes from, its path in the
+# collections of variables, and the names of the entry's axes. Axes of one name have one size;
+# "features" are the heads' features side by side. Nothing is made of an entry whose path is None.
+_Rows = list[tuple[str, str | None, tuple[str, ...]]]
+
+# What tells the attentions that have entries of their own, which follow ".mha.attn.".
+_MARKS = {
+    "linformer": "E",
+    "performer": "attn_fn.projection_matrix",
+    "reformer": "query_key.weight",
+}
+# Constants that the Reformer layer keeps in some versions of its library.
+_CONSTANTS = tuple(
+    f"{what}_value_{dtype}" for what in ("self_mask", "mask") for dtype in ("float16", "float32")
+)
 
 
 def _linear(name: str, path: str, outputs: str, inputs: str) -> _Rows:
     return [
-        (f"{name}.weight", f"{path}/kernel", (outputs, inputs)),
-        (f"{name}.bias", f"{path}/bias", (outputs,)),
+        (f"{name}.weight", f"params/{path}/kernel", (outputs, inputs)),
+        (f"{name}.bias", f"params/{path}/bias", (outputs,)),
     ]
 
 
 def _norm(name: str, path: str) -> _Rows:
     return [
-        (f"{name}.weight", f"{path}/scale", ("width",)),
-        (f"{name}.bias", f"{path}/bias", ("width",)),
+        (f"{name}.weight", f"params/{path}/scale", ("width",)),
+        (f"{name}.bias", f"params/{path}/bias", ("width",)),
     ]
 
 
-def _layer(name: str, path: str) -> _Rows:
+def _attention(name: str, path: str, attention: str) -> _Rows:
+    """What is between a layer's input and its heads' outputs."""
+    rows: _Rows = [
+        *_linear(f"{name}.W_q", f"{path}/query", "features", "width"),
+        *_linear(f"{name}.W_k", f"{path}/key", "features", "width"),
+        *_linear(f"{name}.W_v", f"{path}/value", "features", "width"),
+    ]
+    if attention == "linformer":  # one for keys and values
+        of_e = ("heads", "linformer_features", "length")
+        for projection in ("key_projection", "value_projection"):
+            rows.append((f"{name}.attn.E", f"params/{path}/{projection}", of_e))
+    if attention == "performer":
+        matrix, of_matrix = f"{name}.attn.{_MARKS[attention]}", ("random_features", "head_dim")
+        rows.append((matrix, f"fixed/{path}/projection", of_matrix))
+    if attention == "reformer":  # its own weights, which are those of W_q and W_v, without biases
+        rows = [(entry, None, axes) for entry, _, axes in rows]
+        for entry, projection in (("query_key", "query"), ("value", "value")):
+            kernel = f"params/{path}/{projection}/kernel"
+            rows.append((f"{name}.attn.{entry}.weight", kernel, ("features", "width")))
+    return rows
+
+
+def _layer(name: str, path: str, attention: str) -> _Rows:
     return [
         *_norm(f"{name}.norm1", f"{path}/attention_norm"),
-        *_linear(f"{name}.mha.W_q", f"{path}/attention_layer/query", "features", "width"),
-        *_linear(f"{name}.mha.W_k", f"{path}/attention_layer/key", "features", "width"),
-        *_linear(f"{name}.mha.W_v", f"{path}/attention_layer/value", "features", "width"),
+        *_attention(f"{name}.mha", f"{path}/attention_layer", attention),
         *_linear(f"{name}.mha.ff", f"{path}/attention_layer/out", "width", "features"),
         *_norm(f"{name}.norm2", f"{path}/mlp_norm"),
         *_linear(f"{name}.mlpblock.0", f"{path}/mlp_in", "mlp_dim", "width"),
@@ -43,14 +76,16 @@ def _layer(name: str, path: str) -> _Rows:
     ]
 
 
-def _rows(num_layers: int) -> _Rows:
-    embeddings = "model.embeddings"
+def _rows(num_layers: int, attention: str) -> _Rows:
+    words, positions = (
+        f"model.embeddings.{what}_embeddings.weight" for what in ("word", "position")
+    )
     rows: _Rows = [
-        (f"{embeddings}.word_embeddings.weight", "token_embedding/embedding", ("vocab", "width")),
-        (f"{embeddings}.position_embeddings.weight", "position_embedding", ("length", "width")),
+        (words, "params/token_embedding/embedding", ("vocab", "width")),
+        (positions, "params/position_embedding", ("length", "width")),
     ]
     for i in range(num_layers):
-        rows += _layer(f"model.transformer_{i}", f"block_{i}")
+        rows += _layer(f"model.transformer_{i}", f"block_{i}", attention)
     return [
         *rows,
         *_norm("model.norm", "final_norm"),
@@ -71,8 +106,8 @@ def _array(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def _check_names(names: Mapping[str, Any], rows: _Rows) -> None:
-    expected = [name for name, _, _ in rows]
+def _check_names(names: Mapping[str, Any], rows: _Rows, attention: str) -> None:
+    expected = list(dict.fromkeys(name for name, _, _ in rows))
     missing = [name for name in expected if name not in names]
     unexpected = sorted(map(str, set(names).difference(expected)))
     faults = [
@@ -80,11 +115,15 @@ def _check_names(names: Mapping[str, Any], rows: _Rows) -> None:
         for fault, entries in (("missing", missing), ("unexpected", unexpected))
         if entries
     ]
-    if faults:
-        raise UserError(f"not the state dict of a published classifier; {'; '.join(faults)}")
+    if not faults:
+        return
+    if attention == "linformer" and any(name.endswith(".attn.E") for name in missing):
+        faults.append("the published code does not save E where it trained on a GPU")
+    what = f" with {attention}" if attention in _MARKS else ""
+    raise UserError(f"not the state dict of a published classifier{what}; {'; '.join(faults)}")
 
 
-def _check_shapes(arrays: Mapping[str, np.ndarray], rows: _Rows) -> None:
+def _check_shapes(arrays: Mapping[str, np.ndarray], rows: _Rows, head_dim: int) -> None:
     """Each axis must have the size that most entries give it, so that the odd one out is named."""
     votes: dict[str, list[int]] = {}
     for name, _, axes in rows:
@@ -96,62 +135,108 @@ def _check_shapes(arrays: Mapping[str, np.ndarray], rows: _Rows) -> None:
     width = modes.get("width", 0)  # 0: no entry has it, so the loop below refuses
     if modes.get("pooled") not in (width, 4 * width):
         sizes["pooled"] = f"{width} or {4 * width}"
+    features = modes.get("features", 0)
+    if head_dim < 1 or features % head_dim:
+        raise UserError(
+            f"model.transformer_0.mha.W_q.weight has {features} rows, which head_dim={head_dim} "
+            "does not divide; give the head_dim that the model was trained with"
+        )
+    sizes |= {"heads": features // head_dim, "head_dim": head_dim}
     for name, _, axes in rows:
         got, expected = list(arrays[name].shape), [sizes.get(axis, axis) for axis in axes]
         if got != expected:
-            raise UserError(f"{name} has shape {got}; expected [{', '.join(map(str, expected))}]")
+            given = f" for head_dim={head_dim}" if {"heads", "head_dim"} & set(axes) else ""
+            raise UserError(
+                f"{name} has shape {got}; expected [{', '.join(map(str, expected))}]{given}"
+            )
 
 
-def _parameter(array: np.ndarray, path: str, axes: tuple[str, ...], head_dim: int) -> np.ndarray:
-    """Linear weights [out, in] become kernels [in, out], and "features" [heads, head_dim]."""
-    if path.endswith("/kernel"):
-        array, axes = array.T, axes[::-1]
+def _variable(array: np.ndarray, path: str, axes: tuple[str, ...], head_dim: int) -> np.ndarray:
+    """The last two axes of matrices that are multiplied by from the right change places.
+
+    So linear weights [out, in] become kernels [in, out]. "features" become [heads, head_dim].
+    """
+    if path.endswith(("/kernel", "/key_projection", "/value_projection")):
+        array, axes = np.swapaxes(array, -1, -2), (*axes[:-2], axes[-1], axes[-2])
     shape: list[int] = []
     for axis, size in zip(axes, array.shape, strict=True):
         shape += [size // head_dim, head_dim] if axis == "features" else [size]
     return np.array(array.reshape(shape))  # a copy: the caller's memory is not shared
 
 
-def from_pytorch(state_dict: Mapping[str, np.ndarray], *, head_dim: int = 32) -> dict[str, Any]:
-    """The parameters of a classifier that the published PyTorch code trained.
+def variables_from_pytorch(
+    state_dict: Mapping[str, np.ndarray], *, head_dim: int = 32, attention: str | None = None
+) -> dict[str, Any]:
+    """The variables of a classifier that the published PyTorch code trained.
 
     PyTorch is needed only where the checkpoint is read::
 
         checkpoint = torch.load(path, map_location="cpu")
         state_dict = {k: v.numpy() for k, v in checkpoint["model_state_dict"].items()}
-        params = from_pytorch(state_dict)
-        logits = model.apply({"params": params}, tokens, mask)
+        logits = model.apply(variables_from_pytorch(state_dict), tokens, mask)
 
-    The published code's pooling is config.model.pooling = "padded_mean".
+    docs/published_weights.md says for each attention by which options the model is the published
+    one, and how closely its logits are the published model's. The published pooling is
+    config.model.pooling = "padded_mean".
 
     Args:
       state_dict: the entries by name, each anything that np.asarray takes. Linear weights are
         [out, in], the query's, key's and value's [heads * head_dim, width] with each head's rows
         together. All names may begin with "module.", as nn.DataParallel has it.
       head_dim: features of each head, which the state dict does not tell; 32 is published.
+      attention: the model's, as we name it. None tells Linformer, Performer and Reformer by the
+        entries that they have of their own, and all others are alike.
 
     Returns:
-      Nested dict of float32 arrays: of DualClassifier where the head's first layer reads
+      {"params": ...}, and for Performer {"fixed": ...}, its random directions: nested dicts of
+      float32 arrays. The parameters are those of DualClassifier where the head's first layer reads
       4 * width features, of Classifier where it reads width. The kernels are [in, out], the
       query's, key's and value's [width, heads, head_dim], the output's [heads, head_dim, width].
+      Linformer's projections are those of sharing="none".
 
     Raises:
-      UserError: if an entry is missing, unexpected, misshapen, not floating or not finite, or if
-        head_dim does not divide the features of the heads. The message names the entry.
+      UserError: for an unknown attention; if an entry is missing, unexpected, misshapen, not
+        floating or not finite; or if head_dim does not fit the entries. The message names the
+        entry.
     """
+    if attention is not None:
+        one_of("attention", attention, NAMES)
     if state_dict and all(str(name).startswith("module.") for name in state_dict):
         state_dict = {name.removeprefix("module."): state_dict[name] for name in state_dict}
-    layers = (re.match(r"model\.transformer_([0-9]+)\.", str(name)) for name in state_dict)
-    rows = _rows(1 + max((int(layer[1]) for layer in layers if layer), default=0))
-    _check_names(state_dict, rows)
+    names = [str(name) for name in state_dict]
+    if attention is None:
+        found = [a for a in _MARKS if any(n.endswith(f".mha.attn.{_MARKS[a]}") for n in names)]
+        attention = found[0] if found else "softmax"
+    if attention == "reformer":
+        state_dict = {
+            name: value
+            for name, value in state_dict.items()
+            if not str(name).endswith(tuple(f".mha.attn.{constant}" for constant in _CONSTANTS))
+        }
+    layers = (re.match(r"model\.transformer_([0-9]+)\.", name) for name in names)
+    num_layers = 1 + max((int(layer[1]) for layer in layers if layer), default=0)
+    rows = _rows(num_layers, attention)
+    _check_names(state_dict, rows, attention)
     arrays = {name: _array(name, state_dict[name]) for name, _, _ in rows}
-    _check_shapes(arrays, rows)
-    query = "model.transformer_0.mha.W_q.weight"
-    features = len(arrays[query])
-    if head_dim < 1 or features % head_dim:
-        raise UserError(
-            f"{query} has {features} rows, which head_dim={head_dim} does not divide; "
-            "give the head_dim that the model was trained with"
-        )
-    params = {path: _parameter(arrays[name], path, axes, head_dim) for name, path, axes in rows}
-    return flax.traverse_util.unflatten_dict(params, sep="/")
+    _check_shapes(arrays, rows, head_dim)
+    variables = {
+        path: _variable(arrays[name], path, axes, head_dim) for name, path, axes in rows if path
+    }
+    if attention == "reformer":
+        for i in range(num_layers):
+            for projection in ("query", "value"):
+                path = f"params/block_{i}/attention_layer/{projection}"
+                heads = variables[f"{path}/kernel"].shape[1:]
+                variables[f"{path}/bias"] = np.zeros(heads, np.float32)
+    return flax.traverse_util.unflatten_dict(variables, sep="/")
+
+
+def from_pytorch(
+    state_dict: Mapping[str, np.ndarray], *, head_dim: int = 32, attention: str | None = None
+) -> dict[str, Any]:
+    """The "params" of variables_from_pytorch, which has the arguments and what is raised.
+
+    A Performer needs its "fixed" as well.
+    """
+    variables = variables_from_pytorch(state_dict, head_dim=head_dim, attention=attention)
+    return variables["params"]

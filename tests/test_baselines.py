@@ -10,7 +10,7 @@ import references
 from test_attention import call, inputs, jitted, masks
 
 from skyformer_jax import attention
-from skyformer_jax.attention import bigbird, landmarks, performer, reformer
+from skyformer_jax.attention import bigbird, informer, landmarks, performer, reformer
 
 LENGTH = 24
 IDENTITY = jnp.eye(LENGTH)
@@ -199,6 +199,29 @@ def test_informer_equals_float64_reference(with_rng):
     mean = mean / np.asarray(mask).sum(1)[:, None, None, None]
     different = np.abs(np.asarray(out) - mean).max(axis=-1) > 1e-4
     assert (different.sum(axis=1) == 7).all()
+
+
+def test_informer_moves_rows_alike_on_all_platforms():
+    """By gathers and scatters, and, on TPUs, by products; values and gradients."""
+    q, rows, default = inputs(21, 5)[0], inputs(5, 5)[0], inputs(21, 21)[1]
+    order = jax.random.permutation(jax.random.key(0), 21)[:15].astype(jnp.int32)
+    indices = jnp.stack([order.reshape(3, 5), 20 - order.reshape(3, 5)])  # 2 heads
+    indices = jnp.moveaxis(indices, 0, 1)[: len(q)]
+
+    def moved(gather, scatter):
+        def both(q, default, rows):
+            return gather(q, indices), scatter(default, indices, rows)
+
+        out, pull = jax.vjp(both, q, default, rows)
+        return out, pull(jax.tree.map(jnp.sin, out))
+
+    expected = moved(informer._gather, informer._scatter)
+    found = moved(informer._gather_by_product, informer._scatter_by_product)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    for head in range(2):
+        np.testing.assert_array_equal(expected[0][0][0, :, head], q[0, indices[0, head], head])
+        at = expected[0][1][0, indices[0, head], head]
+        np.testing.assert_array_equal(at, rows[0, :, head])
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,15 @@ def test_the_settings_are_the_papers():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_paper_variant_restores_the_published_options(name):
+    settings = get(name, "performer,paper")
+    assert settings.attention.scale == 1 / 32
+    assert settings.model.pooling == "padded_mean"
+    assert "scale" not in get(name, "skyformer,paper").attention
+    assert "scale" not in get(name, "performer").attention
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_all_attentions_and_variants_pass_the_check(name):
     for attention_name, variant in itertools.product(attention.NAMES, VARIANTS):
         settings = get(name, f"{attention_name},{variant}")

@@ -9,18 +9,19 @@ import pytest
 
 from configs import common
 from skyformer_jax import models
-from skyformer_jax.convert import from_pytorch
+from skyformer_jax.convert import from_pytorch, variables_from_pytorch
 from skyformer_jax.errors import UserError
 
 VOCAB, LENGTH, WIDTH, HEADS, HEAD_DIM, MLP, CLASSES = 16, 24, 12, 3, 5, 20, 10
 LAYERS = 2
+RANDOM_FEATURES = 7
 WORDS = "model.embeddings.word_embeddings.weight"
 HEAD = "seq_classifer.mlpblock.0.weight"
 
 erf = np.vectorize(math.erf)
 
 
-def state_dict_of(num_documents=1, seed=0):
+def state_dict_of(num_documents=1, seed=0, attention="softmax"):
     rng = np.random.default_rng(seed)
     state = {}
 
@@ -39,6 +40,15 @@ def state_dict_of(num_documents=1, seed=0):
         norm(f"{layer}.norm1")
         for name in ("W_q", "W_k", "W_v"):
             linear(f"{layer}.mha.{name}", HEADS * HEAD_DIM, WIDTH)
+        own = f"{layer}.mha.attn"
+        if attention == "linformer":
+            state[f"{own}.E"] = rng.normal(size=(HEADS, RANDOM_FEATURES, LENGTH)) / 3
+        if attention == "performer":
+            matrix = rng.normal(size=(RANDOM_FEATURES, HEAD_DIM))
+            state[f"{own}.attn_fn.projection_matrix"] = matrix
+        if attention == "reformer":  # of one memory
+            state[f"{own}.query_key.weight"] = state[f"{layer}.mha.W_q.weight"]
+            state[f"{own}.value.weight"] = state[f"{layer}.mha.W_v.weight"]
         linear(f"{layer}.mha.ff", WIDTH, HEADS * HEAD_DIM)
         norm(f"{layer}.norm2")
         linear(f"{layer}.mlpblock.0", MLP, WIDTH)
@@ -61,22 +71,53 @@ def published_logits(state, attention, tokens, mask):
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
         return x * state[f"{name}.weight"] + state[f"{name}.bias"]
 
-    def attend(q, k, v, real):
+    def softmax(scores):
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    def attend(name, head, q, k, v, real):
         if attention == "softmax":
-            scores = q @ k.T / np.sqrt(HEAD_DIM) - 1e6 * (1 - real)
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            weights = weights / weights.sum(axis=1, keepdims=True)
-        else:
+            return softmax(q @ k.T / np.sqrt(HEAD_DIM) - 1e6 * (1 - real)) @ v
+        if attention == "kernelized":
             q, k = q * HEAD_DIM**-0.25, k * HEAD_DIM**-0.25
             squares = (q**2).sum(1)[:, None] / 2 + (k**2).sum(1)[None, :] / 2
-            weights = np.exp(q @ k.T - squares) * real
-        return weights @ v
+            return np.exp(q @ k.T - squares) * real @ v
+        if attention == "linformer":
+            e = state[f"{name}.attn.E"][head]
+            k, v = e @ (k * real[:, None]), e @ (v * real[:, None])
+            return softmax(q @ k.T / np.sqrt(HEAD_DIM)) @ v
+        if attention == "reformer":  # of a sequence that is not longer than a chunk
+            norms = np.sqrt((q**2).mean(axis=1, keepdims=True) + 1e-6) * np.sqrt(HEAD_DIM)
+            scores = np.where(real > 0, q @ (q / norms).T, -1e9)
+            return softmax(np.where(np.eye(len(q)) > 0, -1e5, scores)) @ v
+        raise ValueError(attention)
+
+    def performer(name, q, k, v, real):
+        """Of all heads [heads, length, head_dim]: the keys' features share one maximum."""
+        matrix = state[f"{name}.attn.attn_fn.projection_matrix"]
+        q, k = q * HEAD_DIM**-0.5, k * HEAD_DIM**-0.5 * real[:, None]  # scaled twice
+
+        def features(x, most):
+            of_x = x @ matrix.T
+            return np.exp(of_x - (x**2).sum(-1, keepdims=True) / 2 - most(of_x)) + 1e-4
+
+        q, k = features(q, lambda x: x.max(-1, keepdims=True)), features(k, np.max)
+        out = q @ (k.swapaxes(1, 2) @ (v * real[:, None]))
+        return out / (q @ k.sum(1)[..., None])
 
     def mha(name, x, real):
-        q, k, v = (linear(f"{name}.{projection}", x) for projection in ("W_q", "W_k", "W_v"))
-        heads = [slice(h * HEAD_DIM, (h + 1) * HEAD_DIM) for h in range(HEADS)]
-        out = [attend(q[:, head], k[:, head], v[:, head], real) for head in heads]
-        return linear(f"{name}.ff", np.concatenate(out, axis=1))
+        def project(projection):
+            out = linear(f"{name}.{projection}", x)
+            if attention == "reformer":
+                out = out - state[f"{name}.{projection}.bias"]
+            return out.reshape(len(x), HEADS, HEAD_DIM).swapaxes(0, 1)
+
+        q, k, v = map(project, ("W_q", "W_k", "W_v"))
+        if attention == "performer":
+            out = performer(name, q, k, v, real)
+        else:
+            out = [attend(name, head, q[head], k[head], v[head], real) for head in range(HEADS)]
+        return linear(f"{name}.ff", np.concatenate(list(out), axis=1))
 
     def mlp(name, x):
         x = linear(f"{name}.0", x)
@@ -104,8 +145,9 @@ def published_logits(state, attention, tokens, mask):
     return np.stack(logits)
 
 
-def model_of(num_documents=1, attention="softmax"):
+def model_of(num_documents=1, attention="softmax", **options):
     config = common.paper_config("listops_small", attention, max_length=LENGTH)
+    config.attention.update(options)
     config.model.update(
         {
             "vocab_size": VOCAB,
@@ -136,29 +178,56 @@ def squeeze(x, num_documents):
 documents = pytest.mark.parametrize("num_documents", [1, 2])
 
 
-@documents
-@pytest.mark.parametrize("attention", ["softmax", "kernelized"])
-def test_logits_are_the_published_models(attention, num_documents):
-    state, model = state_dict_of(num_documents), model_of(num_documents, attention)
-    tokens, mask = batch(num_documents)
-    logits = jax.jit(model.apply)(
-        {"params": from_pytorch(state, head_dim=HEAD_DIM)},
-        squeeze(tokens, num_documents),
-        squeeze(mask, num_documents),
-    )
+OPTIONS = {
+    "softmax": {},
+    "kernelized": {},
+    "linformer": {"sharing": "none", "num_features": RANDOM_FEATURES},
+    "performer": {"scale": 1 / HEAD_DIM, "num_features": RANDOM_FEATURES},
+    "reformer": {"scale": 1.0},
+}
+attentions = pytest.mark.parametrize("attention", OPTIONS)
+
+
+def logits_and_published(num_documents, attention, tokens, mask):
+    state = state_dict_of(num_documents, attention=attention)
+    model = model_of(num_documents, attention, **OPTIONS[attention])
+    inputs = squeeze(tokens, num_documents), squeeze(mask, num_documents)
+    variables = model.init(jax.random.key(0), *inputs)  # the rotations of the Reformer
+    variables = {**variables, **variables_from_pytorch(state, head_dim=HEAD_DIM)}
     expected = published_logits(state, attention, tokens, mask)
     assert expected.std() > 0.1
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    return jax.jit(model.apply)(variables, *inputs), expected
 
 
-@documents
-def test_tree_is_the_models(num_documents):
+@pytest.mark.parametrize(
+    ("attention", "num_documents"), [(name, 1) for name in OPTIONS] + [("kernelized", 2)]
+)
+def test_logits_are_the_published_models(attention, num_documents):
+    tokens, mask = batch(num_documents)
+    if attention == "performer":  # the published one counts padding
+        mask = np.ones_like(mask)
+    logits, expected = logits_and_published(num_documents, attention, tokens, mask)
+    close = 5e-3 if attention == "performer" else 2e-6  # which adds 1e-4 to its features
+    np.testing.assert_allclose(logits, expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(
+    ("attention", "num_documents"), [(name, 1) for name in OPTIONS] + [("softmax", 2)]
+)
+def test_tree_is_the_models(attention, num_documents):
     tokens, mask = (squeeze(x, num_documents) for x in batch(num_documents))
-    expected = jax.eval_shape(model_of(num_documents).init, jax.random.key(0), tokens, mask)
-    params = from_pytorch(state_dict_of(num_documents), head_dim=HEAD_DIM)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), expected["params"]
+    model = model_of(num_documents, attention, **OPTIONS[attention])
+    expected = jax.eval_shape(model.init, jax.random.key(0), tokens, mask)
+    state = state_dict_of(num_documents, attention=attention)
+    variables = variables_from_pytorch(state, head_dim=HEAD_DIM)
+    expected = {name: expected[name] for name in ("params", "fixed") if name in expected}
+    if attention == "reformer":
+        del expected["fixed"]  # its rotations, which the published one draws anew
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), variables) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), expected
     )
+    params = from_pytorch(state, head_dim=HEAD_DIM, attention=attention)
+    jax.tree.map(np.testing.assert_array_equal, params, variables["params"])
 
 
 def test_dual_model_encodes_both_documents_alike():
@@ -219,6 +288,32 @@ def test_every_entry_is_checked_by_name(num_documents):
         assert refused({**state, name: broken}).startswith(f"{name} holds values that are not fin")
     message = refused({**state, "model.transformer_1.mha.attn.extra": np.ones(2)})
     assert message.endswith("; unexpected: model.transformer_1.mha.attn.extra")
+
+
+@pytest.mark.parametrize("attention", ["linformer", "performer", "reformer"])
+def test_entries_of_one_attention_are_checked_by_name(attention):
+    state = state_dict_of(attention=attention)
+    own = [name for name in state if ".mha.attn." in name]
+    assert len(own) == LAYERS * (2 if attention == "reformer" else 1)
+    for name in own:
+        rest = {other: state[other] for other in state if other != name}
+        message = refused(rest)
+        assert f"with {attention}; missing: {name}" in message
+        assert ("on a GPU" in message) == (attention == "linformer")
+        assert refused({**state, name: state[name][..., 1:]}).startswith(name)
+        assert refused({**state, name: np.nan * state[name]}).startswith(f"{name} holds values")
+    # Nothing tells a Linformer whose E was not saved from another attention, but its name.
+    plain = state_dict_of()
+    assert refused(plain, attention=attention).count("missing") == 1
+    assert f"unexpected: {own[0]}" in refused(state, attention="softmax")
+    assert "unknown attention 'no'" in refused(state, attention="no")
+    if attention == "reformer":
+        for dtype in ("float16", "float32"):
+            for mask in ("mask", "self_mask"):
+                state[f"model.transformer_0.mha.attn.{mask}_value_{dtype}"] = np.float32(-1e4)
+        from_pytorch(state, head_dim=HEAD_DIM)
+    else:
+        assert f" for head_dim={HEADS}" in refused(state, head_dim=HEADS)
 
 
 @documents

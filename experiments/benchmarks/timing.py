@@ -91,12 +91,11 @@ def _compile_all(
 
 def _seconds(call: Callable[[], Any], count: int) -> float:
     """Mean seconds of `count` calls of an asynchronous program, which are waited for at the end."""
-    # Calls on a CPU that are not waited for run beside each other.
-    one_by_one = jax.default_backend() == "cpu"
     start = time.perf_counter()
     for _ in range(count):
         out = call()
-        if one_by_one:
+        # Calls on a CPU that are not waited for run beside each other.
+        if next(iter(jax.tree.leaves(out)[0].devices())).platform == "cpu":
             jax.block_until_ready(out)
     jax.block_until_ready(out)
     return (time.perf_counter() - start) / count

@@ -84,16 +84,59 @@ def informer_attention(
     measure = jax.lax.stop_gradient(measure)
 
     _, active = jax.lax.top_k(measure, min(num_active_queries, length))  # [batch, heads, u]
-    rows = jnp.moveaxis(active, 1, 2)[..., None]
-    attended = softmax_attention(
-        jnp.take_along_axis(query, rows, axis=1), key, value, mask=mask, scale=scale
-    )
+    # Gathering heads' own rows, and scattering them, goes row by row on TPUs: there products with
+    # matrices of zeros and ones cost no more than the attention of these rows.
+    chosen = jax.lax.platform_dependent(query, active, tpu=_gather_by_product, default=_gather)
+    attended = softmax_attention(chosen, key, value, mask=mask, scale=scale)
     count = jnp.maximum(real.sum(axis=1), 1)[:, None, None, None].astype(jnp.float32)
     mean_value = value.astype(jnp.float32).sum(axis=1, keepdims=True) / count
     default = jnp.broadcast_to(mean_value.astype(value.dtype), value.shape)
+    return jax.lax.platform_dependent(
+        default, active, attended, tpu=_scatter_by_product, default=_scatter
+    )
 
-    def place(default: jax.Array, at: jax.Array, attended: jax.Array) -> jax.Array:
-        return default.at[at].set(attended)
+
+def _gather(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Each head's own rows.
+
+    Args:
+      x: [batch, length, heads, head_dim].
+      indices: int [batch, heads, u], no row of a head twice.
+
+    Returns:
+      [batch, u, heads, head_dim].
+    """
+    return jnp.take_along_axis(x, jnp.moveaxis(indices, 1, 2)[..., None], axis=1)
+
+
+def _gather_by_product(x: jax.Array, indices: jax.Array) -> jax.Array:
+    return _product("bhun,bnhp->buhp", _one_hot(indices, x.shape[1]), x)
+
+
+def _scatter(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+    """Puts rows [batch, u, heads, head_dim] where _gather takes them from."""
+
+    def place(x: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
+        return x.at[at].set(rows)
 
     per_head = jax.vmap(place, in_axes=(1, 0, 1), out_axes=1)
-    return jax.vmap(per_head)(default, active, attended)
+    return jax.vmap(per_head)(x, indices, rows)
+
+
+def _scatter_by_product(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+    one_hot = _one_hot(indices, x.shape[1])
+    here = jnp.moveaxis(one_hot.any(axis=2), 1, 2)[..., None]
+    return jnp.where(here, _product("bhun,buhp->bnhp", one_hot, rows), x)
+
+
+def _one_hot(indices: jax.Array, length: int) -> jax.Array:
+    """Bool [..., u, length]: which row each of the indices [..., u] is."""
+    rows = jnp.arange(length, dtype=indices.dtype)
+    return indices[..., None] == jnp.expand_dims(rows, range(indices.ndim))
+
+
+def _product(subscripts: str, one_hot: jax.Array, rows: jax.Array) -> jax.Array:
+    """The product of zeros and ones with rows, exact to rounding, in the dtype of rows."""
+    one_hot, of_rows = one_hot.astype(jnp.float32), rows.astype(jnp.float32)
+    product = jnp.einsum(subscripts, one_hot, of_rows, precision=jax.lax.Precision.HIGHEST)
+    return product.astype(rows.dtype)
