@@ -2,7 +2,8 @@
 
 python -m skyformer_jax.prepare --task=all [--source=DIR] [--data_dir=data]
 
-Without a source ListOps and Pathfinder are generated, and Text and Image downloaded. The source is
+Without a source, what is prepared in data_dir is described; what is missing is generated or
+downloaded. The source is
 a published folder (lra_release, aclImdb or cifar-10-batches-bin), its archive, a folder in which
 TFDS prepared imdb_reviews or cifar10, or a folder that holds several of these.
 """
@@ -20,6 +21,7 @@ with lra_imports() if __name__ == "__main__" else contextlib.nullcontext():
 
     from skyformer_jax import cli, tasks
     from skyformer_jax.data.examples import Examples
+    from skyformer_jax.data.task import KINDS
     from skyformer_jax.files import expand
     from skyformer_jax.progress import say
 
@@ -64,34 +66,38 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def rows_of(task: tasks.Task, data_dir: str, source: str | None) -> list[list[str]]:
+def rows_of(task: tasks.Task, data_dir: str, source: str | None, kind: str = "") -> list[list[str]]:
     """Prepares the data set of a task if it is missing, and returns a row for each split.
 
     Raises:
       UserError: as Task.load.
     """
     rows = []
+    kind = task.settled_kind(data_dir, source=source, kind=kind)
     for split in tasks.SPLITS:
-        examples = task.load(split, data_dir, source=source)
-        files = task.data_set(data_dir, source=source).info.splits[split].filepaths
+        examples = task.load(split, data_dir, source=source, kind=kind)
+        files = task.data_set(data_dir, source=source, kind=kind).info.splits[split].filepaths
         rows.append(row(task.name, split, examples, sum(map(os.path.getsize, files))))
     return rows
 
 
-def main(name: str, data_dir: str, source: str | None) -> None:
+def main(name: str, data_dir: str, source: str | None, kind: str = "") -> None:
     """Prepares one task, or all six of the benchmark, and prints the table.
 
     Args:
       name: name of a task; or "all", with which a task that fails does not keep the others from
-        being prepared, and a task that is not in the source is generated or downloaded.
+        being prepared, and a task that is not in the source is made as without one.
       data_dir: folder of all data sets.
       source: folder or archive with the published files, or None.
+      kind: of one task, "generated" or "published"; "" as Task.settled_kind says.
 
     Raises:
       UserError: as Task.load; with "all" after the others are done, naming the tasks that failed.
     """
+    if name == "all" and kind:
+        raise UserError(f"--kind={kind} is for one task; name it by --task")
     if name != "all":
-        print(table(rows_of(tasks.get(name), data_dir, source)))
+        print(table(rows_of(tasks.get(name), data_dir, source, kind)))
         return
     if source and not expand(source).exists():
         raise UserError(f"--source={source} does not exist")
@@ -99,7 +105,7 @@ def main(name: str, data_dir: str, source: str | None) -> None:
     for task in tasks.BENCHMARK:
         found = source if source and task.is_in(source) else None
         if source and not found:
-            say(f"{source} does not hold {task.name}: generated or downloaded instead")
+            say(f"{source} does not hold {task.name}: made as without a source")
         try:
             rows += rows_of(task, data_dir, found)
         except UserError as error:
@@ -120,4 +126,10 @@ if __name__ == "__main__":
     )
     _SOURCE = flags.DEFINE_string("source", None, "Folder or archive of the published files.")
     _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of all data sets.")
-    cli.run(lambda: main(_TASK.value, _DATA_DIR.value, _SOURCE.value))
+    _KIND = flags.DEFINE_enum(
+        "kind",
+        "",
+        ("", *KINDS),
+        "Of one task; default published with a source, else what is there.",
+    )
+    cli.run(lambda: main(_TASK.value, _DATA_DIR.value, _SOURCE.value, _KIND.value))

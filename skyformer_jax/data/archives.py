@@ -16,6 +16,10 @@ from skyformer_jax.errors import UserError
 _RELEASE_FOLDERS = ("", "lra_release", "lra_release/lra_release")
 
 
+class NotHereError(UserError):
+    """A source does not hold the published files that are looked for."""
+
+
 class Published(NamedTuple):
     """How a data set is published.
 
@@ -42,20 +46,21 @@ def find(source: Path, published: Published) -> Path | None:
     """
     if source.is_file():
         return source
-    folder = _first_with(source, ("", published.folder), published.contents)
-    archives = (source / name for name in published.archives)
-    return folder or next(filter(Path.is_file, archives), None)
+    for folder in (source, source / published.folder):
+        if _has(folder, published.contents):
+            return folder
+    return next(filter(Path.is_file, (source / name for name in published.archives)), None)
 
 
 def locate(source: Path, published: Published) -> Path:
     """Finds the published folder or archive, as find does.
 
     Raises:
-      UserError: if there is neither, saying what to put where.
+      NotHereError: if there is neither, saying what to put where.
     """
     place = find(source, published)
     if place is None:
-        raise UserError(
+        raise NotHereError(
             f"{source} does not hold {' and '.join(published.contents)}, nor {published.folder}/ "
             f"with them, nor {' or '.join(published.archives)}; name the unpacked folder or the "
             "archive, or put either there"
@@ -143,22 +148,32 @@ def check_count(place: Path, count: int, expected: int, what: str) -> None:
 def find_in_release(source: Path, folder: str, contents: Sequence[str]) -> Path:
     """Finds a folder of the official release of the Long Range Arena.
 
+    The release holds some folders twice, the second one folder deeper, and not with the same files.
+
     Args:
       source: the folder itself, or one that holds it, or one that holds lra_release/.
       folder: name of the folder.
       contents: names that the folder must hold.
 
     Raises:
-      UserError: if there is no such folder, saying what is missing.
+      NotHereError: if there is no such folder, saying what is missing.
+      UserError: if there are several, naming them.
     """
-    folders = ("", *(f"{release}/{folder}".strip("/") for release in _RELEASE_FOLDERS))
-    found = _first_with(source, folders, contents)
-    if found is None:
+    if _has(source, contents):
+        return source
+    places = (source / release / folder for release in _RELEASE_FOLDERS)
+    copies = {place.resolve(): place for place in places if _has(place, contents)}
+    if len(copies) > 1:
         raise UserError(
-            f"{source} does not hold {', '.join(contents)}, nor does {folder}/ in it; "
-            "name the folder of the unpacked lra_release"
+            f"{source} holds {len(copies)} copies of {folder}, which may differ: "
+            f"{' and '.join(map(str, copies.values()))}; name the one to read as the source"
         )
-    return found
+    for place in copies.values():
+        return place
+    raise NotHereError(
+        f"{source} does not hold {', '.join(contents)}, nor does {folder}/ in it; "
+        "name the folder of the unpacked lra_release"
+    )
 
 
 def find_files(source: Path, folder: str, names: Mapping[str, str]) -> dict[str, Path]:
@@ -188,9 +203,6 @@ def is_utf8(text: bytes) -> bool:
     return True
 
 
-def _first_with(source: Path, folders: Sequence[str], contents: Sequence[str]) -> Path | None:
-    """The first of the folders below source that has all of the contents."""
-    for folder in folders:
-        if all((source / folder / name).exists() for name in contents):
-            return source / folder
-    return None
+def _has(folder: Path, contents: Sequence[str]) -> bool:
+    """Whether the folder has all of the contents."""
+    return all((folder / name).exists() for name in contents)

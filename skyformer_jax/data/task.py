@@ -2,18 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from skyformer_jax.data import store
+from skyformer_jax.data import archives, store
 from skyformer_jax.data.builder import LraBuilder
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.data.splits import SPLITS
 from skyformer_jax.data.tokenizer import Tokenizer
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.files import expand
+from skyformer_jax.progress import say
 
+KINDS = ("generated", "published")
 DOCUMENT_LENGTH = 4_000  # bytes of a document that the benchmark reads
 
 LoadStored = Callable[[str], Examples]  # a split of the prepared data set, by its name
@@ -47,8 +50,8 @@ class Task:
     Attributes:
       name: name of the task.
       builder: class of the TFDS builder of its data set.
-      config: config of the builder.
-      source_config: config of the builder if published files are named; None if there are none.
+      config: config of the builder, of the generated data set if there is one.
+      source_config: config of the builder for published files; None if there are none.
       max_length: no document is longer.
       tokenizer: maps stored values to token ids.
       options: the options of load, config.data.NAME, and their defaults.
@@ -82,19 +85,76 @@ class Task:
         """Documents of an example, 1 or 2."""
         return self.builder.NUM_DOCUMENTS
 
-    def data_set(self, data_dir: str, *, source: str | None = None) -> LraBuilder:
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which of KINDS there are of this task."""
+        if self.source_config is None:
+            return ("generated",)
+        return KINDS if self.config != self.source_config else ("published",)
+
+    def data_set(self, data_dir: str, *, source: str | None = None, kind: str = "") -> LraBuilder:
         """The TFDS builder of the task's data, prepared or not.
 
         Args:
           data_dir: folder of all data sets.
           source: folder or archive with the published files, or None.
+          kind: as settled_kind returns it; "" settles it.
 
         Raises:
-          UserError: if the task has no published files.
+          UserError: as settled_kind.
+        """
+        return self._make(self.settled_kind(data_dir, source=source, kind=kind), data_dir)
+
+    def _make(self, kind: str, data_dir: str) -> LraBuilder:
+        config = self.source_config if kind == "published" else self.config
+        return store.make(self.builder, config, data_dir)
+
+    def first_kind(self, source: str | None) -> str:
+        """The kind that is read if data_dir holds none yet."""
+        return self.kinds[-1] if source else self.kinds[0]
+
+    def settled_kind(self, data_dir: str, *, source: str | None = None, kind: str = "") -> str:
+        """Which of the kinds is read: generated or published examples.
+
+        Where that is not said, a line says what was chosen if data_dir holds published examples.
+
+        Args:
+          data_dir: folder of all data sets.
+          source: folder or archive with the published files, or None.
+          kind: one of kinds; "" means the published one if a source is named, else what is prepared
+            in data_dir, else the generated one.
+
+        Raises:
+          UserError: if the task has no such kind, or the source is not for it.
         """
         if source and self.source_config is None:
             raise UserError(f"task {self.name} is generated: it takes no data.source")
-        return store.make(self.builder, self.source_config if source else self.config, data_dir)
+        if kind:
+            one_of(f"data.kind of task {self.name},", kind, self.kinds)
+            if source and kind == "generated":
+                raise UserError(
+                    f"data.kind=generated of task {self.name} takes no data.source; leave one out"
+                )
+            return kind
+        first = self.first_kind(source)
+        if source or len(self.kinds) == 1 or not self.is_prepared("published", data_dir):
+            return first
+        choose = "--config.data.kind={0} (train.py) or --kind={0} (prepare)"
+        if self.is_prepared("generated", data_dir):
+            say(
+                f"{data_dir} holds generated and published examples of {self.name}: the generated "
+                f"ones are read; {choose.format('published')} chooses the others"
+            )
+            return "generated"
+        say(
+            f"{data_dir} holds published examples of {self.name}, which are read; "
+            f"{choose.format('generated')} generates others"
+        )
+        return "published"
+
+    def is_prepared(self, kind: str, data_dir: str) -> bool:
+        """Whether data_dir holds the data set of that kind."""
+        return Path(self._make(kind, data_dir).data_dir).is_dir()
 
     def longest(self, options: Mapping[str, Any]) -> int:
         """The most tokens that a document can have, with these options of load."""
@@ -103,27 +163,36 @@ class Task:
         )
 
     def is_in(self, source: str) -> bool:
-        """Whether the folder or archive holds the published files of the task."""
+        """Whether the folder or archive holds published files of the task, whole or not."""
         if self.source_config is None:
             return False
         data_set = store.make(self.builder, self.source_config, source)
         data_set.source = expand(source)
         try:
             data_set.source_files()
-        except UserError:
+        except archives.NotHereError:
             return False
+        except UserError:  # it is there, and load will say what is wrong with it
+            pass
         return True
 
     def load(
-        self, split: str, data_dir: str, *, source: str | None = None, **options: Any
+        self,
+        split: str,
+        data_dir: str,
+        *,
+        source: str | None = None,
+        kind: str = "",
+        **options: Any,
     ) -> Examples:
         """A split; the data set is prepared first if it is missing.
 
         Args:
           split: "train", "validation" or "test".
           data_dir: folder of all data sets.
-          source: folder or archive with the published files; None generates, downloads, or takes
-            what lies in data_dir.
+          source: folder or archive with the published files; None takes what is prepared in
+            data_dir, or else generates or downloads.
+          kind: "generated" or "published"; "" as settled_kind says.
           **options: see the attribute of that name; those left out have their defaults.
 
         Raises:
@@ -136,7 +205,7 @@ class Task:
             if option not in self.options:
                 known = ", ".join(self.options) or "none"
                 raise UserError(f"task {self.name} has no data.{option}; it has: {known}")
-        data_set = self.data_set(data_dir, source=source)
+        data_set = self.data_set(data_dir, source=source, kind=kind)
         store.prepare(data_set, source)
 
         def stored(split: str) -> Examples:

@@ -260,6 +260,9 @@ def _upgrade(content: dict[str, Any], version: str) -> None:
     options = content["attention"]
     for option, value in attention.REGISTRY[options["name"]].earlier_options.items():
         options.setdefault(option, value)
+    # Before there was the field, the source alone said it.
+    data = content["data"]
+    data.setdefault("kind", tasks.get(content["task"]).first_kind(data.get("source")))
 
 
 def complete(config: ml_collections.ConfigDict | dict[str, Any]) -> ml_collections.ConfigDict:

@@ -71,7 +71,8 @@ def default_config(task: str, attention_name: str) -> dict[str, Any]:
         },
         "data": {
             "dir": "data",  # where prepared data sets lie or are put
-            "source": "",  # a folder or archive as published; "" generates or downloads
+            "source": "",  # folder or archive as published; "": what dir holds, or makes anew
+            "kind": "",  # generated or published; "": what dir holds, else generated if it can
             "buckets": (),  # lengths that batches of short examples are padded to instead
             "mask_zeros": False,  # stored values of 0, as black pixels, count as padding
             **of_task.options,

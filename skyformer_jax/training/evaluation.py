@@ -241,7 +241,7 @@ def _measure(
 
 def _describe_data(run: Run, examples: Examples) -> dict[str, Any]:
     data = run.config.data
-    builder = run.task.data_set(data.dir, source=data.source or None)
+    builder = run.task.data_set(data.dir, source=data.source or None, kind=data.kind)
     return {**store.describe(builder), "checksum": examples.checksum()}
 
 

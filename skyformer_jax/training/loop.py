@@ -24,7 +24,13 @@ from skyformer_jax.training.results import print_summary
 from skyformer_jax.training.run import Run, new_run
 from skyformer_jax.training.sharded_step import PredictStep, make_predict_step, make_train_step
 from skyformer_jax.training.state import TrainState, init_states, state_spec, take
-from skyformer_jax.training.workdir import SeedRun, check_visible, open_workdir, seed_runs
+from skyformer_jax.training.workdir import (
+    SeedRun,
+    check_visible,
+    open_workdir,
+    seed_runs,
+    with_kind,
+)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any] | None:
@@ -47,6 +53,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     workdir, config = expand(workdir), configs.complete(config)
     parallel = config.parallel
     processes.start(parallel.coordinator, parallel.num_processes, parallel.process_id)
+    config = with_kind(config, workdir)
     run = new_run(config)
     compilation_cache.use_cache(config.compilation_cache)
     seeds = seed_runs(config, workdir)

@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from skyformer_jax import tasks
 from skyformer_jax.training import config as configs
 
 
@@ -27,6 +28,7 @@ def config_digest(config: ml_collections.ConfigDict) -> str:
     So it does not depend on fields that later versions add.
     """
     default = configs.complete({"task": config.task, "attention": {"name": config.attention.name}})
+    default.data.kind = tasks.get(config.task).first_kind(None)
     defaults = configs.flatten(configs.to_dict(default))
     flat = {
         field: value

@@ -60,7 +60,9 @@ class Run:
         data = self.config.data
         options = {option: data[option] for option in self.task.options if option in data}
         with full_disk(data.dir):
-            examples = self.task.load(split, data.dir, source=data.source or None, **options)
+            examples = self.task.load(
+                split, data.dir, source=data.source or None, kind=data.kind, **options
+            )
         padded_length(int(examples.lengths.max()), self.config.model.max_length, ())
         return examples
 

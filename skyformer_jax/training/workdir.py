@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
+from skyformer_jax import tasks
 from skyformer_jax.errors import UserError
 from skyformer_jax.files import lock
 from skyformer_jax.training import checkpoints
@@ -56,6 +57,34 @@ def write_json(path: Path, content: Any) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def with_kind(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
+    """A copy of a config whose data.kind says which examples the run reads.
+
+    Where it is not said, that is what the checkpoints of the workdir were trained on, so that what
+    has been prepared since changes no run; without any, it is as Task.settled_kind says.
+
+    Raises:
+      UserError: as Task.settled_kind.
+    """
+    config = config.copy_and_resolve_references()
+    data = config.data
+    if not data.kind and not data.source and _has_checkpoints(workdir):
+        data.kind = configs.read(workdir / "config.json").data.kind
+    task = tasks.get(config.task)
+    data.kind = task.settled_kind(data.dir, source=data.source or None, kind=data.kind)
+    return config
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+    """Whether there are checkpoints of the run or of one of its seeds."""
+    return any(checkpoints.steps(folder / "checkpoints") for folder in _folders(workdir))
+
+
+def _folders(workdir: Path) -> list[Path]:
+    """The folders of a run and of its seeds."""
+    return [workdir, *workdir.glob("seed-*")]
 
 
 @contextlib.contextmanager
@@ -120,8 +149,7 @@ def _bind_config(one: SeedRun) -> None:
     """Writes config.json, unless the folder's checkpoints are of another config."""
     path = one.workdir / "config.json"
     asked = configs.stored(one.config)
-    folders = (one.workdir, *one.workdir.glob("seed-*"))
-    has_checkpoints = any(checkpoints.steps(folder / "checkpoints") for folder in folders)
+    has_checkpoints = _has_checkpoints(one.workdir)
     if has_checkpoints and not path.exists():
         raise UserError(f"{one.workdir} has checkpoints but no config.json; name another --workdir")
     if has_checkpoints:  # otherwise nothing depends on the config of an earlier attempt
@@ -133,7 +161,7 @@ def _bind_config(one: SeedRun) -> None:
                 f"{one.workdir} holds a run of another config; name another --workdir, or restore: "
                 + "; ".join(different)
             )
-        _check_num_steps(one, folders)
+        _check_num_steps(one, _folders(one.workdir))
     write_json(path, asked)
 
 

@@ -1,0 +1,147 @@
+"""Which data are read: published or generated, and from which place of a source."""
+
+import dataclasses
+import json
+
+import pytest
+import test_prepare
+import tiny_data
+
+from configs import quickstart
+from skyformer_jax import prepare, tasks, training
+from skyformer_jax.data import archives, listops, pathfinder, retrieval
+from skyformer_jax.errors import UserError
+from skyformer_jax.training import config as configs
+from skyformer_jax.training.workdir import with_kind
+
+DEEPER = ("lra_release", "lra_release/lra_release")
+
+
+def find_listops(source):
+    return listops.find_files(source)["train"].parent
+
+
+def find_pairs(source):
+    return retrieval.find_files(source)["train"].parent
+
+
+def find_images(source):
+    return pathfinder.find_metadata(source, 8, 14)[0].parents[2]
+
+
+def write_images(folder):
+    tiny_data.write_images(folder.parent, 8)
+
+
+def write_trees(folder):
+    folder.mkdir(parents=True)
+    test_prepare.write_source(folder)
+
+
+RELEASE = [
+    pytest.param("listops-1000", write_trees, find_listops, id="listops"),
+    pytest.param("tsv_data", tiny_data.write_pairs, find_pairs, id="retrieval"),
+    pytest.param("pathfinder8", write_images, find_images, id="pathfinder"),
+]
+
+
+@pytest.mark.parametrize(("folder", "write", "find"), RELEASE)
+def test_two_copies_in_a_source_are_refused_and_a_named_one_is_read(tmp_path, folder, write, find):
+    copies = [tmp_path / release / folder for release in DEEPER]
+    for copy in copies:
+        write(copy)
+    for source in (tmp_path, tmp_path / "lra_release"):
+        with pytest.raises(UserError, match=f"holds 2 copies of {folder}.*; name the one") as error:
+            find(source)
+        assert str(copies[0]) + " and " + str(copies[1]) in str(error.value)
+        assert not isinstance(error.value, archives.NotHereError)
+    for copy in copies:
+        assert find(copy) == copy
+    assert find(copies[1].parent) == copies[1]
+    with pytest.raises(archives.NotHereError):
+        find(tmp_path / "nowhere")
+
+
+def test_a_link_to_a_folder_is_no_second_copy(tmp_path):
+    write_trees(tmp_path / "lra_release" / "listops-1000")
+    (tmp_path / "listops-1000").symlink_to(tmp_path / "lra_release" / "listops-1000")
+    assert find_listops(tmp_path).name == "listops-1000"
+
+
+def test_two_copies_are_not_made_up_for_by_generated_examples(tmp_path, monkeypatch):
+    """Of all tasks, that one fails; so does one whose files are there but not whole."""
+    for release in DEEPER:
+        write_trees(tmp_path / release / "listops-1000")
+    empty = tmp_path / "pathfinder32" / "curv_contour_length_14" / "metadata"
+    empty.mkdir(parents=True)
+    some = [tasks.get("listops"), tasks.get("pathfinder")]
+    monkeypatch.setattr(tasks, "BENCHMARK", some)
+    with pytest.raises(UserError, match=r"2 of 2 .* holds 2 copies .*metadata holds no files"):
+        prepare.main("all", str(tmp_path / "data"), str(tmp_path))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def task(monkeypatch):
+    """The small ListOps, generated or as published, in place of its name's."""
+    generated = tiny_data.tiny_tasks()["listops"].config
+    both = dataclasses.replace(
+        tasks.get("listops_small"), config=generated, source_config="official"
+    )
+    monkeypatch.setattr(tasks, "TASKS", tasks.TASKS | {both.name: both})
+    return both
+
+
+def test_what_is_prepared_is_read(task, tmp_path, capsys):
+    """Published examples where there are no others; generated ones where there are both."""
+    data_dir = str(tmp_path / "data")
+    write_trees(tmp_path / "source")
+    assert task.settled_kind(data_dir) == "generated"
+    assert len(task.load("test", data_dir, source=str(tmp_path / "source"))) == 3
+    capsys.readouterr()
+    assert len(task.load("test", data_dir)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds published examples of listops_small, which are read" in line
+    assert "--config.data.kind=generated" in line
+    assert len(task.load("test", data_dir, kind="generated")) == 30
+    capsys.readouterr()
+    assert len(task.load("test", data_dir)) == 30
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "generated and published examples of listops_small: the generated ones are" in line
+    assert "--kind=published (prepare)" in line
+    assert len(task.load("test", data_dir, kind="published")) == 3
+    assert len(task.load("test", data_dir, source=str(tmp_path / "gone"))) == 3
+    with pytest.raises(UserError, match=r"data\.kind=generated .* takes no data.source"):
+        task.load("test", data_dir, source="any", kind="generated")
+    with pytest.raises(UserError, match=r"unknown data\.kind .*did you mean 'published'"):
+        task.load("test", data_dir, kind="publishd")
+    with pytest.raises(UserError, match=r"unknown data\.kind of task text.* one of: published"):
+        tasks.get("text").load("test", data_dir, kind="generated")
+
+
+def test_a_run_reads_the_same_kind_whatever_is_prepared_since(task, tmp_path):
+    data_dir = tmp_path / "data"
+    write_trees(tmp_path / "source")
+    prepare.main(task.name, str(data_dir), str(tmp_path / "source"))
+    config = quickstart.get_config("softmax")
+    config.data.dir = str(data_dir)
+    config.model.update({"width": 16, "num_layers": 1, "mlp_dim": 16})
+    config.train.update({"num_steps": 1, "warmup_steps": 0, "batch_size": 8, "eval_every": 1})
+    result = training.train(config, tmp_path / "run")
+    assert result["examples"] == 3 and "official" in result["data"]["name"]
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["data"]["kind"] == "published"
+
+    prepare.main(task.name, str(data_dir), None, "generated")
+    assert with_kind(config, tmp_path / "run").data.kind == "published"
+    assert with_kind(config, tmp_path / "other").data.kind == "generated"
+    assert training.evaluate(tmp_path / "run")["data"] == result["data"]
+    config.data.kind = "generated"
+    with pytest.raises(UserError, match=r"data\.kind \(saved: 'published', asked for: 'generated'"):
+        training.train(config, tmp_path / "run")
+    # A run of before there was the field.
+    del saved["data"]["kind"]
+    for source, kind in (("", "generated"), (str(tmp_path / "source"), "published")):
+        saved["data"]["source"] = source
+        (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+        assert configs.read(tmp_path / "run" / "config.json").data.kind == kind
