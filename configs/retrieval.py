@@ -1,9 +1,10 @@
 """Retrieval of the Long Range Arena: does one paper cite the other?
 
 Data: 147,086 / 18,090 / 17,437 pairs of papers from the ACL Anthology Network (Radev et al., 2013)
-as bytes, the first 4,000 of each, padded to 4,096; 257 token ids. The published files
-new_aan_pairs.{train,eval,test}.tsv come with lra_release and from nowhere else: name their folder,
-or that of lra_release, by --config.data.source=DIR. The papers belong to their authors and the ACL.
+as bytes, the first 4,000 of each, padded to 4,096; 257 token ids. Downloaded from the Hugging Face
+hub (10.6 GB), or read from where --config.data.source=DIR says: the folder of
+new_aan_pairs.{train,eval,test}.tsv, or of lra_release. The papers belong to their authors and the
+ACL.
 
 One encoder reads both documents; the head sees [a, b, a * b, a - b].
 
@@ -14,7 +15,7 @@ Reformer 78.99, BigBird 80.28, Skyformer 82.06.
 Variant "paper" restores of the published code what common.restore_published says. Variant "small"
 reads 256 bytes of each with a smaller model, for a CPU.
 
-    python train.py --config=configs/retrieval.py:skyformer --config.data.source=DIR
+    python train.py --config=configs/retrieval.py:skyformer
     python train.py --config=configs/retrieval.py:performer,small --config.data.source=DIR
 """
 

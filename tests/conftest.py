@@ -19,6 +19,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do no
 # With fewer threads than devices, collectives of fake devices can wait for each other for ever.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody there: no test downloads gigabytes
 # Shared by all processes of the tests, which inherit it: many compile the same programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="skyformer-tests-")

@@ -248,7 +248,7 @@ def test_a_missing_source_can_be_added(tiny_benchmark, tmp_path):
     settings.model.update({"width": 16, "mlp_dim": 16})
     settings.train.update({"num_steps": 1, "warmup_steps": 0, "batch_size": 8, "eval_every": 1})
     settings.data.dir = str(tmp_path / "data")
-    with pytest.raises(UserError, match="name its folder as the source"):
+    with pytest.raises(UserError, match="name the folder of new_aan_pairs"):
         training.train(settings, tmp_path / "run")
     settings.data.source = str(source)
     assert training.train(settings, tmp_path / "run")["examples"] == tiny_data.PAIRS["test"]

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from skyformer_jax.data import archives
+from skyformer_jax.data import archives, hub
 from skyformer_jax.data.archives import is_utf8
 from skyformer_jax.data.builder import Documents, LraBuilder, Shard
 from skyformer_jax.data.splits import SPLITS
 from skyformer_jax.data.task import DOCUMENT_LENGTH, Task, cut_documents
 from skyformer_jax.data.tokenizer import BYTES
 from skyformer_jax.errors import UserError
-from skyformer_jax.progress import track
+from skyformer_jax.progress import say, track
 
 SIZES: Mapping[str, int] = {"train": 147_086, "validation": 18_090, "test": 17_437}
 
@@ -30,6 +30,8 @@ _FILES = {
     "validation": "new_aan_pairs.eval.tsv",
     "test": "new_aan_pairs.test.tsv",
 }
+# The release itself can no longer be had: its address answers 403.
+HUB = hub.DataSet("OpenNLPLab/lra", "6cb133c44f406da743661488df9e977b87d98775", "data/aan")
 _LABELS = {b"0": 0, b"1": 1, b"0.0": 0, b"1.0": 1}
 _NUM_COLUMNS = 5
 
@@ -121,15 +123,10 @@ class Retrieval(LraBuilder):
         return list(find_files(self.source).values())
 
     def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
-        """Reads the published files as streams."""
+        """Reads the published files as streams, from the source or as downloaded."""
         del dl_manager
-        if self.source is None:
-            raise UserError(
-                "Retrieval has no download: unpack lra_release, which holds "
-                "tsv_data/new_aan_pairs.{train,eval,test}.tsv, and name its folder as the source"
-            )
         config = self.builder_config
-        paths = find_files(self.source)
+        paths = find_files(self.source) if self.source else self._download()
 
         def pairs(split: str, size: int) -> Iterator[tuple[Documents, int]]:
             read = read_pairs(paths[split], size, report=self.report)
@@ -147,6 +144,27 @@ class Retrieval(LraBuilder):
             ]
             shards[split].append(functools.partial(iter, stream))
         return shards
+
+    def _download(self) -> dict[str, Path]:
+        """Finds the published files in the folder of all data sets, or else downloads them."""
+        root = Path(self.data_dir_root)
+        folder = root / "downloads" / "tsv_data"
+        for place in (root, folder):
+            try:
+                found = find_files(place)
+            except archives.NotHereError:
+                continue
+            say(f"reading {found['train'].parent}")
+            return found
+        documents = sum(self.builder_config.sizes) * self.NUM_DOCUMENTS
+        hub.download(
+            HUB,
+            _FILES.values(),
+            folder,
+            extra_bytes=documents * self.builder_config.length,
+            instead="name the folder of new_aan_pairs.{train,eval,test}.tsv as the source",
+        )
+        return find_files(folder)
 
 
 RETRIEVAL = Task(
