@@ -1,20 +1,22 @@
 """Maps a function over arguments on all cores, and yields the results in order."""
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
-import multiprocessing.connection
 import os
-import signal
+import pickle
+import queue
+import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
+from skyformer_jax.errors import UserError
+
 T = TypeVar("T")
-# Python's resource tracker cleans up after an interrupted program; its warnings would only confuse.
-_QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
 def num_cores() -> int:
@@ -27,24 +29,78 @@ def ordered_map(
 ) -> Iterator[T]:
     """Yields function(*argument) for each argument, in order, computed by processes a bit ahead.
 
+    The processes run skyformer_jax.data.worker. They are neither forked, which JAX's threads would
+    not survive, nor do they import the program that calls this, as those of multiprocessing do; so
+    that needs no `if __name__ == "__main__"`.
+
     Args:
-      function: importable by name; arguments and results must be picklable.
+      function: of an importable module, not of the program itself; arguments and results must be
+        picklable.
       arguments: tuples of arguments; they are read only a few calls ahead of the results taken.
       workers: number of processes; None means one for each core, 1 computes in this process.
 
     Raises:
       What function raises, when that result is taken.
+      UserError: if a worker is killed.
     """
     workers = workers or num_cores()
-    if workers == 1:
+    arguments = iter(arguments)
+    first = list(itertools.islice(arguments, workers))
+    arguments = itertools.chain(first, arguments)
+    if len(first) < 2 or not sys.executable:
         yield from itertools.starmap(function, arguments)
         return
-    if _QUIET not in sys.warnoptions:
-        sys.warnoptions.append(_QUIET)  # the tracker's process inherits it
-    # Not forked: JAX's threads would not survive that.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        yield from in_order(pool, function, arguments, ahead=2 * workers)
+    with contextlib.ExitStack() as stack:
+        idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        for _ in first:
+            idle.put(stack.enter_context(_open_worker()))
+
+        def call(*argument: object) -> T:
+            worker = idle.get()
+            try:
+                return _ask(worker, function, argument)
+            finally:
+                idle.put(worker)
+
+        yield from in_order(ThreadPoolExecutor(len(first)), call, arguments, ahead=2 * len(first))
+
+
+@contextlib.contextmanager
+def _open_worker() -> Iterator[Connection]:
+    """A connection to a new worker, which ends with the block, or when this process is killed."""
+    # Not closed here, since a thread may be reading: it is when nobody has it any longer.
+    ours, theirs = multiprocessing.Pipe()
+    with theirs:
+        process = subprocess.Popen(
+            # It finds what this process finds, wherever it was started: -P leaves its folder out.
+            [sys.executable, "-P", "-m", "skyformer_jax.data.worker", str(theirs.fileno())],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # standard output belongs to the caller
+            process_group=0,  # Ctrl-C is for this process, which then ends its workers
+        )
+    try:
+        yield ours
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _ask(worker: Connection, function: Callable[..., T], arguments: tuple) -> T:
+    """The result of a call in a worker; raises what it raised."""
+    call = pickle.dumps((function, arguments))
+    try:
+        worker.send_bytes(call)
+        good, result = worker.recv()
+    except (EOFError, OSError):
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory; start the same command to go "
+            "on"
+        ) from None
+    if not good:
+        raise result
+    return result
 
 
 def in_order(
@@ -73,15 +129,3 @@ def in_order(
             yield calls.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Makes a worker ignore Ctrl-C, which its parent handles, and end if the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,38 @@
+"""A process that computes for parallel.ordered_map: python -m skyformer_jax.data.worker FD.
+
+FD is the number of an inherited connection. Over it come calls, (function, arguments), and go
+answers, (True, result) or (False, exception).
+"""
+
+import os
+import pickle
+import queue
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+
+def main(connection: Connection) -> None:
+    """Answers calls until the other end is closed, be it that its process was killed."""
+    calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, calls), daemon=True).start()
+    while True:
+        try:
+            function, arguments = pickle.loads(calls.get())
+            answer = True, function(*arguments)
+        except Exception as error:
+            answer = False, error
+        connection.send(answer)
+
+
+def _receive(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
+    """Takes calls in, and ends the process, even while it computes, when there will be no more."""
+    while True:
+        try:
+            calls.put(connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))
