@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from skyformer_jax import attention
+from skyformer_jax import attention, tasks
 from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.training.defaults import default_config
 
@@ -24,13 +24,21 @@ def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
     return name or "skyformer", one_of("variant", variant, variants) if variant else ""
 
 
-def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.ConfigDict:
+def paper_config(
+    task: str | tasks.Task, name: str, *, max_length: int
+) -> ml_collections.ConfigDict:
     """The paper's setting of everything that does not depend on the task (its appendix).
 
     skyformer_jax/training/defaults.py lists all fields, with what they mean.
+
+    Args:
+      task: the name of a task of this package, or a task of one's own, from tasks.define.
+      name: name of the attention.
+      max_length: length that sequences are padded to.
     """
+    task = tasks.get(task) if isinstance(task, str) else task
     config = ml_collections.ConfigDict(default_config(task, name))
-    config.model.max_length = max_length  # sequences are padded to this
+    config.model.max_length = max_length
     return config
 
 

@@ -1,6 +1,7 @@
 """Prepares the data sets of the tasks, and prints what is in them.
 
 python -m skyformer_jax.prepare --task=all [--source=DIR] [--data_dir=data]
+python -m skyformer_jax.prepare --config=FILE: the task, folders and kind that a config names
 
 Without a source, what is prepared in data_dir is described; what is missing is generated or
 downloaded. The source is
@@ -10,7 +11,8 @@ TFDS prepared imdb_reviews or cifar10, or a folder that holds several of these.
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from skyformer_jax.errors import UserError, lra_imports
 
 with lra_imports() if __name__ == "__main__" else contextlib.nullcontext():
     from absl import flags
+    from ml_collections import config_flags
 
     from skyformer_jax import cli, tasks
     from skyformer_jax.data.examples import Examples
@@ -119,17 +122,44 @@ def main(name: str, data_dir: str, source: str | None, kind: str = "") -> None:
         )
 
 
+def main_of_config(
+    config: Mapping[str, Any], data_dir: str | None, source: str | None, kind: str
+) -> None:
+    """As main, of the task of a config; what is None or "" is as the config has it.
+
+    Raises:
+      UserError: as Task.load.
+    """
+    data = config["data"]
+    rows = rows_of(
+        tasks.of(config), data_dir or data["dir"], source or data["source"], kind or data["kind"]
+    )
+    print(table(rows))
+
+
 if __name__ == "__main__":
     # Defined here, so that importing this module adds no flags to another program.
-    _TASK = flags.DEFINE_enum(
-        "task", None, ("all", *tasks.NAMES), "Which task's data set.", required=True
-    )
+    _TASK = flags.DEFINE_enum("task", None, ("all", *tasks.NAMES), "Which task's data set.")
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, in place of --task.")
     _SOURCE = flags.DEFINE_string("source", None, "Folder or archive of the published files.")
-    _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of all data sets.")
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of all data sets; default data.")
     _KIND = flags.DEFINE_enum(
         "kind",
         "",
         ("", *KINDS),
         "Of one task; default published with a source, else what is there.",
     )
-    cli.run(lambda: main(_TASK.value, _DATA_DIR.value, _SOURCE.value, _KIND.value))
+
+    def _main() -> None:
+        where = _DATA_DIR.value, _SOURCE.value, _KIND.value
+        if bool(flags.FLAGS["task"].present) == bool(flags.FLAGS["config"].present):
+            raise UserError("name the task by --task, or its config file by --config")
+        if flags.FLAGS["config"].present:
+            path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+            if not expand(path).is_file():
+                raise UserError(f"--config={path}: no such file")
+            main_of_config(_CONFIG.value, *where)
+        else:
+            main(_TASK.value, where[0] or "data", *where[1:])
+
+    cli.run(_main)

@@ -1,5 +1,9 @@
-"""The tasks by name: the six of the Long Range Arena, and smaller ones for a CPU."""
+"""The tasks: the six of the Long Range Arena, smaller ones for a CPU, and the user's own."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from skyformer_jax.data import own
 from skyformer_jax.data.image import IMAGE
 from skyformer_jax.data.listops import LISTOPS, LISTOPS_SMALL
 from skyformer_jax.data.pathfinder import PATHFINDER, PATHFINDER_SMALL, PATHX, PATHX_SMALL
@@ -7,7 +11,7 @@ from skyformer_jax.data.retrieval import RETRIEVAL
 from skyformer_jax.data.splits import SPLITS
 from skyformer_jax.data.task import Task
 from skyformer_jax.data.text import TEXT
-from skyformer_jax.errors import one_of
+from skyformer_jax.errors import UserError, one_of
 
 BENCHMARK = (LISTOPS, TEXT, RETRIEVAL, IMAGE, PATHFINDER, PATHX)
 SMALL = (LISTOPS_SMALL, PATHFINDER_SMALL, PATHX_SMALL)
@@ -24,4 +28,36 @@ def get(name: str) -> Task:
     return TASKS[one_of("task", name, TASKS)]
 
 
-__all__ = ["BENCHMARK", "NAMES", "SMALL", "SPLITS", "TASKS", "Task", "get"]
+def define(
+    name: str, *, inputs: str, classes: own.Classes, max_length: int, num_documents: int = 1
+) -> Task:
+    """Defines a task of one's own: see skyformer_jax.data.own.make_task, and docs/your_own_data.md.
+
+    Raises:
+      UserError: as make_task; or if a task of this package has the name.
+    """
+    if name in TASKS:
+        raise UserError(f"a task of this package is named {name!r}; name yours otherwise")
+    return own.make_task(
+        name,
+        inputs=inputs,
+        classes=classes,
+        max_length=max_length,
+        num_documents=num_documents,
+    )
+
+
+def of(config: Mapping[str, Any]) -> Task:
+    """The task of a config: what config.own_task defines if there is that, or else the named one.
+
+    Raises:
+      UserError: as get, or as define.
+    """
+    definition = config.get("own_task")
+    if not definition:
+        return get(config["task"])
+    fields = own.check_definition(definition)
+    return define(config["task"], **fields)
+
+
+__all__ = ["BENCHMARK", "NAMES", "SMALL", "SPLITS", "TASKS", "Task", "define", "get", "of"]

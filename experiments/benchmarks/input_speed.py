@@ -88,7 +88,7 @@ def measure(name: str) -> dict[str, Any]:
         total, spent = step_times(examples, run)
         size, longest = config.train.batch_size, config.model.max_length
         buckets = {"fixed length": (), "buckets": (longest // 4, longest // 2)}
-        data_set = tasks.get(config.task).data_set(_DATA_DIR.value, source=_SOURCE.value or None)
+        data_set = tasks.of(config).data_set(_DATA_DIR.value, source=_SOURCE.value or None)
         result[variant or "full"] = {
             "data": store.describe(data_set),
             "examples": len(examples),

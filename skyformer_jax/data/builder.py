@@ -30,7 +30,7 @@ Shard = Callable[[], Iterator[tuple[Documents, int]]]
 
 
 class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Base class of the six builders.
+    """Base class of the builders of the six data sets, and of the user's own.
 
     Attributes:
       source: folder or archive with the published files; None generates or downloads.
@@ -54,7 +54,7 @@ class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             builder=self,
             description=self.DESCRIPTION,
             homepage=self.HOMEPAGE,
-            citation=f"{self.CITATION}; {_LRA_CITATION}",
+            citation=f"{self.CITATION}; {_LRA_CITATION}" if self.CITATION else "",
             features=tfds.features.FeaturesDict(
                 {
                     **{name: tokens for name in document_features(self.NUM_DOCUMENTS)},
@@ -128,12 +128,17 @@ def shard_of_rows(values: Sequence[np.ndarray], labels: np.ndarray, what: str) -
       labels: int [examples].
       what: text of the progress bar.
     """
+    return shard_of_documents([(value,) for value in values], labels, what)
 
-    def examples() -> Iterator[tuple[Documents, int]]:
-        for value, label in track(zip(values, labels, strict=True), len(labels), what):
-            yield (value,), int(label)
 
-    return examples
+def shard_of_documents(examples: Sequence[Documents], labels: np.ndarray, what: str) -> Shard:
+    """As shard_of_rows, of examples of any number of documents."""
+
+    def shard() -> Iterator[tuple[Documents, int]]:
+        for documents, label in track(zip(examples, labels, strict=True), len(labels), what):
+            yield documents, int(label)
+
+    return shard
 
 
 @dataclasses.dataclass

@@ -79,11 +79,13 @@ class Examples(Sequence):
           factor: 1 changes nothing.
 
         Raises:
-          UserError: if the factor does not divide the side of the images.
+          UserError: if the images are not square, or the factor does not divide their side.
         """
         if factor == 1:
             return self
         side = math.isqrt(int(self.starts[1]))
+        if side**2 != self.starts[1]:
+            raise UserError(f"data.shrink needs square images; these have {self.starts[1]} pixels")
         if factor < 1 or side % factor:
             raise UserError(f"data.shrink must divide {side}, the images' side; got {factor}")
         small = side // factor

@@ -58,6 +58,8 @@ class Task:
       make_split: makes a split: called with a function that loads a stored split by its name, the
         name of the wanted split, and the options.
       extra_floors: accuracies of trivial classifiers, by name, besides the commonest label.
+      definition: of the user's own task, what make_task of skyformer_jax.data.own made it of; None
+        for a task of this package.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Task:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     make_split: Callable[..., Examples] = as_stored
     extra_floors: Callable[[Examples], dict[str, float]] = no_extra_floors
+    definition: Mapping[str, Any] | None = None
 
     @property
     def vocab_size(self) -> int:

@@ -39,7 +39,7 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
       config: the complete configuration.
       num_devices: devices that the batch will be divided over.
     """
-    task = tasks.get(config.task)
+    task = tasks.of(config)
     _check_fields(config)
     _check_attention(config)
     _check_model(config, task)
@@ -50,7 +50,7 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
 
 def _check_fields(config: ml_collections.ConfigDict) -> None:
     """Raises a UserError for a field that there is not."""
-    known = default_config(config.task, config.attention.name)
+    known = default_config(tasks.of(config), config.attention.name)
     for field in config:
         one_of("config field", field, known)
     for section in ("model", "train", "parallel", "data"):
@@ -262,7 +262,7 @@ def _upgrade(content: dict[str, Any], version: str) -> None:
         options.setdefault(option, value)
     # Before there was the field, the source alone said it.
     data = content["data"]
-    data.setdefault("kind", tasks.get(content["task"]).first_kind(data.get("source")))
+    data.setdefault("kind", tasks.of(content).first_kind(data.get("source")))
 
 
 def complete(config: ml_collections.ConfigDict | dict[str, Any]) -> ml_collections.ConfigDict:
@@ -272,7 +272,7 @@ def complete(config: ml_collections.ConfigDict | dict[str, Any]) -> ml_collectio
       UserError: if there is no such task or attention.
     """
     given = ml_collections.ConfigDict(config).to_dict()
-    full = default_config(given["task"], given["attention"]["name"])
+    full = default_config(tasks.of(given), given["attention"]["name"])
     for field, value in given.items():
         full[field] = {**full.get(field, {}), **value} if isinstance(value, dict) else value
     return ml_collections.ConfigDict(full)

@@ -6,7 +6,7 @@ from skyformer_jax import attention, tasks
 from skyformer_jax.errors import one_of
 
 
-def default_config(task: str, attention_name: str) -> dict[str, Any]:
+def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
     """All fields that the config of a run has, with their defaults.
 
     A config that lacks some of them, as those of earlier versions do, means these values.
@@ -19,25 +19,25 @@ def default_config(task: str, attention_name: str) -> dict[str, Any]:
     AdamW without weight decay, gradients clipped by value at 1, linear one-cycle schedule.
 
     Args:
-      task: name of the task.
+      task: the task, of this package or the user's own.
       attention_name: name of the attention.
 
     Raises:
-      UserError: if there is no such task or attention.
+      UserError: if there is no such attention.
     """
-    of_task = tasks.get(task)
     one_of("attention", attention_name, attention.NAMES)
     return {
-        "task": task,
+        "task": task.name,
+        **({} if task.definition is None else {"own_task": dict(task.definition)}),
         "seed": 0,
         "num_seeds": 1,  # models trained at once: of seed, seed + 1, ...
         "compilation_cache": "~/.cache/skyformer_jax",  # "" compiles anew in every process
         "attention": {"name": attention_name, **attention.default_options(attention_name)},
         "model": {
-            "vocab_size": of_task.vocab_size,
-            "max_length": of_task.max_length,  # sequences are padded to this
-            "num_classes": of_task.num_classes,
-            "num_documents": of_task.num_documents,
+            "vocab_size": task.vocab_size,
+            "max_length": task.max_length,  # sequences are padded to this
+            "num_classes": task.num_classes,
+            "num_documents": task.num_documents,
             "num_layers": 2,
             "width": 64,
             "num_heads": 2,
@@ -75,6 +75,6 @@ def default_config(task: str, attention_name: str) -> dict[str, Any]:
             "kind": "",  # generated or published; "": what dir holds, else generated if it can
             "buckets": (),  # lengths that batches of short examples are padded to instead
             "mask_zeros": False,  # stored values of 0, as black pixels, count as padding
-            **of_task.options,
+            **task.options,
         },
     }

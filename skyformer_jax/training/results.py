@@ -12,6 +12,7 @@ import numpy as np
 
 from skyformer_jax import tasks
 from skyformer_jax.training import config as configs
+from skyformer_jax.training.defaults import default_config
 
 
 def wilson_interval(accuracy: float, examples: int) -> tuple[float, float]:
@@ -27,8 +28,9 @@ def config_digest(config: ml_collections.ConfigDict) -> str:
 
     So it does not depend on fields that later versions add.
     """
-    default = configs.complete({"task": config.task, "attention": {"name": config.attention.name}})
-    default.data.kind = tasks.get(config.task).first_kind(None)
+    task = tasks.of(config)
+    default = ml_collections.ConfigDict(default_config(task, config.attention.name))
+    default.data.kind = task.first_kind(None)
     defaults = configs.flatten(configs.to_dict(default))
     flat = {
         field: value

@@ -26,7 +26,7 @@ class Run:
 
     Attributes:
       config: the complete configuration. Nobody changes it.
-      task: the task that config.task names.
+      task: the task of the config.
       mesh: the devices, along "data" and "seq".
       model: the classifier, for sequences that are split along "seq" where the mesh splits them.
       schedule: step -> learning rate.
@@ -72,7 +72,7 @@ def make_run(config: ml_collections.ConfigDict, mesh: Mesh) -> Run:
     schedule = make_schedule(config.train)
     return Run(
         config=config,
-        task=tasks.get(config.task),
+        task=tasks.of(config),
         mesh=mesh,
         model=build_model(config, axis_name=sequence_axis(mesh)),
         schedule=schedule,

@@ -72,7 +72,7 @@ def with_kind(config: ml_collections.ConfigDict, workdir: Path) -> ml_collection
     data = config.data
     if not data.kind and not data.source and _has_checkpoints(workdir):
         data.kind = configs.read(workdir / "config.json").data.kind
-    task = tasks.get(config.task)
+    task = tasks.of(config)
     data.kind = task.settled_kind(data.dir, source=data.source or None, kind=data.kind)
     return config
 

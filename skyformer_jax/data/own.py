@@ -1,0 +1,238 @@
+"""A classification task of the user's own, of texts or of gray images, from tables.
+
+Its source is a folder with a file for train, one for test and, if there is one, one for validation;
+see skyformer_jax.data.tables for their forms. Nothing of it is part of this package: a config holds
+the definition, config.json keeps it, and the data set lies in data_dir beside those of the others.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from skyformer_jax.data import tables
+from skyformer_jax.data.archives import NotHereError
+from skyformer_jax.data.builder import LraBuilder, Shard, shard_of_documents
+from skyformer_jax.data.splits import SPLITS, hold_out
+from skyformer_jax.data.task import Task, cut_documents, shrink_images
+from skyformer_jax.data.tokenizer import BYTES, IDENTITY
+from skyformer_jax.errors import UserError, one_of
+
+INPUTS = ("text", "pixels")
+FIELDS = ("inputs", "classes", "max_length", "num_documents")  # of a definition
+_NAME = re.compile("[a-z][a-z0-9_]*")
+_HELD_OUT = 0.1  # of train, where there is no file for validation
+
+Classes = int | Sequence[str]
+Split = tuple[list[tuple[np.ndarray, ...]], np.ndarray]  # documents of each example, and labels
+
+
+def make_task(
+    name: str, *, inputs: str, classes: Classes, max_length: int, num_documents: int = 1
+) -> Task:
+    """Defines a task.
+
+    Args:
+      name: its name, lower-case letters, digits and underscores.
+      inputs: "text", whose tokens are its bytes; or "pixels", whose tokens are gray levels 0..255,
+        row by row.
+      classes: the number of classes, if labels are the numbers from 0; or else the labels.
+      max_length: of a text, the bytes that are read; of an image, its pixels.
+      num_documents: texts, or images, of an example: 1, or 2 for a task about pairs.
+
+    Raises:
+      UserError: for a definition that cannot be meant.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"a task's name is lower-case letters, digits and underscores; got {name!r}"
+        )
+    one_of(f"inputs of task {name},", inputs, INPUTS)
+    labels = _labels(name, classes)
+    if num_documents not in (1, 2):
+        raise UserError(f"num_documents of task {name} must be 1 or 2; got {num_documents}")
+    if max_length < 1:
+        raise UserError(f"max_length of task {name} must be at least 1; got {max_length}")
+    definition = {
+        "inputs": inputs,
+        "classes": classes if isinstance(classes, int) else tuple(classes),
+        "max_length": max_length,
+        "num_documents": num_documents,
+    }
+    builder = _builder(name, inputs, labels, num_documents)
+    (config,) = builder.BUILDER_CONFIGS
+    return Task(
+        name=name,
+        builder=builder,
+        config=config.name,
+        source_config=config.name,
+        max_length=max_length,
+        tokenizer=BYTES if inputs == "text" else IDENTITY,
+        options={"length": max_length} if inputs == "text" else {"shrink": 1},
+        make_split=cut_documents if inputs == "text" else shrink_images,
+        definition=definition,
+    )
+
+
+def _labels(name: str, classes: Classes) -> tuple[str, ...]:
+    """The labels as they are written in the files."""
+    labels = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
+    if isinstance(classes, str) or len(labels) < 2 or len(set(labels)) != len(labels):
+        raise UserError(
+            f"classes of task {name} must be a number or the different labels, 2 or more; got "
+            f"{classes!r}"
+        )
+    return labels
+
+
+def _builder(
+    task_name: str, inputs: str, labels: tuple[str, ...], num_documents: int
+) -> type[LraBuilder]:
+    """The TFDS builder of a task. Its config is named by all on which what is stored depends."""
+    meaning = json.dumps([inputs, labels, num_documents])
+    digest = hashlib.sha256(meaning.encode()).hexdigest()[:8]
+
+    class Own(OwnBuilder, skip_registration=True):
+        name = task_name
+        NUM_CLASSES = len(labels)
+        NUM_DOCUMENTS = num_documents
+        INPUTS = inputs
+        LABELS = labels
+        BUILDER_CONFIGS = (
+            tfds.core.BuilderConfig(name=f"{inputs}-{digest}", description="A task of one's own."),
+        )
+
+    return Own
+
+
+class OwnBuilder(LraBuilder, skip_registration=True):
+    """A data set of the user's own; the label is the number of the class."""
+
+    DESCRIPTION = "A classification task of one's own."
+    HOMEPAGE = ""
+    CITATION = ""
+    INPUTS: str
+    LABELS: tuple[str, ...]
+
+    def source_files(self) -> list[Path]:
+        """The files of all splits."""
+        return [path for paths in self._find().values() for path in paths]
+
+    def _find(self) -> dict[str, list[Path]]:
+        if self.source is None:
+            raise UserError(
+                f"task {self.name} is not prepared in {self.data_dir_root}: name the folder of its "
+                "files by --config.data.source (train.py) or --source (prepare)"
+            )
+        found = tables.find(self.source)
+        missing = [split for split in ("train", "test") if split not in found]
+        if missing:
+            raise NotHereError(
+                f"{self.source} does not hold {' and '.join(missing)} of task {self.name}; wanted "
+                "are train and test, and validation if there is one, each as "
+                f"{', '.join(tables.READERS)}"
+            )
+        return found
+
+    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
+        """Reads the tables; holds validation out of train if there is none."""
+        del dl_manager
+        rows = {split: self._read(paths) for split, paths in self._find().items()}
+        if "validation" not in rows:
+            documents, labels = rows["train"]
+            held_out = _held_out(documents, labels)
+            for split, chosen in (("train", ~held_out), ("validation", held_out)):
+                rows[split] = [documents[i] for i in np.flatnonzero(chosen)], labels[chosen]
+        return {
+            split: [shard_of_documents(*rows[split], f"storing {self.name} {split}")]
+            for split in SPLITS
+        }
+
+    def _read(self, paths: Sequence[Path]) -> Split:
+        """The examples of a split, in the order of its files."""
+        place, parse = paths[0], _PARSERS[self.INPUTS]
+        names = [self.INPUTS]
+        if self.NUM_DOCUMENTS > 1:
+            names = [f"{self.INPUTS}_{i + 1}" for i in range(self.NUM_DOCUMENTS)]
+        *columns, labels = tables.read(paths, [*([name] for name in names), ["label"]])
+        documents = [
+            parse(place, name, column) for name, column in zip(names, columns, strict=True)
+        ]
+        return list(zip(*documents, strict=True)), self._numbers(place, labels)
+
+    def _numbers(self, place: Path, labels: tables.Column) -> np.ndarray:
+        """The classes' numbers of labels, int [examples]."""
+        numbers = {label: i for i, label in enumerate(self.LABELS)}
+        found = np.zeros(len(labels), np.int64)
+        for i, label in enumerate(labels):
+            text = label.decode("utf-8", "replace") if isinstance(label, bytes) else str(label)
+            if text not in numbers:
+                allowed = ", ".join(self.LABELS[:20]) + (", ..." if len(self.LABELS) > 20 else "")
+                raise UserError(
+                    f"{place}, example {i + 1}: the label {text[:40]!r} is not one of: {allowed}"
+                )
+            found[i] = numbers[text]
+        return found
+
+
+def _parse_text(place: Path, name: str, column: tables.Column) -> list[np.ndarray]:
+    texts = []
+    for i, value in enumerate(column):
+        text = tables.as_bytes(value)
+        if not text:
+            what = "empty" if text == b"" else f"no text, but {value!r:.40}"
+            raise UserError(f"{place}, example {i + 1}: {name} is {what}")
+        texts.append(np.frombuffer(text, np.uint8))
+    return texts
+
+
+def _parse_pixels(place: Path, name: str, column: tables.Column) -> list[np.ndarray]:
+    images = np.asarray(column)
+    if images.dtype != np.uint8 or images.ndim not in (2, 3) or not images.size:
+        raise UserError(
+            f"{place}: {name} must be gray levels 0..255, uint8 [examples, height, width] or "
+            f"[examples, pixels]; got {images.dtype} {list(images.shape)}"
+        )
+    return list(images.reshape(len(images), -1))
+
+
+_PARSERS: Mapping[str, Callable[[Path, str, tables.Column], list[np.ndarray]]] = {
+    "text": _parse_text,
+    "pixels": _parse_pixels,
+}
+
+
+def _held_out(documents: Sequence[tuple[np.ndarray, ...]], labels: np.ndarray) -> np.ndarray:
+    """Chooses a tenth of each class by the hashes of the contents, bool [examples]."""
+    contents = [b"\0".join(map(bytes, example)) for example in documents]
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = round(_HELD_OUT * len(members))
+        chosen[members] = hold_out([contents[i] for i in members], labels[members], count, seed=0)
+    if not chosen.any() or chosen.all():
+        raise UserError(
+            f"{len(labels)} examples are too few to hold a tenth of each class out for validation; "
+            "add a file for validation"
+        )
+    return chosen
+
+
+def check_definition(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of make_task in config.own_task, as JSON leaves them.
+
+    Raises:
+      UserError: if there are others, or one is missing.
+    """
+    for field in definition:
+        one_of("field own_task.", field, FIELDS)
+    missing = [field for field in FIELDS if field not in definition]
+    if missing:
+        raise UserError(f"config.own_task lacks {', '.join(missing)}; tasks.define makes it")
+    classes = definition["classes"]
+    return {**definition, "classes": classes if isinstance(classes, int) else tuple(classes)}
