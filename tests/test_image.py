@@ -1,12 +1,21 @@
 """CIFAR-10's binary version, and gray levels against TensorFlow's."""
 
+import dataclasses
+import io
+import os
+import pickle
+import shutil
 import tarfile
 import zlib
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from PIL import Image
 
-from skyformer_jax.data import image
+from skyformer_jax import tasks
+from skyformer_jax.data import held_out, image
 from skyformer_jax.errors import UserError
 
 SIZES = {"train": 50, "test": 7}
@@ -125,3 +134,126 @@ def test_gray_is_row_major_and_per_image():
         weighted = rgb[i, :, row, column] @ [0.2989, 0.587, 0.114]
         assert gray[i, 5 * row + column] == int(weighted * 255.5 / 255)
     assert image.to_gray(rgb[:0]).shape == (0, 20)
+
+
+def pickled_by_python_2(pixels, labels):
+    """A batch byte for byte as the Python version has it: protocol 2, written by Python 2."""
+
+    def text(value):
+        return b"U" + bytes([len(value)]) + value
+
+    def number(value):
+        return b"J" + int(value).to_bytes(4, "little", signed=True)
+
+    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R"
+    dtype += b"(K\x03" + text(b"|") + b"NNN" + number(-1) + number(-1) + b"K\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b")
+    array += b"\x87R(K\x01" + number(len(pixels)) + number(3072) + b"\x86" + dtype + b"\x89"
+    array += b"T" + pixels.size.to_bytes(4, "little") + pixels.tobytes() + b"tb"
+    fields = text(b"batch_label") + text(b"testing batch 1 of 1") + text(b"data") + array
+    fields += text(b"labels") + b"](" + b"".join(map(number, labels)) + b"e"
+    return b"\x80\x02}(" + fields + b"u."
+
+
+def make_python_folder(parent):
+    """A small cifar-10-batches-py with what make_folder's binary version holds."""
+    binary, expected = make_folder(parent)
+    folder = parent / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in BATCHES:
+        records = np.fromfile(binary / name, np.uint8).reshape(-1, 3073)
+        batch = pickled_by_python_2(records[:, 1:], records[:, 0])
+        (folder / name.removesuffix(".bin")).write_bytes(batch)
+    (folder / "batches.meta").write_bytes(b"\x80\x02}.")
+    (folder / "readme.html").write_text("<html>")
+    shutil.rmtree(binary)
+    return folder, expected
+
+
+def assert_is(splits, expected):
+    for split, arrays in expected.items():
+        for array, values in zip(splits[split], arrays, strict=True):
+            np.testing.assert_array_equal(array, values)
+            assert array.dtype == np.uint8
+
+
+def test_the_python_version_reads_as_the_binary_one(tmp_path):
+    folder, expected = make_python_folder(tmp_path)
+    archive = tmp_path / "packed" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    shutil.copytree(folder, tmp_path / "s4" / "cifar" / folder.name)
+    for source in (folder, tmp_path, archive, archive.parent, tmp_path / "s4"):
+        assert_is(read(source), expected)
+    for name, protocol in (("data_batch_2", 2), ("data_batch_3", 4)):  # copies of later Pythons
+        batch = pickle.loads((folder / name).read_bytes(), encoding="bytes")
+        if protocol == 4:
+            batch = {key.decode(): value for key, value in batch.items()}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol))
+    assert_is(read(folder), expected)
+    (folder / "data_batch_4").unlink()
+    with pytest.raises(UserError, match=r"is incomplete: it lacks data_batch_4; unpack"):
+        read(folder)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (pickle.dumps(Harmful()), "UnpicklingError it names posix.system"),
+        (pickle.dumps({"data": Harmful(), "labels": [1]}), "it names posix.system"),
+        (pickle.dumps(print), "it names builtins.print"),
+        (pickle.dumps({"labels": [1]}), "KeyError b'data'"),
+        (pickle.dumps([1, 2]), "AttributeError"),
+        (pickle.dumps({"data": np.zeros((1, 3072)), "labels": [1]}), "pixels are float64"),
+        (pickle.dumps({"data": np.zeros((2, 3), np.uint8), "labels": [1]}), r"are uint8 \[2, 3\]"),
+        (pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [-1]}), "labels are"),
+        (b"\x80\x02}(", "EOFError"),
+        (b"<html>", "UnpicklingError"),
+    ],
+)
+def test_pickles_that_are_no_batches_are_refused_and_do_nothing(
+    tmp_path, content, reason, monkeypatch
+):
+    folder, _ = make_python_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (folder / "data_batch_1").write_bytes(content)
+    with pytest.raises(UserError, match=rf"data_batch_1 is no batch of .* whole: .*{reason}"):
+        read(folder)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_wrong_label_of_the_python_version_is_named(tmp_path):
+    folder, _ = make_python_folder(tmp_path)
+    batch = {"data": np.zeros((10, 3072), np.uint8), "labels": [0, 10] * 5}
+    (folder / "data_batch_1").write_bytes(pickle.dumps(batch, 2))
+    with pytest.raises(UserError, match="data_batch_1, record 2: the label 10 is not one of"):
+        read(folder)
+
+
+def test_tables_of_images_give_the_data_of_the_folder(tmp_path):
+    """As the Hugging Face hub has them: PNGs, with their names."""
+    make_folder(tmp_path)
+    config = held_out.HeldOutConfig(name="tiny", sizes=tuple(SIZES.values()), num_validation=10)
+    task = dataclasses.replace(tasks.get("image"), config=config, source_config=config)
+    tables = tmp_path / "tables" / "plain_text"
+    tables.mkdir(parents=True)
+    for split, (images, labels) in read(tmp_path).items():
+        files = []
+        for i, pixels in enumerate(images):
+            file = io.BytesIO()
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "PNG")
+            files.append({"bytes": file.getvalue(), "path": f"{i}.png"})
+        table = pyarrow.table({"img": files, "label": labels.astype(np.int64)})
+        pyarrow.parquet.write_table(table, tables / f"{split}-00000-of-00001.parquet")
+    for split in tasks.SPLITS:
+        ours, theirs = (
+            task.load(split, tmp_path / name, source=str(source))
+            for name, source in (("ours", tmp_path), ("theirs", tables.parent))
+        )
+        assert ours.checksum() == theirs.checksum()

@@ -148,7 +148,12 @@ def test_files_that_are_no_tables_are_named(tmp_path):
         (images, "train.npz", good | {"label": np.zeros(2, int)}, "different lengths: .2, 3"),
         (images, "train.npz", good | {"label": np.zeros((3, 2), int)}, "label '.0 0.'"),
         (images, "train.npz", good | {"label": np.full(3, 2)}, "label '2' is not one of: 0, 1"),
-        (images, "train.npz", {"label": np.array([{}])}, "arrays of objects are not read"),
+        (
+            images,
+            "train.npz",
+            {"label": np.array([{}])},
+            "numpy.savez: Object arrays",
+        ),
     ):
         path = tmp_path / name
         path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import shutil
+from unittest import mock
 
 import pytest
 import test_prepare
+import test_text
 import tiny_data
 
 from configs import quickstart
@@ -60,6 +63,80 @@ def test_two_copies_in_a_source_are_refused_and_a_named_one_is_read(tmp_path, fo
     assert find(copies[1].parent) == copies[1]
     with pytest.raises(archives.NotHereError):
         find(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("folder", "write", "find"),
+    [
+        ("listops", write_trees, find_listops),
+        ("aan", tiny_data.write_pairs, find_pairs),
+        ("data/aan", tiny_data.write_pairs, find_pairs),  # as on the Hugging Face hub
+        ("pathfinder/pathfinder8", write_images, find_images),
+    ],
+)
+def test_the_layout_of_s4_is_known(tmp_path, folder, write, find):
+    write(tmp_path / folder)
+    assert find(tmp_path) == find(tmp_path / folder) == tmp_path / folder
+
+
+@pytest.mark.parametrize("find", [find_listops, find_pairs, find_images])
+def test_the_packed_release_is_named_for_what_it_is(tmp_path, find):
+    """Not as missing, with which other examples would be made in its place."""
+    write_trees(tmp_path / "lra_release" / "lra_release" / "listops-1000")
+    test_text.pack(tmp_path / "lra_release", tmp_path / "lra_release.gz")
+    shutil.rmtree(tmp_path / "lra_release")
+    for source in (tmp_path, tmp_path / "lra_release.gz"):
+        with pytest.raises(UserError, match=r"gz is the packed release.*unpack it .tar -xzf") as e:
+            find(source)
+        assert not isinstance(e.value, archives.NotHereError)
+    (tmp_path / "file.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(archives.NotHereError, match=r"file\.zip is a zip archive, where a folder"):
+        find(tmp_path / "file.zip")
+
+
+@pytest.mark.parametrize(("folder", "write", "find"), RELEASE[:2])
+def test_files_that_are_not_what_their_names_say_are_named(tmp_path, folder, write, find):
+    write(tmp_path / folder)
+    path = min((tmp_path / folder).iterdir())
+    content = path.read_text()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=rf"{path.name} is a pointer of Git LFS.*: run git lfs"):
+        find(tmp_path)
+    path.write_text(content, encoding="utf-16")
+    with pytest.raises(UserError, match=rf"{path.name} is UTF-16 text; save it as UTF-8"):
+        find(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    write_trees(tmp_path / "listops")
+    tiny_data.write_pairs(tmp_path / "aan")
+    write_images(tmp_path / "pathfinder8")
+
+    def contents():
+        trees = [listops.read_tsv(path) for path in listops.find_files(tmp_path).values()]
+        pairs = [
+            list(retrieval.read_pairs(path, tiny_data.PAIRS[split], report=pytest.fail))
+            for split, path in retrieval.find_files(tmp_path).items()
+        ]
+        images = pathfinder.read_folder(tmp_path, 8, 14, report=pytest.fail, workers=1)
+        return str((trees, pairs, list(images)))
+
+    before = contents()
+    for path in (*tmp_path.rglob("*.tsv"), *tmp_path.rglob("*.npy")):
+        path.write_bytes(archives.BYTE_ORDER_MARK + path.read_bytes())
+    assert contents() == before
+
+
+def test_data_that_the_machine_does_not_let_be_read_are_not_called_damaged(
+    task, tmp_path, monkeypatch
+):
+    task.load("test", tmp_path)
+    for error in (MemoryError(), OSError(24, "Too many open files")):
+        source = mock.Mock(side_effect=error)
+        monkeypatch.setattr(task.builder, "as_data_source", source)
+        with pytest.raises(UserError, match=r"listops.* cannot be read: ") as caught:
+            task.load("test", tmp_path)
+        assert "delete" not in str(caught.value)
 
 
 def test_a_link_to_a_folder_is_no_second_copy(tmp_path):

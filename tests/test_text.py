@@ -1,12 +1,17 @@
 """IMDB reviews from folders and archives in the published layout, whole and damaged."""
 
+import csv
+import dataclasses
 import shutil
 import tarfile
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from skyformer_jax.data import archives, text
+from skyformer_jax import tasks
+from skyformer_jax.data import archives, held_out, text
 from skyformer_jax.errors import UserError
 
 SIZES = {"train": 40, "test": 20}
@@ -75,10 +80,10 @@ def test_an_archive_reads_as_its_folder(tmp_path, name, mode):
     assert_is(read(archive), expected)
     shutil.rmtree(folder)
     if name == ARCHIVE:
-        assert archives.find(tmp_path, text.PUBLISHED) == archive
+        assert archives.find(tmp_path, text.FORMS) == archive
         assert_is(read(tmp_path), expected)
     else:
-        assert archives.find(tmp_path, text.PUBLISHED) is None
+        assert archives.find(tmp_path, text.FORMS) is None
 
 
 def test_nothing_there_says_what_is_wanted(tmp_path):
@@ -159,5 +164,124 @@ def test_an_archive_with_altered_bytes_is_refused(tmp_path, mode):
         with pytest.raises(UserError, match=rf"{ARCHIVE} is damaged or partly .*download it again"):
             read(archive)
     archive.write_bytes(b"<html>404 Not Found</html>")
-    with pytest.raises(UserError, match=rf"{ARCHIVE} is damaged"):
+    with pytest.raises(UserError, match=rf"{ARCHIVE} is a web page, not .*; download that again"):
         read(archive)
+
+
+def write_tables(folder, expected, form, names, labels):
+    """The reviews in tables, as others publish them."""
+    folder.mkdir()
+    for split, (texts, classes) in expected.items():
+        rows = [
+            (f" {body.decode()}\n", labels[label])
+            for body, label in zip(texts, classes, strict=True)
+        ]
+        if form == "csv":
+            with (folder / f"{split}.csv").open("w", encoding="utf-8-sig", newline="") as file:
+                csv.writer(file).writerows([names, *rows])
+        else:
+            columns = map(list, zip(*rows, strict=True))
+            table = pyarrow.table(dict(zip(names, columns, strict=True)))
+            pyarrow.parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+
+
+TABLES = pytest.mark.parametrize(
+    ("form", "names", "labels"),
+    [
+        ("csv", ("review", "sentiment"), ("negative", "positive")),
+        ("csv", ("text", "label"), (0, 1)),
+        ("parquet", ("text", "label"), (0, 1)),
+    ],
+)
+
+
+@pytest.fixture
+def tiny_text():
+    config = held_out.HeldOutConfig(name="tiny", sizes=tuple(SIZES.values()), num_validation=10)
+    return dataclasses.replace(tasks.get("text"), config=config, source_config=config)
+
+
+@TABLES
+def test_tables_give_the_data_of_the_folder(tmp_path, tiny_text, form, names, labels):
+    _, expected = make_folder(tmp_path)
+    write_tables(tmp_path / "tables", expected, form, names, labels)
+    unlabelled = pyarrow.table({"text": ["no label"], "label": [-1]})
+    pyarrow.parquet.write_table(unlabelled, tmp_path / "tables" / "unsupervised.parquet")
+    for split in tasks.SPLITS:
+        ours, theirs = (
+            tiny_text.load(split, tmp_path / name / "data", source=str(tmp_path / name))
+            for name in ("aclImdb", "tables")
+        )
+        assert ours.checksum() == theirs.checksum()
+    data_dir = tmp_path / "tables" / "data"
+    shutil.move(data_dir, tmp_path / "data")
+    shutil.rmtree(tmp_path / "tables")
+    expected["train"][0][0] += b" altered"
+    write_tables(tmp_path / "tables", expected, form, names, labels)
+    with pytest.raises(UserError, match=r"made from another train"):
+        tiny_text.load("test", tmp_path / "data", source=str(tmp_path / "tables"))
+
+
+def test_tables_that_are_not_as_published_are_refused(tmp_path, tiny_text):
+    _, expected = make_folder(tmp_path)
+    texts, labels = expected["train"]
+    for name, changed, message in (
+        ("fewer", (texts[1:], labels[1:]), "is incomplete: 39 of 40 examples in train"),
+        ("flipped", (texts, [1, *labels[1:]]), "is incomplete: 19 of 20 reviews that are neg"),
+        (
+            "unlabelled",
+            (texts, [2, *labels[1:]]),
+            "example 1: the label '-1' is not one of",
+        ),
+        ("empty", ([b"", *texts[1:]], labels), "example 1: the review is empty"),
+    ):
+        tables = {"train": changed, "test": expected["test"]}
+        write_tables(tmp_path / name, tables, "csv", ("text", "label"), (0, 1, -1))
+        with pytest.raises(UserError, match=rf"train\.csv.*{message}"):
+            tiny_text.load("train", tmp_path / "data", source=str(tmp_path / name))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "fewer" / "train.csv").rename(tmp_path / "one" / "IMDB Dataset.csv")
+    with pytest.raises(UserError, match=r"IMDB Dataset\.csv does not say which .* are train and"):
+        tiny_text.load("train", tmp_path / "data", source=str(tmp_path / "one"))
+    assert tiny_text.is_in(str(tmp_path / "one"))
+    assert not tasks.get("image").is_in(str(tmp_path / "flipped"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_review(tmp_path):
+    folder, expected = make_folder(tmp_path)
+    (file,) = (folder / "test" / "pos").glob("3_*")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert_is(read(tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04", r"is a zip archive, not an archive of aclImdb: unpack it, and name its"),
+        (b"PAR1", r"is a table, not .*: name its folder, which must hold one for train and one"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            r"is a pointer of Git LFS.*lfs pull",
+        ),
+        (b"<!DOCTYPE html>", r"is a web page, not an archive of aclImdb"),
+        (b"\x80\x04K\x01.", r"is a pickle of Python, not an archive of aclImdb: name its folder"),
+    ],
+)
+def test_a_file_that_is_no_archive_is_named_for_what_it_is(tmp_path, content, message):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(archives.NotHereError, match=message):
+        read(tmp_path / "file")
+
+
+def test_an_archive_of_something_else_is_named_for_what_it_is(tmp_path):
+    (tmp_path / "lra_release").mkdir()
+    packed = pack(tmp_path / "lra_release", tmp_path / "lra_release.gz")
+    with pytest.raises(archives.NotHereError, match=r"is the packed release of the Long"):
+        read(packed)
+    (tmp_path / "else").mkdir()
+    with pytest.raises(UserError, match=r"or another archive: it holds none of IMDB's reviews"):
+        read(pack(tmp_path / "else", tmp_path / "else.tar"))
+    nested = tmp_path / "nested"
+    nested.mkdir()
+    _, expected = make_folder(nested)
+    assert_is(read(pack(nested, tmp_path / "nested.tar")), expected)

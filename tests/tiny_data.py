@@ -9,7 +9,7 @@ import test_text
 from PIL import Image
 
 from skyformer_jax import tasks
-from skyformer_jax.data import builder, listops, pathfinder, retrieval
+from skyformer_jax.data import held_out, listops, pathfinder, retrieval
 from skyformer_jax.data.examples import Examples
 
 
@@ -70,10 +70,10 @@ def tiny_tasks():
     grammar = listops.Grammar(min_length=4, max_length=48, max_depth=4, max_args=5)
     sizes = {
         "listops": listops.ListopsConfig(name="tiny", grammar=grammar, sizes=(60, 20, 30)),
-        "text": builder.HeldOutConfig(
+        "text": held_out.HeldOutConfig(
             name="tiny", sizes=tuple(test_text.SIZES.values()), num_validation=10
         ),
-        "image": builder.HeldOutConfig(
+        "image": held_out.HeldOutConfig(
             name="tiny", sizes=tuple(test_image.SIZES.values()), num_validation=10
         ),
         "retrieval": retrieval.RetrievalConfig(name="tiny", sizes=tuple(PAIRS.values())),

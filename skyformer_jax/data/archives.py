@@ -14,6 +14,57 @@ from skyformer_jax.errors import UserError
 
 # The official release of the Long Range Arena unpacks into lra_release/lra_release.
 _RELEASE_FOLDERS = ("", "lra_release", "lra_release/lra_release")
+_PACKED_RELEASES = ("lra_release.gz", "lra_release.tar.gz")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # the byte-order marks of UTF-16
+_LFS = b"version https://git-lfs.github.com/spec/"
+_DAMAGE = (EOFError, OSError, tarfile.TarError, zlib.error, lzma.LZMAError)
+
+
+class Kind(NamedTuple):
+    """What a file is that is not what was looked for.
+
+    Attributes:
+      what: a description.
+      advice: what to do with it.
+      folder: of a tar archive, the folder into which it unpacks.
+    """
+
+    what: str
+    advice: str
+    folder: str = ""
+
+
+_POINTER = Kind("a pointer of Git LFS, in place of a file not fetched", "run git lfs pull")
+_TABLE = Kind("a table", "name its folder, which must hold one for train and one for test")
+_PICKLE = Kind("a pickle of Python", "name its folder")
+_WEB_PAGE = Kind("a web page", "a server sent it in place of the file; download that again")
+_BEGINNINGS = {
+    b"PK\x03\x04": Kind("a zip archive", "unpack it, and name its folder"),
+    b"PAR1": _TABLE,
+    _LFS: _POINTER,
+    **{bytes([0x80, protocol]): _PICKLE for protocol in range(2, 6)},
+}
+_RELEASE = Kind(
+    "the packed release of the Long Range Arena",
+    "unpack it (tar -xzf), and name the folder that this makes",
+    "lra_release",
+)
+_ARCHIVES = (
+    _RELEASE,
+    Kind("the archive of IMDB's reviews", "name it for task text", "aclImdb"),
+    *(
+        Kind(f"the archive of CIFAR-10, {version}", "name it for task image", folder)
+        for version, folder in (
+            ("binary version", "cifar-10-batches-bin"),
+            ("Python version", "cifar-10-batches-py"),
+        )
+    ),
+    *(
+        Kind("the archive of CIFAR-100", "name that of CIFAR-10", f"cifar-100-{version}")
+        for version in ("binary", "python")
+    ),
+)
 
 
 class NotHereError(UserError):
@@ -21,74 +72,137 @@ class NotHereError(UserError):
 
 
 class Published(NamedTuple):
-    """How a data set is published.
+    """A form in which a data set is published.
 
     Attributes:
       folder: name of the folder into which the archive unpacks.
       contents: names in that folder by which it is recognised.
       archives: names of the archive.
+      files: pattern of the files in that folder by which it is recognised later; "" if those are
+        too many.
     """
 
     folder: str
     contents: tuple[str, ...]
     archives: tuple[str, ...]
+    files: str = ""
 
 
-def find(source: Path, published: Published) -> Path | None:
-    """Finds the published folder or archive.
+def find(source: Path, forms: Sequence[Published]) -> Path | None:
+    """Finds the published folder or archive, the first of the forms that is there.
 
     Args:
-      source: the folder or the archive itself, of any name; or a folder that holds either.
-      published: what to look for.
+      source: the folder or the archive itself, of any name; or a folder that holds either, perhaps
+        in cifar/, as S4's does.
+      forms: what to look for.
 
     Returns:
-      A folder that has the contents, or a file; None if there is neither.
+      A folder that has the contents, or a tar file; None if there is neither.
     """
     if source.is_file():
-        return source
-    for folder in (source, source / published.folder):
-        if _has(folder, published.contents):
-            return folder
-    return next(filter(Path.is_file, (source / name for name in published.archives)), None)
+        kind = kind_of(source)
+        return source if kind is None or kind.folder in [form.folder for form in forms] else None
+    for form in forms:
+        for folder in (source, source / form.folder, source / "cifar" / form.folder):
+            if _has(folder, form.contents):
+                return folder
+    names = (name for form in forms for name in form.archives)
+    return next(filter(Path.is_file, (source / name for name in names)), None)
 
 
-def locate(source: Path, published: Published) -> Path:
+def locate(source: Path, forms: Sequence[Published]) -> Path:
     """Finds the published folder or archive, as find does.
 
     Raises:
-      NotHereError: if there is neither, saying what to put where.
+      NotHereError: if there is neither, saying what to put where, and what is there.
     """
-    place = find(source, published)
-    if place is None:
-        raise NotHereError(
-            f"{source} does not hold {' and '.join(published.contents)}, nor {published.folder}/ "
-            f"with them, nor {' or '.join(published.archives)}; name the unpacked folder or the "
-            "archive, or put either there"
-        )
-    return place
+    place = find(source, forms)
+    if place is not None:
+        return place
+    if source.is_file():
+        kind = kind_of(source)
+        wanted = " or ".join(form.folder for form in forms)
+        raise NotHereError(f"{source} is {kind.what}, not an archive of {wanted}: {kind.advice}")
+    wanted = ", nor ".join(
+        f"{' and '.join(form.contents)}, nor {form.folder}/ with them, nor "
+        f"{' or '.join(form.archives)}"
+        for form in forms
+    )
+    raise NotHereError(
+        f"{source} does not hold {wanted}; {holding(source)}name the unpacked folder or the "
+        "archive, or put either there"
+    )
+
+
+def holding(source: Path) -> str:
+    """What a folder holds, as a clause of an error; "" for what is no folder or empty."""
+    names = sorted(os.listdir(source)) if source.is_dir() else []
+    if not names:
+        return ""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"it holds {', '.join(names[:5])}{more}; "
+
+
+def kind_of(path: Path) -> Kind | None:
+    """What a file is, by its beginning; None if that is not known, as of a damaged archive."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    for beginning, kind in _BEGINNINGS.items():
+        if start.startswith(beginning):
+            return kind
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return _WEB_PAGE
+    if path.suffix in (".csv", ".tsv"):
+        return _TABLE
+    try:
+        with tarfile.open(path, "r:*") as tar:
+            first = tar.next()
+    except _DAMAGE:
+        return None
+    folders = Path(first.name).parts if first else ()
+    return next((kind for kind in _ARCHIVES if kind.folder in folders), None)
+
+
+def check_readable(path: Path) -> None:
+    """Raises a UserError for a file that is whole, but not what it should be.
+
+    That is a pointer of Git LFS in its place, or text in UTF-16.
+    """
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(_UTF16):
+        raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
+    if start.startswith(_LFS):
+        raise UserError(f"{path} is {_POINTER.what}: {_POINTER.advice}")
 
 
 def members(
-    place: Path, published: Published, pattern: re.Pattern[str]
+    place: Path, pattern: re.Pattern[str], what: str
 ) -> Iterator[tuple[re.Match[str], bytes]]:
     """Yields some files of a data set, in no particular order; an archive is read once.
 
     Args:
       place: the published folder or archive, as found.
-      published: what it is.
-      pattern: matches the whole names of the wanted files, relative to the published folder, with
-        "/" between folders.
+      pattern: matches the ends, from the beginning of a name, of the names of the wanted files,
+        with "/" between folders.
+      what: what they are.
 
     Yields:
       The match of each name, and the content of that file.
 
     Raises:
-      UserError: if the archive is damaged or partly downloaded.
+      UserError: if the archive is damaged or partly downloaded, or there are no such files in it.
     """
+    whole = re.compile(f"(?:.*/)?{pattern.pattern}")
     if place.is_dir():
-        yield from _files_of_folder(place, pattern)
-    else:
-        yield from _files_of_archive(place, published.folder, pattern)
+        yield from _files_of_folder(place, whole)
+        return
+    found = False
+    for member in _files_of_archive(place, whole):
+        found = True
+        yield member
+    if not found:
+        raise UserError(f"{place} is incomplete, or another archive: it holds none of {what}")
 
 
 def _files_of_folder(
@@ -102,18 +216,17 @@ def _files_of_folder(
 
 
 def _files_of_archive(
-    place: Path, folder: str, pattern: re.Pattern[str]
+    place: Path, pattern: re.Pattern[str]
 ) -> Iterator[tuple[re.Match[str], bytes]]:
     try:
         with tarfile.open(place, "r:*") as tar:
             for member in tar:
-                name = member.name.removeprefix("./").removeprefix(f"{folder}/")
-                if member.isfile() and (match := pattern.fullmatch(name)):
+                if member.isfile() and (match := pattern.fullmatch(member.name)):
                     yield match, tar.extractfile(member).read()
             # To the end, because the archive's checksum comes after the last file.
             while tar.fileobj.read(1 << 20):
                 pass
-    except (EOFError, OSError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+    except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno:  # a fault of the machine
             raise
         reason = " ".join(str(error).split())
@@ -138,60 +251,78 @@ def check_count(place: Path, count: int, expected: int, what: str) -> None:
     Raises:
       UserError: unless the count of what is in place is the expected one.
     """
-    if count != expected:
+    if count < expected:
         raise UserError(
-            f"{place} is {'incomplete' if count < expected else 'not as published'}: {count:,} of "
-            f"{expected:,} {what}; unpack or download it again"
+            f"{place} is incomplete: {count:,} of {expected:,} {what}; unpack or download it again"
+        )
+    if count > expected:
+        raise UserError(
+            f"{place} is not as published: {count:,} of {expected:,} {what}; name the published one"
         )
 
 
-def find_in_release(source: Path, folder: str, contents: Sequence[str]) -> Path:
+def find_in_release(source: Path, folders: Sequence[str], contents: Sequence[str]) -> Path:
     """Finds a folder of the official release of the Long Range Arena.
 
     The release holds some folders twice, the second one folder deeper, and not with the same files.
 
     Args:
       source: the folder itself, or one that holds it, or one that holds lra_release/.
-      folder: name of the folder.
+      folders: its name in the release, and those that others gave it.
       contents: names that the folder must hold.
 
     Raises:
       NotHereError: if there is no such folder, saying what is missing.
-      UserError: if there are several, naming them.
+      UserError: if there are several, naming them; or if the release is there, but packed.
     """
     if _has(source, contents):
         return source
-    places = (source / release / folder for release in _RELEASE_FOLDERS)
+    places = (source / release / folder for release in _RELEASE_FOLDERS for folder in folders)
     copies = {place.resolve(): place for place in places if _has(place, contents)}
     if len(copies) > 1:
         raise UserError(
-            f"{source} holds {len(copies)} copies of {folder}, which may differ: "
+            f"{source} holds {len(copies)} copies of {folders[0]}, which may differ: "
             f"{' and '.join(map(str, copies.values()))}; name the one to read as the source"
         )
     for place in copies.values():
         return place
+    _check_unpacked(source)
     raise NotHereError(
-        f"{source} does not hold {', '.join(contents)}, nor does {folder}/ in it; "
-        "name the folder of the unpacked lra_release"
+        f"{source} does not hold {', '.join(contents)}, nor does {folders[0]}/ in it; "
+        f"{holding(source)}name the folder of the unpacked lra_release"
     )
 
 
-def find_files(source: Path, folder: str, names: Mapping[str, str]) -> dict[str, Path]:
+def _check_unpacked(source: Path) -> None:
+    """Raises a UserError that says what to do if the release is packed or a file is named."""
+    if source.is_file():
+        kind = kind_of(source) or Kind("a file", "name the folder of lra_release")
+        error = UserError if kind is _RELEASE else NotHereError
+        raise error(f"{source} is {kind.what}, where a folder is wanted: {kind.advice}")
+    packed = next(filter(Path.is_file, (source / name for name in _PACKED_RELEASES)), None)
+    if packed is not None and not (source / "lra_release").exists():
+        raise UserError(f"{packed} is {_RELEASE.what}: {_RELEASE.advice}")
+
+
+def find_files(source: Path, folders: Sequence[str], names: Mapping[str, str]) -> dict[str, Path]:
     """Finds files in a folder of the release, as find_in_release does.
 
     Args:
       source: as in find_in_release.
-      folder: as in find_in_release.
+      folders: as in find_in_release.
       names: name of the file of each split.
 
     Returns:
       The path of the file of each split.
 
     Raises:
-      UserError: as find_in_release.
+      UserError: as find_in_release; or as check_readable.
     """
-    found = find_in_release(source, folder, list(names.values()))
-    return {split: found / name for split, name in names.items()}
+    found = find_in_release(source, folders, list(names.values()))
+    paths = {split: found / name for split, name in names.items()}
+    for path in paths.values():
+        check_readable(path)
+    return paths
 
 
 def is_utf8(text: bytes) -> bool:

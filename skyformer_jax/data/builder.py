@@ -1,10 +1,9 @@
 """What the TFDS builders share: data sets are stored once as array_record, without TensorFlow.
 
-What is stored does not depend on the form of the source: reviews and photographs are put in the
-order of the hashes of their contents, and Pathfinder images are split by the hashes of their names.
+What is stored does not depend on the form of the source: see held_out for reviews and photographs;
+Pathfinder images are split by the hashes of their names.
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from skyformer_jax.data import archives, downloads
-from skyformer_jax.data.splits import SPLITS, content_hash, hold_out
+from skyformer_jax.data import archives
 from skyformer_jax.progress import say, track
 
 SOURCE_FILE = "source.json"  # what a data set was made from, and notes on that
@@ -139,71 +137,3 @@ def shard_of_documents(examples: Sequence[Documents], labels: np.ndarray, what: 
             yield documents, int(label)
 
     return shard
-
-
-@dataclasses.dataclass
-class HeldOutConfig(tfds.core.BuilderConfig):
-    """A data set that is published as train and test.
-
-    Attributes:
-      sizes: published examples of train and test.
-      num_validation: examples of train that are held out by the hashes of their contents, the same
-        number of every class.
-    """
-
-    sizes: tuple[int, int] = (0, 0)
-    num_validation: int = 0
-
-
-class HeldOutBuilder(LraBuilder, skip_registration=True):
-    """A data set that is published as train and test, in an archive that can be downloaded.
-
-    Each split is stored in the order of the hashes of its contents. A subclass that sets URL must
-    be in a module of this folder, because TFDS looks for checksums.tsv beside it.
-    """
-
-    URL: ClassVar[str]
-    PUBLISHED: ClassVar[archives.Published]
-    TFDS_NAME: ClassVar[str]
-
-    def read(self, place: Path, sizes: Mapping[str, int]) -> dict[str, Rows]:
-        """Reads train and test from the published folder or archive."""
-        raise NotImplementedError
-
-    def read_prepared(self, folder: Path, split: str, size: int) -> Rows:
-        """Reads a split from a folder in which TFDS prepared its own data set."""
-        raise NotImplementedError
-
-    def source_files(self) -> list[Path]:
-        """The archive; or the files of the folder, if they are few."""
-        if downloads.prepared_by_tfds(self.TFDS_NAME, self.source):
-            return []
-        place = archives.locate(self.source, self.PUBLISHED)
-        return [place] if place.is_file() else sorted(place.glob("*.bin"))
-
-    def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
-        """Reads published files, what TFDS prepared, or else the downloaded archive."""
-        config = self.builder_config
-        sizes = dict(zip(("train", "test"), config.sizes, strict=True))
-        prepared = downloads.prepared_by_tfds(self.TFDS_NAME, self.source)
-        if prepared:
-            say(f"reading {prepared}")
-            rows = {
-                split: self.read_prepared(prepared, split, size) for split, size in sizes.items()
-            }
-        else:
-            place = self.source or downloads.download(
-                self.URL, self.PUBLISHED, Path(self.data_dir_root), dl_manager
-            )
-            rows = self.read(place, sizes)
-        for split, (values, labels) in rows.items():
-            hashes = np.array([content_hash(value) for value in values], np.uint64)
-            order = np.lexsort((labels, hashes))
-            rows[split] = [values[i] for i in order], labels[order]
-        values, labels = rows["train"]
-        held_out = hold_out(values, labels, config.num_validation, seed=0)
-        for split, chosen in (("train", ~held_out), ("validation", held_out)):
-            rows[split] = [values[i] for i in np.flatnonzero(chosen)], labels[chosen]
-        return {
-            split: [shard_of_rows(*rows[split], f"storing {self.name} {split}")] for split in SPLITS
-        }

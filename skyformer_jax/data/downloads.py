@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +16,7 @@ from skyformer_jax.progress import say
 
 def download(
     url: str,
-    published: archives.Published,
+    forms: Sequence[archives.Published],
     data_dir: Path,
     dl_manager: tfds.download.DownloadManager,
 ) -> Path:
@@ -24,20 +24,20 @@ def download(
 
     Args:
       url: address of the archive, whose size and SHA-256 are in data/checksums.tsv.
-      published: how the data set is published.
+      forms: how the data set is published; the archive is of the first of these.
       data_dir: folder of all data sets.
       dl_manager: TFDS's, which downloads and checks.
 
     Raises:
       UserError: if the server cannot be reached, or sends something else.
     """
-    place = archives.find(data_dir, published)
+    place = archives.find(data_dir, forms)
     if place is not None:
         say(f"reading {place}")
         return place
     parts = urlsplit(url)
     instead = (
-        f"put {published.folder}/ or {published.archives[0]} into {data_dir}, or name their folder "
+        f"put {forms[0].folder}/ or {forms[0].archives[0]} into {data_dir}, or name their folder "
         "by --config.data.source (train.py) or --source (prepare)"
     )
     try:  # first, because TFDS tries for minutes
@@ -74,14 +74,17 @@ def prepared_by_tfds(name: str, source: Path | None) -> Path | None:
     return max(found).parent if found else None
 
 
-def tfds_examples(folder: Path, split: str, size: int, **options: Any) -> Iterator[dict[str, Any]]:
-    """The examples of a data set that TFDS prepared.
+def tfds_examples(
+    folder: Path, split: str, size: int, inputs: str, labels: str
+) -> Iterator[tuple[Any, Any]]:
+    """The inputs and labels of a data set that TFDS prepared.
 
     Args:
       folder: its folder, from prepared_by_tfds.
       split: name of the split.
       size: number of examples that the split must have.
-      **options: options of TFDS's as_data_source.
+      inputs: name of the feature of inputs, which are left as they are stored: an image is a file.
+      labels: name of the feature of labels.
 
     Raises:
       UserError: if it cannot be read without TensorFlow, or is not of that size.
@@ -91,11 +94,12 @@ def tfds_examples(folder: Path, split: str, size: int, **options: Any) -> Iterat
     if found != size:
         raise UserError(f"{folder} has {found:,} examples in {split}, not {size:,}")
     try:
-        data = prepared.as_data_source(split=split, **options)
+        # Not decoded, because TFDS would need OpenCV for images.
+        data = prepared.as_data_source(split, decoders={inputs: tfds.decode.SkipDecoding()})
     except NotImplementedError:
         raise UserError(
             f"{folder} is stored as {prepared.info.file_format.value}, which only TensorFlow "
             "reads; prepare it with file_format='array_record', or name the published files as the "
             "source"
         ) from None
-    return (data[i] for i in range(size))
+    return ((data[i][inputs], data[i][labels]) for i in range(size))

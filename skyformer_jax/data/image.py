@@ -1,27 +1,33 @@
 """Image: what does a photograph show? CIFAR-10 (Krizhevsky, 2009) in gray, pixel by pixel."""
 
 import io
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image as Picture
 
-from skyformer_jax.data import archives, downloads
-from skyformer_jax.data.builder import HeldOutBuilder, HeldOutConfig, Rows
+from skyformer_jax.data import archives, tables
+from skyformer_jax.data.builder import Rows
+from skyformer_jax.data.held_out import HeldOutBuilder, HeldOutConfig
 from skyformer_jax.data.task import Task, shrink_images
 from skyformer_jax.data.tokenizer import IDENTITY
 from skyformer_jax.errors import UserError
 
 SIZES: Mapping[str, int] = {"train": 50_000, "test": 10_000}
 
-_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
-PUBLISHED = archives.Published(
-    "cifar-10-batches-bin", ("test_batch.bin",), ("cifar-10-binary.tar.gz",)
+_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+FORMS = (
+    archives.Published(
+        "cifar-10-batches-bin", ("test_batch.bin",), ("cifar-10-binary.tar.gz",), "*_batch*.bin"
+    ),
+    archives.Published(
+        "cifar-10-batches-py", ("test_batch",), ("cifar-10-python.tar.gz",), "*_batch*"
+    ),
 )
-_NAME = re.compile(r"(data_batch_[1-5]|test_batch)\.bin")
+_NAME = re.compile(r"((?:data_batch_[1-5]|test_batch)(\.bin)?)")
 _NUM_CLASSES = 10
 _SIDE = 32
 _RECORD = 1 + 3 * _SIDE**2  # a label, then the red, green and blue planes, row by row
@@ -32,11 +38,11 @@ _CHUNK = 1024  # images
 def read_cifar10(
     source: Path, *, sizes: Mapping[str, int] = SIZES
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads the batches of the binary version, in their order.
+    """Reads the batches of the binary or of the Python version, in their order.
 
     Args:
-      source: the folder cifar-10-batches-bin, its tar file of any compression, or a folder that
-        holds either.
+      source: the folder cifar-10-batches-bin or cifar-10-batches-py, the tar file of either with
+        any compression, or a folder that holds one of these.
       sizes: examples of each split.
 
     Returns:
@@ -45,21 +51,23 @@ def read_cifar10(
 
     Raises:
       UserError: naming the file, if there is no such data set, its archive is damaged, a batch is
-        missing or cut, or a label is not in 0..9.
+        missing, cut or of another kind, or a label is not in 0..9.
     """
-    place = archives.locate(source, PUBLISHED)
-    batches = {
-        match[0]: _parse(content, f"{place}: {match[0]}")
-        for match, content in archives.members(place, PUBLISHED, _NAME)
-    }
+    place = archives.locate(source, FORMS)
+    batches = {}
+    for match, content in archives.members(place, _NAME, "CIFAR-10's batches"):
+        parse = _parse_binary if match[2] else _parse_pickle
+        batches[match[1]] = parse(content, f"{place}: {match[0]}")
+    ending = "" if "test_batch" in batches and "test_batch.bin" not in batches else ".bin"
     splits = {}
     for split, size in sizes.items():
-        missing = [name for name in _FILES[split] if name not in batches]
+        names = [f"{name}{ending}" for name in _BATCHES[split]]
+        missing = [name for name in names if name not in batches]
         if missing:
             raise UserError(
                 f"{place} is incomplete: it lacks {', '.join(missing)}; unpack or download it again"
             )
-        records = [batches.pop(name) for name in _FILES[split]]
+        records = [batches.pop(name) for name in names]
         labels = np.concatenate([batch[:, 0] for batch in records])
         archives.check_count(place, len(labels), size, f"images in {split}")
         images = np.concatenate([batch[:, 1:] for batch in records])
@@ -67,14 +75,18 @@ def read_cifar10(
     return splits
 
 
-def _parse(content: bytes, name: str) -> np.ndarray:
+def _parse_binary(content: bytes, name: str) -> np.ndarray:
     """The records of a batch, uint8 [examples, _RECORD]; raises UserError unless they are whole."""
     if len(content) % _RECORD:
         raise UserError(
             f"{name} has {len(content):,} bytes, not a multiple of {_RECORD:,}: "
             "incomplete, or not the binary version; unpack or download it again"
         )
-    records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
+    return _checked(np.frombuffer(content, np.uint8).reshape(-1, _RECORD), name)
+
+
+def _checked(records: np.ndarray, name: str) -> np.ndarray:
+    """The records; raises UserError for a label that there is not."""
     wrong = np.flatnonzero(records[:, 0] >= _NUM_CLASSES)
     if wrong.size:
         raise UserError(
@@ -82,6 +94,48 @@ def _parse(content: bytes, name: str) -> np.ndarray:
             f"0 to {_NUM_CLASSES - 1}; unpack or download it again"
         )
     return records
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads pickles of arrays, numbers and texts, and calls nothing that could do harm.
+
+    A pickle names the functions that make its objects; any that a batch does not need is refused.
+    """
+
+    def find_class(self, module: str, name: str) -> object:
+        """What makes the objects that a pickle says are made by that name."""
+        maker = _MAKERS.get((module.replace("numpy._core", "numpy.core"), name))
+        if maker is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return maker
+
+
+# By the names that NumPy's arrays have in pickles. None is looked up by its name.
+_MAKERS: Mapping[tuple[str, str], object] = {
+    ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: np.zeros(shape, code),
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+}
+
+
+def _parse_pickle(content: bytes, name: str) -> np.ndarray:
+    """The records of a batch of the Python version, as _parse_binary gives them."""
+    try:
+        # Python 2 wrote them: its texts are bytes. Later copies have texts.
+        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        fields = {key if isinstance(key, bytes) else key.encode(): batch[key] for key in batch}
+        pixels, labels = np.asarray(fields[b"data"]), np.asarray(fields[b"labels"])
+        if pixels.dtype != np.uint8 or pixels.shape != (labels.size, _RECORD - 1):
+            raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}")
+        if labels.dtype.kind not in "iu" or not ((labels >= 0) & (labels < 256)).all():
+            raise ValueError(f"labels are {labels.dtype}")
+    except Exception as error:  # of a damaged pickle, nearly any
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise UserError(
+            f"{name} is no batch of CIFAR-10's Python version, or not whole: {reason}"
+        ) from None
+    return _checked(np.column_stack([labels.astype(np.uint8), pixels]), name)
 
 
 def to_gray(rgb: np.ndarray) -> np.ndarray:
@@ -110,8 +164,10 @@ class Image(HeldOutBuilder):
     """CIFAR-10 in gray, pixels row by row. Validation is 5,000 photographs held out of train."""
 
     URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-    PUBLISHED = PUBLISHED
+    FORMS = FORMS
     TFDS_NAME = "cifar10"
+    TFDS_FEATURES = ("image", "label")
+    COLUMNS = (("img", "image"), ("label",))
     DESCRIPTION = "Photographs of 32 x 32 gray pixels (ITU-R 601 luma, 0..255), row by row."
     HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
     CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
@@ -130,15 +186,20 @@ class Image(HeldOutBuilder):
         photographs = read_cifar10(place, sizes=sizes)
         return {split: (to_gray(rgb), labels) for split, (rgb, labels) in photographs.items()}
 
-    def read_prepared(self, folder: Path, split: str, size: int) -> Rows:
-        """Reads a split from a folder in which TFDS prepared cifar10."""
-        rgb, labels = np.zeros((size, 3, _SIDE, _SIDE), np.uint8), np.zeros(size, np.uint8)
-        skip = {"image": tfds.decode.SkipDecoding()}  # because TFDS would need OpenCV
-        for i, example in enumerate(downloads.tfds_examples(folder, split, size, decoders=skip)):
-            with Picture.open(io.BytesIO(example["image"])) as picture:
-                rgb[i] = np.asarray(picture).transpose(2, 0, 1)
-            labels[i] = example["label"]
-        return to_gray(rgb), labels
+    def read_examples(self, place: Path, inputs: Sequence, labels: Sequence) -> Rows:
+        """Reads a split from the image files and labels that TFDS or a table holds."""
+        rgb = np.zeros((len(inputs), 3, _SIDE, _SIDE), np.uint8)
+        for i, value in enumerate(inputs):
+            file = value["bytes"] if isinstance(value, dict) else value  # the hub's tables
+            try:
+                with Picture.open(io.BytesIO(file)) as picture:
+                    rgb[i] = np.asarray(picture).transpose(2, 0, 1)
+            except (OSError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{place}, example {i + 1}: no image of {_SIDE} x {_SIDE} pixels ({error})"
+                ) from None
+        names = {str(label): label for label in range(_NUM_CLASSES)}
+        return to_gray(rgb), tables.class_numbers(place, labels, names)
 
 
 IMAGE = Task(

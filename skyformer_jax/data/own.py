@@ -163,21 +163,8 @@ class OwnBuilder(LraBuilder, skip_registration=True):
         documents = [
             parse(place, name, column) for name, column in zip(names, columns, strict=True)
         ]
-        return list(zip(*documents, strict=True)), self._numbers(place, labels)
-
-    def _numbers(self, place: Path, labels: tables.Column) -> np.ndarray:
-        """The classes' numbers of labels, int [examples]."""
         numbers = {label: i for i, label in enumerate(self.LABELS)}
-        found = np.zeros(len(labels), np.int64)
-        for i, label in enumerate(labels):
-            text = label.decode("utf-8", "replace") if isinstance(label, bytes) else str(label)
-            if text not in numbers:
-                allowed = ", ".join(self.LABELS[:20]) + (", ..." if len(self.LABELS) > 20 else "")
-                raise UserError(
-                    f"{place}, example {i + 1}: the label {text[:40]!r} is not one of: {allowed}"
-                )
-            found[i] = numbers[text]
-        return found
+        return list(zip(*documents, strict=True)), tables.class_numbers(place, labels, numbers)
 
 
 def _parse_text(place: Path, name: str, column: tables.Column) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ from skyformer_jax.progress import say, track
 
 SIZES: Mapping[str, int] = {"train": 147_086, "validation": 18_090, "test": 17_437}
 
+_FOLDERS = ("tsv_data", "aan", "data/aan")
 _FILES = {
     "train": "new_aan_pairs.train.tsv",
     "validation": "new_aan_pairs.eval.tsv",
@@ -40,12 +41,13 @@ def find_files(source: Path) -> dict[str, Path]:
     """Finds the published files of the splits "train", "validation" and "test".
 
     Args:
-      source: the folder of the three files, or one that holds tsv_data/ or lra_release/.
+      source: the folder of the three files, or one that holds tsv_data/, aan/, data/aan/
+        or lra_release/.
 
     Raises:
       UserError: if one of them is missing.
     """
-    return archives.find_files(source, "tsv_data", _FILES)
+    return archives.find_files(source, _FOLDERS, _FILES)
 
 
 def read_pairs(
@@ -68,6 +70,8 @@ def read_pairs(
     count = foreign = 0
     with path.open("rb") as lines:
         for count, line in enumerate(lines, start=1):
+            if count == 1:
+                line = line.removeprefix(archives.BYTE_ORDER_MARK)
             columns = line.removesuffix(b"\n").removesuffix(b"\r").split(b"\t")
             if len(columns) != _NUM_COLUMNS:
                 raise UserError(

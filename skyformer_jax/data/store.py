@@ -19,6 +19,8 @@ from skyformer_jax.files import expand, lock, unnamed_owners
 from skyformer_jax.progress import say
 
 _READ_AT_ONCE = 4096
+# What errors say that are no fault of the data.
+_OF_MACHINE = ("Permission denied", "Too many open files", "Cannot allocate memory")
 
 
 def make(builder: type[LraBuilder], config: str | Any, data_dir: str) -> LraBuilder:
@@ -135,6 +137,8 @@ def load(builder: LraBuilder, split: str) -> Examples:
                 labels.append(example["label"])
     except Exception as error:  # TFDS, array_record and the parser of examples raise many kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, MemoryError) or any(words in reason for words in _OF_MACHINE):
+            raise UserError(f"the data set in {place} cannot be read: {reason}") from None
         raise UserError(
             f"the data set in {place} is damaged: {reason}; delete that folder to make it again"
         ) from None

@@ -4,16 +4,18 @@ A TSV file is lines of columns between tabs, without quoting; a CSV file is quot
 Both begin with the names of the columns, and a byte-order mark before these is no part of them.
 """
 
+import contextlib
 import csv
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from skyformer_jax.data import archives
 from skyformer_jax.errors import UserError
 
 SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -21,7 +23,6 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
-_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 Column = Sequence | np.ndarray
 
@@ -81,7 +82,58 @@ def as_bytes(value: object) -> bytes | None:
     return bytes(value) if isinstance(value, bytes) else None
 
 
+def class_numbers(place: Path, labels: Column, numbers: Mapping[str, int]) -> np.ndarray:
+    """The numbers of the classes of examples, int64 [examples].
+
+    Args:
+      place: what errors name.
+      labels: their labels, texts or numbers.
+      numbers: the number of each label, written as a text.
+
+    Raises:
+      UserError: naming the first example whose label is none of these.
+    """
+    found = np.zeros(len(labels), np.int64)
+    for i, label in enumerate(labels):
+        text = label.decode("utf-8", "replace") if isinstance(label, bytes) else str(label)
+        if text not in numbers:
+            allowed = ", ".join([*numbers][:20]) + (", ..." if len(numbers) > 20 else "")
+            raise UserError(
+                f"{place}, example {i + 1}: the label {text[:40]!r} is not one of: {allowed}"
+            )
+        found[i] = numbers[text]
+    return found
+
+
+def has_columns(paths: Sequence[Path], columns: Sequence[Sequence[str]]) -> bool:
+    """Whether every table has one of the names of every wanted column; see read."""
+    return all(not set(names).isdisjoint(_names(path)) for path in paths for names in columns)
+
+
+def _names(path: Path) -> Sequence[str]:
+    """The names of a table's columns."""
+    if path.suffix in (".parquet", ".npz"):
+        with _unreadable(path):
+            if path.suffix == ".parquet":
+                return pyarrow.parquet.read_schema(path).names
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays.files
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        return next(lines, "").rstrip("\r\n").split("," if path.suffix == ".csv" else "\t")
+
+
+@contextlib.contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    """Turns what libraries raise for a file that is cut or of another form into one line."""
+    try:
+        yield
+    except (EOFError, ValueError, AttributeError, zipfile.BadZipFile, pyarrow.ArrowException) as e:
+        form = "arrays of numpy.savez" if path.suffix == ".npz" else "Parquet"
+        raise UserError(f"{path} cannot be read as {form}: {' '.join(str(e).split())}") from None
+
+
 def _read_file(path: Path, columns: Sequence[Sequence[str]]) -> list[Column]:
+    archives.check_readable(path)
     table = READERS[path.suffix](path)
     chosen = []
     for names in columns:
@@ -100,15 +152,7 @@ def _read_file(path: Path, columns: Sequence[Sequence[str]]) -> list[Column]:
     return chosen
 
 
-def _check_encoding(path: Path) -> None:
-    with path.open("rb") as file:
-        encoding = _MARKS.get(file.read(2))
-    if encoding:
-        raise UserError(f"{path} is {encoding} text; save it as UTF-8")
-
-
 def _read_csv(path: Path) -> dict[str, Column]:
-    _check_encoding(path)
     csv.field_size_limit(sys.maxsize)  # of the module, whose default is 128 KiB
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = csv.reader(lines, strict=True)
@@ -125,13 +169,12 @@ def _read_csv(path: Path) -> dict[str, Column]:
 
 
 def _read_tsv(path: Path) -> dict[str, Column]:
-    _check_encoding(path)
     names, values = [], []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             row = line.removesuffix(b"\n").removesuffix(b"\r").split(b"\t")
             if number == 1:
-                row[0] = row[0].removeprefix(b"\xef\xbb\xbf")
+                row[0] = row[0].removeprefix(archives.BYTE_ORDER_MARK)
                 names = [name.decode("utf-8", "replace") for name in row]
                 continue
             _check_count(path, number, row, names)
@@ -154,24 +197,14 @@ def _columns(path: Path, names: Sequence[str], values: Sequence[Sequence]) -> di
 
 
 def _read_parquet(path: Path) -> dict[str, Column]:
-    try:
+    with _unreadable(path):
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{path} cannot be read as Parquet: {' '.join(str(error).split())}"
-        ) from None
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
 def _read_npz(path: Path) -> dict[str, Column]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} cannot be read as arrays of numpy.savez ({' '.join(str(error).split())}); "
-            "arrays of objects are not read"
-        ) from None
+    with _unreadable(path), np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 READERS = {

@@ -9,21 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-from skyformer_jax.data import archives, downloads
-from skyformer_jax.data.builder import HeldOutBuilder, HeldOutConfig, Rows
+from skyformer_jax.data import archives, tables
+from skyformer_jax.data.builder import Rows
 from skyformer_jax.data.examples import Examples
+from skyformer_jax.data.held_out import HeldOutBuilder, HeldOutConfig
 from skyformer_jax.data.task import DOCUMENT_LENGTH, LoadStored, Task, cut_documents
 from skyformer_jax.data.tokenizer import BYTES
 from skyformer_jax.errors import UserError
 
-PUBLISHED = archives.Published(
-    "aclImdb", ("train/pos", "test/pos"), ("aclImdb_v1.tar.gz", "aclImdb.tar.gz")
+FORMS = (
+    archives.Published(
+        "aclImdb", ("train/pos", "test/pos"), ("aclImdb_v1.tar.gz", "aclImdb.tar.gz")
+    ),
 )
 SIZES: Mapping[str, int] = {"train": 25_000, "test": 25_000}
 
 _NAME = re.compile(r"(train|test)/(neg|pos)/([0-9]+)_([0-9]+)\.txt")
 _CLASSES = ("neg", "pos")
 _RATINGS = {"neg": range(1, 5), "pos": range(7, 11)}
+_LABELS = {"0": 0, "neg": 0, "negative": 0, "1": 1, "pos": 1, "positive": 1}  # in tables
 
 
 def read_reviews(
@@ -44,9 +48,9 @@ def read_reviews(
       UserError: naming the file, if there is no such data set, its archive is damaged, a review
         is missing or empty, or the rating in the name of a file does not belong to its class.
     """
-    place = archives.locate(source, PUBLISHED)
+    place = archives.locate(source, FORMS)
     found: dict[str, list[tuple[int, int, int, bytes]]] = {split: [] for split in sizes}
-    for match, content in archives.members(place, PUBLISHED, _NAME):
+    for match, content in archives.members(place, _NAME, "IMDB's reviews"):
         split, name, number, rating = match.groups()
         if int(rating) not in _RATINGS[name]:
             ratings = _RATINGS[name]
@@ -54,7 +58,7 @@ def read_reviews(
                 f"{place}: {match[0]} has rating {rating}, but those of {name} are "
                 f"{ratings[0]} to {ratings[-1]}; unpack or download it again"
             )
-        text = content.strip()
+        text = _stripped(content)
         if not text:
             raise UserError(f"{place}: {match[0]} is empty; unpack or download it again")
         found[split].append((_CLASSES.index(name), int(number), int(rating), text))
@@ -77,12 +81,19 @@ def read_reviews(
     return splits
 
 
+def _stripped(text: bytes) -> bytes:
+    """A review without what is no part of it: a byte-order mark, white space at its ends."""
+    return text.removeprefix(archives.BYTE_ORDER_MARK).strip()
+
+
 class Text(HeldOutBuilder):
     """IMDB reviews as bytes; label 1 is positive. Validation is 2,500 reviews held out of train."""
 
     URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
-    PUBLISHED = PUBLISHED
+    FORMS = FORMS
     TFDS_NAME = "imdb_reviews"
+    TFDS_FEATURES = ("text", "label")
+    COLUMNS = (("text", "review"), ("label", "sentiment"))
     HOMEPAGE = "https://ai.stanford.edu/~amaas/data/sentiment/"
     DESCRIPTION = "Movie reviews as bytes, classified as negative (0) or positive (1)."
     CITATION = "Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011"
@@ -101,12 +112,18 @@ class Text(HeldOutBuilder):
         reviews = read_reviews(place, sizes=sizes, report=self.report)
         return {split: (_as_arrays(texts), labels) for split, (texts, labels) in reviews.items()}
 
-    def read_prepared(self, folder: Path, split: str, size: int) -> Rows:
-        """Reads a split from a folder in which TFDS prepared imdb_reviews."""
-        examples = list(downloads.tfds_examples(folder, split, size))
-        texts = [example["text"] for example in examples]
-        texts = [text if isinstance(text, bytes) else text.encode() for text in texts]
-        return _as_arrays(texts), np.array([example["label"] for example in examples], np.uint8)
+    def read_examples(self, place: Path, inputs: Sequence, labels: Sequence) -> Rows:
+        """Reads a split from the texts and labels that TFDS or a table holds."""
+        texts = [_stripped(tables.as_bytes(value) or b"") for value in inputs]
+        if not all(texts):
+            raise UserError(
+                f"{place}, example {texts.index(b'') + 1}: the review is empty, or no text"
+            )
+        numbers = tables.class_numbers(place, labels, _LABELS)
+        for label, name in enumerate(_CLASSES):
+            count = np.count_nonzero(numbers == label)
+            archives.check_count(place, count, len(texts) // 2, f"reviews that are {name}")
+        return _as_arrays(texts), numbers
 
 
 def _as_arrays(texts: Sequence[bytes]) -> list[np.ndarray]:

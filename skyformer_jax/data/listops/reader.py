@@ -8,6 +8,7 @@ from skyformer_jax.data import archives
 from skyformer_jax.data.listops.symbols import CLOSE, FIRST_OPERATOR, SYMBOLS, TOKENS
 from skyformer_jax.errors import UserError
 
+_FOLDERS = ("listops-1000", "listops")
 _FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
 
 
@@ -15,12 +16,13 @@ def find_files(source: Path) -> dict[str, Path]:
     """Finds the published files of the splits "train", "validation" and "test".
 
     Args:
-      source: the folder of the three files, or one that holds listops-1000/ or lra_release/.
+      source: the folder of the three files, or one that holds listops-1000/, listops/
+        or lra_release/.
 
     Raises:
       UserError: if one of them is missing.
     """
-    return archives.find_files(source, "listops-1000", _FILES)
+    return archives.find_files(source, _FOLDERS, _FILES)
 
 
 def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
@@ -41,7 +43,7 @@ def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     """
     sequences, labels = [], []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             if next(lines, "").rstrip("\r\n").split("\t") != ["Source", "Target"]:
                 raise UserError(f"{path}:1: expected the header Source<tab>Target")
             for number, line in enumerate(lines, start=2):

@@ -51,7 +51,8 @@ def read_folder(
     """Reads all images of a size and contour length, one block for each metadata file.
 
     Args:
-      source: the folder pathfinder32 (or 64, 128, 256), or one that holds it or lra_release/.
+      source: the folder pathfinder32 (or 64, 128, 256), or one that holds it, pathfinder/ with it,
+        or lra_release/.
       size: side of the images in pixels.
       contour_length: number of dashes of the snakes, one of DIFFICULTIES' values.
       report: called with a line of text for each block with skipped images, and once if there are
@@ -91,7 +92,8 @@ def read_folder(
 def find_metadata(source: Path, size: int, contour_length: int) -> list[Path]:
     """The metadata files, in the order of their numbers; arguments and errors as read_folder."""
     subfolder = f"curv_contour_length_{contour_length}"
-    found = archives.find_in_release(source, f"pathfinder{size}", [f"{subfolder}/metadata"])
+    folders = (f"pathfinder{size}", f"pathfinder/pathfinder{size}")  # the latter is S4's
+    found = archives.find_in_release(source, folders, [f"{subfolder}/metadata"])
     metadata = _numbered(found / subfolder / "metadata", "*.npy")
     if not metadata:
         raise UserError(
@@ -170,7 +172,7 @@ def _read_metadata(path: Path) -> list[list[str]]:
                 raise ValueError(f"an array of {array.dtype} {list(array.shape)}, not of text")
             rows = array.astype(str).tolist()
         else:
-            rows = [line.split() for line in content.decode().splitlines()]
+            rows = [line.split() for line in content.decode("utf-8-sig").splitlines()]
     except (EOFError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not metadata ({reason}); unpack or download it again") from None
