@@ -3,10 +3,9 @@
 python -m skyformer_jax.prepare --task=all [--source=DIR] [--data_dir=data]
 python -m skyformer_jax.prepare --config=FILE: the task, folders and kind that a config names
 
-Without a source, what is prepared in data_dir is described; what is missing is generated or
-downloaded. The source is
-a published folder (lra_release, aclImdb or cifar-10-batches-bin), its archive, a folder in which
-TFDS prepared imdb_reviews or cifar10, or a folder that holds several of these.
+Without a source, what data_dir does not hold is generated or downloaded. The source is a published
+folder (lra_release, aclImdb or cifar-10-batches-bin), its archive, a folder in which TFDS prepared
+imdb_reviews or cifar10, or a folder that holds several of these; docs/data.md has further forms.
 """
 
 import contextlib

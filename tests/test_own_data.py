@@ -94,6 +94,9 @@ def test_a_tenth_of_each_class_is_held_out_whatever_the_order(tmp_path):
         found = load(films(), folder / "data", folder)
         assert np.bincount([e["label"] for e in found["validation"]]).tolist() == [6, 3]
         assert len(found["train"]) == 81
+        write_tsv(folder / "val", *rows(2, 5))  # which would make train larger
+        with pytest.raises(UserError, match=r"made from test\.tsv, train\.tsv, and .* val\.tsv"):
+            films().load("train", folder / "data", source=str(folder))
         held_out.append({str(e) for e in found["validation"]})
     assert held_out[0] == held_out[1]
 
@@ -120,7 +123,7 @@ def test_pixels_and_pairs(tmp_path):
         (b"label\ttext\ngood\ta film\nfair\ta film\n", "example 2: the label 'fair' is not one of"),
         (b"label\ttext\ngood\t\n", "example 1: text is empty"),
         (b"label\ttext\ngood\ta\tb\n", ":2: 3 columns; the first line names 2: 'label', 'text'"),
-        (b"label\ttext\n\n", ":2: 1 columns"),
+        (b"label\ttext\n\ngood\n", ":3: 1 columns"),
         (b"good\ta film\n", "has no columns named text; its columns are: 'good', 'a film'"),
         (b"label\tlabel\n", ":1: two columns have the same name"),
         (b"label\ttext\n", "holds no examples"),
@@ -178,9 +181,10 @@ def test_files_that_are_no_tables_are_named(tmp_path):
         ("listops", {}, "a task of this package is named 'listops'"),
         ("My films", {}, "lower-case letters"),
         ("films", {"inputs": "bytes"}, "unknown inputs of task films, 'bytes'"),
-        ("films", {"classes": "good"}, "or the different labels"),
-        ("films", {"classes": 1}, "or the different labels"),
-        ("films", {"classes": ("a", "a")}, "or the different labels"),
+        ("films", {"classes": "good"}, "or different texts"),
+        ("films", {"classes": 1}, "or different texts"),
+        ("films", {"classes": ("a", "a")}, "or different texts"),
+        ("films", {"classes": (0, 1)}, "or different texts"),
         ("films", {"max_length": 0}, "at least 1"),
         ("films", {"num_documents": 3}, "must be 1 or 2"),
     ],

@@ -41,6 +41,8 @@ class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     CITATION: ClassVar[str]
     NUM_CLASSES: ClassVar[int]
     NUM_DOCUMENTS: ClassVar[int] = 1
+    # Whether sources with other files, such as a folder and its archive, give the same data.
+    FORMS_AGREE: ClassVar[bool] = True
 
     source: Path | None = None
 

@@ -82,9 +82,10 @@ def make_task(
 def _labels(name: str, classes: Classes) -> tuple[str, ...]:
     """The labels as they are written in the files."""
     labels = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
-    if isinstance(classes, str) or len(labels) < 2 or len(set(labels)) != len(labels):
+    texts = all(isinstance(label, str) for label in labels) and not isinstance(classes, str)
+    if not texts or len(labels) < 2 or len(set(labels)) != len(labels):
         raise UserError(
-            f"classes of task {name} must be a number or the different labels, 2 or more; got "
+            f"classes of task {name} must be a number or different texts, 2 or more; got "
             f"{classes!r}"
         )
     return labels
@@ -116,6 +117,7 @@ class OwnBuilder(LraBuilder, skip_registration=True):
     DESCRIPTION = "A classification task of one's own."
     HOMEPAGE = ""
     CITATION = ""
+    FORMS_AGREE = False  # with a table for validation, train is another
     INPUTS: str
     LABELS: tuple[str, ...]
 

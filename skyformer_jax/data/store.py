@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
     if place.is_dir():
         builder.clean_up()  # in case an earlier process was killed before it did so
         if builder.source is not None and builder.source.exists():
-            _check_same_source(place, builder.source_files())
+            _check_same_source(place, builder)
         return
     if builder.source is not None:
         builder.source_files()  # complains before anything is written
@@ -87,10 +87,18 @@ def describe(builder: LraBuilder) -> dict[str, Any]:
     }
 
 
-def _check_same_source(place: Path, files: Sequence[Path]) -> None:
-    """Raises UserError if the data set was made from files of these names with other contents."""
+def _check_same_source(place: Path, builder: LraBuilder) -> None:
+    """Raises UserError if the data set was made from other files than those of the source."""
     record = place / SOURCE_FILE
     known = json.loads(record.read_text())["files"]
+    files = builder.source_files()
+    names = {path.name for path in files}
+    if not builder.FORMS_AGREE and names != known.keys():
+        raise UserError(
+            f"the data set in {place} was made from {', '.join(sorted(known))}, and "
+            f"{builder.source} holds {', '.join(sorted(names))}; name another data.dir, or delete "
+            "that folder to make it again"
+        )
     for path in files:
         if path.name in known and known[path.name] != archives.fingerprint(path):
             raise UserError(

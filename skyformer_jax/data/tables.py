@@ -1,7 +1,8 @@
 """Reads examples from tables, one file a split: TSV, CSV, Parquet, or arrays of NumPy.
 
 A TSV file is lines of columns between tabs, without quoting; a CSV file is quoted as RFC 4180 says.
-Both begin with the names of the columns, and a byte-order mark before these is no part of them.
+Both begin with the names of the columns, a byte-order mark before these is no part of them, and
+empty lines are left out.
 """
 
 import contextlib
@@ -176,9 +177,9 @@ def _read_tsv(path: Path) -> dict[str, Column]:
             if number == 1:
                 row[0] = row[0].removeprefix(archives.BYTE_ORDER_MARK)
                 names = [name.decode("utf-8", "replace") for name in row]
-                continue
-            _check_count(path, number, row, names)
-            values.append(row)
+            elif row != [b""]:
+                _check_count(path, number, row, names)
+                values.append(row)
     return _columns(path, names, values)
 
 
