@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections import namedtuple
 
-import huggingface_hub
 import pytest
 import tiny_data
 
@@ -127,7 +126,7 @@ def test_downloads_what_is_published(server, task, tmp_path, capsys):
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(server, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # from 10 MB
+    monkeypatch.setattr(hub, "_AT_ONCE", 1000)  # the files are small
     train, evaluation, test = NAMES
     server.broken.append(evaluation)
     with pytest.raises(UserError, match=r"hub failed: .* start the same command to go on"):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,21 @@ def test_results_come_in_order_and_errors_in_their_place():
         np.testing.assert_array_equal(square, np.full(3, i**2))
     results = parallel.ordered_map(divmod, [(7, 2), (7, 0), (9, 2)], workers=2)
     assert next(results) == (3, 1)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as error:
         next(results)
+    assert "worker.py" in str(error.value.__notes__)
     missing = [(Path("nowhere"), Path(name), 8) for name in ("0.npy", "1.npy")]
     with pytest.raises(FileNotFoundError):  # with the arguments of its own kind
         next(parallel.ordered_map(reader.read_block, missing, workers=2))
+
+
+def test_what_cannot_be_sent_is_told():
+    """A result that cannot be pickled, and an error with fields of its own."""
+    with pytest.raises(TypeError, match="cannot pickle"):
+        next(parallel.ordered_map(threading.Lock, [()] * 2, workers=2))
+    decode = [(b"\xff", "utf-8"), (b"", "utf-8")]
+    with pytest.raises(UnicodeDecodeError):
+        next(parallel.ordered_map(str, decode, workers=2))
 
 
 def test_no_more_workers_than_calls():

@@ -15,6 +15,9 @@ from huggingface_hub import file_download
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 
+# Bytes that a connection which breaks may lose of what it has brought. With the client's own
+# number, 10 MiB, a bad network would never get on.
+_AT_ONCE = 1 << 16
 _OF_NETWORK = (ConnectionError, TimeoutError, socket.gaierror)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -124,6 +127,7 @@ def _download_file(file: _File, folder: Path) -> None:
         part.unlink()
     with part.open("ab") as stream:
         say(f"downloading {file.name}, {file.size / 1e9:.2f} GB, from {file.url}")
+        huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = _AT_ONCE
         # Not hf_hub_download, which since version 2 begins anew after an interruption.
         file_download.http_get(
             file.url,

@@ -129,7 +129,8 @@ class OwnBuilder(LraBuilder, skip_registration=True):
         if self.source is None:
             raise UserError(
                 f"task {self.name} is not prepared in {self.data_dir_root}: name the folder of its "
-                "files by --config.data.source (train.py) or --source (prepare)"
+                "files by --config.data.source (train.py) or --source (prepare), or the data_dir "
+                "that holds it"
             )
         found = tables.find(self.source)
         missing = [split for split in ("train", "test") if split not in found]

@@ -9,6 +9,7 @@ import pickle
 import queue
 import sys
 import threading
+import traceback
 from multiprocessing.connection import Connection
 
 
@@ -19,10 +20,20 @@ def main(connection: Connection) -> None:
     while True:
         try:
             function, arguments = pickle.loads(calls.get())
-            answer = True, function(*arguments)
+            answer = pickle.dumps((True, function(*arguments)))
         except Exception as error:
-            answer = False, error
-        connection.send(answer)
+            answer = pickle.dumps((False, _portable(error)))
+        connection.send_bytes(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception with its traceback as a note, or, if it cannot be pickled, one that can."""
+    error.add_note(f"in a worker:\n{traceback.format_exc()}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _receive(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
