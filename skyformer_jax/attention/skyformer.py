@@ -174,7 +174,7 @@ def skyformer_attention(
 
     It approximates well where every query and key has landmarks within a few times scale**-0.5 of
     it, and loses mass where not: with 128 landmarks, 1,024 rows and 32 normal features the relative
-    error is 0.01 at a standard deviation of 0.25, 0.14 at 1/sqrt(3), with which this package's
+    error is 0.01 at a standard deviation of 0.25, 0.13 at 1/sqrt(3), with which this package's
     layers start, and 0.66 at 1. nystrom_residual shows it; docs/skyformer.md has the table.
 
     Args:
