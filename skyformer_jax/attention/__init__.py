@@ -11,7 +11,6 @@ from skyformer_jax.attention.flax_fn import attention_fn
 from skyformer_jax.attention.informer import informer_attention
 from skyformer_jax.attention.kernelized import kernelized_attention
 from skyformer_jax.attention.linformer import linformer_attention
-from skyformer_jax.attention.nystrom_residual import nystrom_residual
 from skyformer_jax.attention.nystromformer import nystromformer_attention
 from skyformer_jax.attention.performer import performer_attention
 from skyformer_jax.attention.reformer import reformer_attention
@@ -25,6 +24,7 @@ from skyformer_jax.attention.registry import (
     layer_variables,
     split_options,
 )
+from skyformer_jax.attention.residual import nystrom_residual
 from skyformer_jax.attention.skyformer import skyformer_attention
 from skyformer_jax.attention.softmax import softmax_attention
 

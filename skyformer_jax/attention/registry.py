@@ -11,10 +11,10 @@ from skyformer_jax.attention.bigbird import bigbird_attention, bigbird_variables
 from skyformer_jax.attention.informer import informer_attention
 from skyformer_jax.attention.kernelized import kernelized_attention
 from skyformer_jax.attention.linformer import linformer_attention, linformer_variables
-from skyformer_jax.attention.nystrom_residual import nystrom_residual
 from skyformer_jax.attention.nystromformer import nystromformer_attention, nystromformer_variables
 from skyformer_jax.attention.performer import performer_attention, performer_variables
 from skyformer_jax.attention.reformer import reformer_attention, reformer_variables
+from skyformer_jax.attention.residual import nystrom_residual
 from skyformer_jax.attention.skyformer import skyformer_attention
 from skyformer_jax.attention.softmax import softmax_attention, softmax_weights
 from skyformer_jax.attention.variables import VariableSpec

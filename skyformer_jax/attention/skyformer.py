@@ -172,6 +172,11 @@ def skyformer_attention(
     out = G(Q, L) (G(L, L) + gamma I)^-1 G(L, K) V (Chen et al., 2021, equation 6). With all real
     rows as landmarks and gamma -> 0 it is kernelized_attention exactly.
 
+    It approximates well where every query and key has landmarks within a few times scale**-0.5 of
+    it, and loses mass where not: with 128 landmarks, 1,024 rows and 32 normal features the relative
+    error is 0.01 at a standard deviation of 0.25, 0.13 at 1/sqrt(3), with which this package's
+    layers start, and 0.66 at 1. nystrom_residual shows it; docs/skyformer.md has the table.
+
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
       key: [batch, kv_length, heads, head_dim].
