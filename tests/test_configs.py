@@ -17,7 +17,7 @@ from skyformer_jax import attention, tasks, training
 from skyformer_jax.attention import registry
 from skyformer_jax.data import parallel
 from skyformer_jax.errors import UserError
-from skyformer_jax.training import config
+from skyformer_jax.training import config, results
 from skyformer_jax.training.step import tokens_and_mask
 
 NAMES = [task.name for task in tasks.BENCHMARK]
@@ -105,6 +105,20 @@ def test_a_run_of_reformer_without_a_scale_keeps_the_one_it_had(tmp_path):
     earlier = config.read(path)
     assert earlier.attention.scale is None
     config.check(earlier, 1)
+
+
+def test_earlier_results_keep_their_digests():
+    """These are of runs before mask_zeros, global_blocks and others were fields of all configs."""
+    published = get("text", "softmax")
+    published.data.source = "somewhere"
+    for settings, digest in (
+        (get("quickstart"), "b1912710bca07c34"),
+        (get("text", "bigbird,small"), "54ae8bd9bf425abc"),
+        (published, "411b969001e43d04"),
+    ):
+        assert results.config_digest(settings) == digest
+        settings.data.mask_zeros = True
+        assert results.config_digest(settings) != digest
 
 
 def test_a_fault_of_an_attention_is_not_blamed_on_the_config(monkeypatch):

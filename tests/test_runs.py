@@ -440,7 +440,7 @@ def test_a_run_that_cannot_be_written_is_evaluated(undisturbed, tmp_path):
     assert json.loads(out.read_text())["confusion"] == before["confusion"]
     assert not list(workdir.glob("*.tmp"))
     workdir.chmod(0o755)
-    with pytest.raises(UserError, match=r"^--out=.* cannot be written: Not a directory; name"):
+    with pytest.raises(UserError, match=r"^--out=.* cannot be written: File exists; name"):
         training.evaluate(workdir, out=out / "result.json")
     training.evaluate(workdir, out=out.parent)
     assert (

@@ -37,7 +37,7 @@ class Attention(NamedTuple):
       weights: computes the weights that the attention forms, of the same arguments but value and
         rng, [batch, heads, q_length, kv_length]; None where it forms none.
       earlier_options: what stands for an option in the config of a run that was written before the
-        option was one of configs, where that is not its default.
+        option was one of configs. An option that is added to `options` belongs here.
       residual: tells how much the attention's approximation misses, float32 [batch, heads], of its
         arguments but value; None where it has no such diagnostic.
       masks: the arguments by which a call restricts which keys a query attends to: of "mask",
@@ -94,6 +94,7 @@ REGISTRY: Mapping[str, Attention] = {
             "num_iterations": 6,
             "implementation": "auto",
         },
+        earlier_options={"implementation": "auto"},
         masks=("mask", "query_mask"),
         splittable=True,
         stream="landmarks",
@@ -154,6 +155,7 @@ REGISTRY: Mapping[str, Attention] = {
             "global_blocks": "first",
             "pattern": None,
         },
+        earlier_options={"global_blocks": "first"},
         self_attention_only=True,
         stream="features",
         variables=bigbird_variables,

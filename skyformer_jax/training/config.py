@@ -11,7 +11,7 @@ import skyformer_jax
 from skyformer_jax import attention, models, tasks
 from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.files import expand
-from skyformer_jax.training.defaults import default_config
+from skyformer_jax.training.defaults import added_fields, default_config
 
 # Fields that say where files lie, how it is computed and what is logged, not what is computed. They
 # may differ between two starts of one workdir, whose results then agree to rounding.
@@ -237,7 +237,7 @@ def read(path: Path) -> ml_collections.ConfigDict:
     try:
         content = json.loads(path.read_text())
         version = content.pop("version", version)
-        _upgrade(content, version)
+        _upgrade(content)
         config = complete(content)
         _check_fields(config)
         _check_attention(config)
@@ -253,16 +253,12 @@ def read(path: Path) -> ml_collections.ConfigDict:
     return config
 
 
-def _upgrade(content: dict[str, Any], version: str) -> None:
-    """Says what earlier versions meant, where that is not what the same fields say today."""
-    if version == "0.1.0":
-        content["train"].pop("steps_per_call", None)  # of no influence on what was computed
-    options = content["attention"]
-    for option, value in attention.REGISTRY[options["name"]].earlier_options.items():
-        options.setdefault(option, value)
-    # Before there was the field, the source alone said it.
-    data = content["data"]
-    data.setdefault("kind", tasks.of(content).first_kind(data.get("source")))
+def _upgrade(content: dict[str, Any]) -> None:
+    """Says what earlier versions computed, where that is not what the same fields say today."""
+    content["train"].pop("steps_per_call", None)  # of no influence on what was computed
+    for field, value in added_fields(content).items():
+        section, _, name = field.partition(".")
+        content[section].setdefault(name, value)
 
 
 def complete(config: ml_collections.ConfigDict | dict[str, Any]) -> ml_collections.ConfigDict:

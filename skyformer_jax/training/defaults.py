@@ -1,5 +1,6 @@
 """The fields of a config and their defaults: the paper's setting of what no task changes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from skyformer_jax import attention, tasks
@@ -77,4 +78,25 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
             "mask_zeros": False,  # stored values of 0, as black pixels, count as padding
             **task.options,
         },
+    }
+
+
+def added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that a config.json did not have at first, and what was computed without them.
+
+    A field that is added to default_config belongs here.
+
+    Args:
+      config: the config, with "task", "attention" and "data".
+
+    Raises:
+      UserError: if there is no such task or attention.
+    """
+    name = one_of("attention", config["attention"]["name"], attention.NAMES)
+    earlier = attention.REGISTRY[name].earlier_options
+    return {
+        "data.mask_zeros": False,
+        # The source alone said it.
+        "data.kind": tasks.of(config).first_kind(config["data"].get("source")),
+        **{f"attention.{option}": value for option, value in earlier.items()},
     }

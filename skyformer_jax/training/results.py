@@ -10,9 +10,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from skyformer_jax import tasks
 from skyformer_jax.training import config as configs
-from skyformer_jax.training.defaults import default_config
+from skyformer_jax.training.defaults import added_fields
 
 
 def wilson_interval(accuracy: float, examples: int) -> tuple[float, float]:
@@ -23,21 +22,25 @@ def wilson_interval(accuracy: float, examples: int) -> tuple[float, float]:
     return (centre - half) / (1 + z * z / examples), (centre + half) / (1 + z * z / examples)
 
 
-def config_digest(config: ml_collections.ConfigDict) -> str:
-    """First 16 digits of a SHA-256 of all fields but MUTABLE_FIELDS and those at their defaults.
+# Where files lie and what computes.
+_UNDIGESTED = ("version", "data.dir", "compilation_cache", "train.accumulation", "parallel.")
 
-    So it does not depend on fields that later versions add.
+
+def config_digest(config: ml_collections.ConfigDict) -> str:
+    """First 16 digits of the SHA-256 of the fields of a config that its result depends on.
+
+    A field that was added later counts where it differs from what was computed without it, so that
+    earlier results keep their digests.
     """
-    task = tasks.of(config)
-    default = ml_collections.ConfigDict(default_config(task, config.attention.name))
-    default.data.kind = task.first_kind(None)
-    defaults = configs.flatten(configs.to_dict(default))
+    added = added_fields(config)
+    fields = configs.flatten(configs.to_dict(config))
+    fields["data.kind"] = fields["data.kind"] or added["data.kind"]
     flat = {
         field: value
-        for field, value in configs.flatten(configs.to_dict(config)).items()
-        if field in ("task", "attention.name")
-        or (not field.startswith(configs.MUTABLE_FIELDS) and value != defaults.get(field))
+        for field, value in fields.items()
+        if not field.startswith(_UNDIGESTED) and not (field in added and value == added[field])
     }
+    flat["data.source"] = bool(flat["data.source"])  # published, or generated or downloaded
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
 
