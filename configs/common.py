@@ -37,8 +37,8 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
 def restore_published(config: ml_collections.ConfigDict) -> None:
     """Changes a config to what the published code computes, where that is an option.
 
-    The mean pooling divides by the padded length, Performer's scores are scaled twice, and BigBird's
-    global blocks are the first and the last.
+    The mean pooling divides by the padded length, Performer's scores are scaled twice, and
+    BigBird's global blocks are the first and the last.
 
     Not restored, beside what only differs in its random numbers: Skyformer and Nystromformer start
     their iteration from a maximum over the batch, Nystromformer averages padding into its
