@@ -183,7 +183,7 @@ OPTIONS = {
     "kernelized": {},
     "linformer": {"sharing": "none", "num_features": RANDOM_FEATURES},
     "performer": {"scale": 1 / HEAD_DIM, "num_features": RANDOM_FEATURES},
-    "reformer": {"scale": 1.0},
+    "reformer": {},
 }
 attentions = pytest.mark.parametrize("attention", OPTIONS)
 

@@ -103,7 +103,7 @@ ENTRY %main (p: f32[2]) -> pred[] {
         "all-reduce": {"count": 3, "bytes": 3 * (24 + 10)},
         "all-gather": {"count": 1, "bytes": 32},
     }
-    with pytest.raises(ValueError, match="unknown number of turns"):
+    with pytest.raises(ValueError, match="an unknown number of turns"):
         collectives(text.replace("{TRIPS}", "{}"))
 
 

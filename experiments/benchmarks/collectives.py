@@ -1,26 +1,40 @@
 """What a compiled program sends between devices, read off its text."""
 
 import collections
-import re
 
-import numpy as np
+from experiments.benchmarks.hlo import Instruction, Program, elements, num_bytes, parse
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-_WIDTHS = {"pred": 1, "bf16": 2}  # in bytes; of other types the name ends with the bits
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
-_CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+# These begin with a tuple of the operand, the result and what the end needs.
+_WITH_OPERAND = ("all-gather-start", "collective-permute-start")
 
 
-def _bytes(shapes: str) -> int:
-    """Bytes of all arrays in a result's type, as f32[2,3]{1,0} or a tuple of such."""
-    found = 0
-    for name, sizes in _SHAPE.findall(shapes):
-        width = _WIDTHS.get(name) or int(re.sub(r"\D", "", name)) // 8
-        found += width * int(np.prod([int(size) for size in sizes.split(",") if size]))
-    return found
+def kind_of(one: Instruction) -> str | None:
+    """Which of KINDS begins with the instruction, if any."""
+    kind = one.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def _bytes(one: Instruction) -> int:
+    """Bytes of a collective's results."""
+    result = one.type
+    if one.opcode in _WITH_OPERAND:
+        result = elements(result)[1]
+    return num_bytes(result)
+
+
+def _begun(program: Program, one: Instruction) -> list[Instruction]:
+    """The collectives that an instruction begins.
+
+    XLA for TPUs spreads a collective over several fusions, one after another, of which each holds
+    it: the first is marked.
+    """
+    if one.opcode != "fusion":
+        return [one] if kind_of(one) else []
+    fused = program.fused(one)
+    if any('custom_call_target="AsyncCollectiveStart"' in inner.text for inner in fused):
+        return [inner for inner in fused if kind_of(inner)]
+    return []
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
@@ -37,32 +51,16 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     Raises:
       ValueError: for a collective in a loop whose number of turns is not known.
     """
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        if head := _COMPUTATION.match(line):
-            lines = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        else:
-            lines.append(line)
-
-    def count(name: str) -> collections.Counter:
-        found: collections.Counter = collections.Counter()
-        for line in computations[name]:
-            if collective := _COLLECTIVE.search(line):
-                found[collective[2], "count"] += 1
-                found[collective[2], "bytes"] += _bytes(collective[1])
-                continue
-            for called in _CALLED.findall(line):
-                inner = count(called)
-                trips = _TRIPS.search(line)
-                if inner and " while(" in line and not trips:
-                    raise ValueError(f"unknown number of turns: {line.strip()[:200]}")
-                for key, number in inner.items():
-                    found[key] += number * (int(trips[1]) if trips else 1)
-        return found
-
-    total = count(entry)
+    program = parse(text)
+    total: collections.Counter = collections.Counter()
+    for one, times, known in program.executed():
+        for collective in _begun(program, one):
+            if not known:
+                line = collective.text.strip()[:200]
+                raise ValueError(f"a collective in a loop of an unknown number of turns: {line}")
+            kind = kind_of(collective)
+            total[kind, "count"] += times
+            total[kind, "bytes"] += times * _bytes(collective)
     return {
         kind: {what: total[kind, what] for what in ("count", "bytes")}
         for kind in KINDS

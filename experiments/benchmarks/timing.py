@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import NamedSharding
 
 from experiments.records import Row
 from skyformer_jax.data.batches import Batch
 from skyformer_jax.progress import track
-from skyformer_jax.training.mesh import replicated, shard_batch
+from skyformer_jax.training.mesh import batch_specs, replicated, shard_batch
 from skyformer_jax.training.run import Run, new_run
 from skyformer_jax.training.sharded_step import make_train_step
 from skyformer_jax.training.state import init_states
@@ -197,6 +198,21 @@ def random_batch(run: Run) -> Batch:
         rng.integers(0, model.num_classes, size, np.int32),
     )
     return shard_batch(batch, run.mesh, axis=1)
+
+
+def abstract_batch(run: Run) -> Batch:
+    """The shapes, dtypes and shardings of random_batch, without its arrays."""
+    size = (len(run.seeds), run.config.train.batch_size)
+    tokens = (*size, *run.token_shape)
+    batch = Batch(
+        jax.ShapeDtypeStruct(tokens, np.uint8),
+        jax.ShapeDtypeStruct(tokens[:-1], np.int32),
+        jax.ShapeDtypeStruct(size, np.int32),
+    )
+    specs = batch_specs(batch, axis=1)
+    return jax.tree.map(
+        lambda x, spec: x.update(sharding=NamedSharding(run.mesh, spec)), batch, specs
+    )
 
 
 def lower_train_step(run: Run, batch: Batch) -> jax.stages.Lowered:

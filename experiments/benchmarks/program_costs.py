@@ -1,0 +1,215 @@
+"""What a compiled program costs, read off its text: cycles, bytes, and what they are for."""
+
+import collections
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from experiments.benchmarks.hlo import Instruction, Program, elements, num_bytes
+from experiments.records import Row
+
+
+class Peaks(NamedTuple):
+    """What a device does at most in a cycle of `hertz`, by its makers' data sheet.
+
+    Attributes:
+      hertz: cycles a second.
+      operations: of products, a multiplication and an addition counting two.
+      exponentials: transcendental functions of a number.
+      bytes: from and to main memory.
+    """
+
+    hertz: float
+    operations: float
+    exponentials: float
+    bytes: float
+
+
+# By device_kind. Products are in one pass of bfloat16; float32 at the highest precision takes six,
+# which a kernel's own estimate has to count. A TPU core computes 1,024 numbers at a time.
+PEAKS = {
+    "TPU v5 lite": Peaks(1.5e9, 197e12 / 1.5e9, 1024, 819e9 / 1.5e9),
+    "NVIDIA H100 80GB HBM3": Peaks(1.98e9, 989e12 / 1.98e9, 132 * 16, 3352e9 / 1.98e9),
+}
+
+# Nothing moves for these.
+_FREE = (
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "iota"),
+    *("partition-id", "replica-id", "opt-barrier", "optimization-barrier"),
+)
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
+_ESTIMATED = re.compile(r'"(\w+)":"?(\d+)"?')
+_KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
+_SHIFTS = 16  # of Threefry's 20; no other computation of ours has nearly as many
+_PROJECTIONS = re.compile(r"/(query|key|value|out|mlp_in|mlp_out|head_hidden|head_out)/")
+
+
+def is_kernel(one: Instruction) -> bool:
+    """Whether it is a kernel of ours, whose inside the compiler does not know."""
+    target = _TARGET.search(one.text) if one.opcode == "custom-call" else None
+    return target is not None and target[1] in _KERNELS
+
+
+def purpose(program: Program, one: Instruction) -> str:
+    """What an instruction is for, by what is in it, and by the JAX operation it comes from.
+
+    A fusion has one purpose, the first that fits: what costs most usually.
+    """
+    inside = program.fused(one) if one.opcode == "fusion" else (one,)
+    opcodes = collections.Counter(inner.opcode for inner in inside)
+    path = one.op_name
+    in_attention = "attention_layer" in path and not _PROJECTIONS.search(path)
+    product = opcodes["dot"] + opcodes["convolution"] > 0
+    targets = " ".join(_TARGET.findall(one.text))
+    if is_kernel(one):
+        return "kernels"
+    if opcodes["shift-right-logical"] >= _SHIFTS:
+        return "random bits" + (", with a product" if product else "")
+    if product or "matmul" in targets or "gemm" in targets:
+        return "products of attention" if in_attention else "other products"
+    if in_attention and opcodes["exponential"]:
+        return "exponentials and scores"
+    if opcodes["sort"] or opcodes["top-k"] or "TopK" in targets or "top_k" in path:
+        return "sorts"
+    if opcodes["gather"] or opcodes["scatter"] or "gather" in path or "scatter" in path:
+        return "gathers and scatters"
+    if "norm/" in path:
+        return "norms"
+    if "Classifier" not in path and path:
+        return "optimizer and the rest of the step"
+    return "attention, the rest" if in_attention else "the model, the rest"
+
+
+def traffic(program: Program, one: Instruction, types: Mapping[str, str]) -> int:
+    """Bytes that an instruction reads from main memory and writes to it.
+
+    Of arrays that it only takes slices of, or changes in place, what is touched counts.
+
+    Args:
+      program: has the instruction.
+      one: an instruction that runs by itself.
+      types: of all instructions by name.
+    """
+    if one.opcode in _FREE or one.opcode.endswith("-done"):
+        return 0
+    if one.opcode in ("copy-start", "slice-start"):  # (destination, source, ...)
+        target, source = (num_bytes(part, in_memory=True) for part in elements(one.type)[:2])
+        return target + min(source, num_bytes(elements(one.type)[0]))
+    if one.opcode in ("dynamic-slice", "gather", "slice"):
+        return 2 * num_bytes(one.type, in_memory=True)
+    if one.opcode == "dynamic-update-slice":
+        return 2 * num_bytes(types.get(one.operands[1], ""), in_memory=True)
+    if one.opcode == "fusion":
+        return _fusion_traffic(program, one, types)
+    read = sum(num_bytes(types.get(name, ""), in_memory=True) for name in one.operands)
+    return read + num_bytes(one.type, in_memory=True)
+
+
+def _fusion_traffic(program: Program, one: Instruction, types: Mapping[str, str]) -> int:
+    body = program.computations.get(one.called[0], ()) if one.called else ()
+    users = collections.defaultdict(list)
+    parameters = {}
+    for inner in body:
+        if inner.opcode == "parameter":
+            number = re.search(r"parameter\((\d+)\)", inner.text)
+            parameters[int(number[1]) if number else -1] = inner.name
+        for name in inner.operands:
+            users[name].append(inner)
+
+    def touched(name: str, whole: int) -> int:
+        found = 0
+        for user in users[name]:
+            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+                found += num_bytes(user.type)
+            elif user.opcode == "bitcast":
+                found += touched(user.name, whole)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+                return whole
+        return min(found, whole)
+
+    read = 0
+    for number, name in enumerate(one.operands):
+        whole = num_bytes(types.get(name, ""), in_memory=True)
+        read += touched(parameters[number], whole) if number in parameters else whole
+    by_name = {inner.name: inner for inner in body}
+
+    def written(name: str, result: str) -> int:
+        inner = by_name.get(name)
+        if inner is not None and inner.opcode == "bitcast":
+            return written(inner.operands[0], result)
+        if inner is not None and inner.opcode == "dynamic-update-slice":
+            return num_bytes(types.get(inner.operands[1], ""))
+        return num_bytes(result, in_memory=True)
+
+    roots = [inner for inner in body if inner.text.lstrip().startswith("ROOT ")]
+    names = [root.name for root in roots]
+    if roots and roots[0].opcode == "tuple":
+        names = list(roots[0].operands)
+    results = elements(one.type)
+    if len(names) != len(results):
+        return read + num_bytes(one.type, in_memory=True)
+    return read + sum(written(*pair) for pair in zip(names, results, strict=True))
+
+
+def kernel_cycles(one: Instruction, peaks: Peaks | None) -> float:
+    """The model of a kernel: its own cost estimate over the peaks, whichever part takes longest.
+
+    It is 0 for a kernel that estimates nothing, and where the device has no peaks.
+    """
+    found = _ESTIMATE.search(one.text)
+    if not found or peaks is None:
+        return 0.0
+    work = {name: int(number) for name, number in _ESTIMATED.findall(found[1])}
+    return max(
+        work.get("flops", 0) / peaks.operations,
+        work.get("transcendentals", 0) / peaks.exponentials,
+        work.get("bytes_accessed", 0) / peaks.bytes,
+    )
+
+
+def costs(program: Program, peaks: Peaks | None) -> Row:
+    """What a program does in one execution.
+
+    Returns:
+      runs, of instructions by themselves; loops, their number of turns each; bytes_through_memory;
+      estimated_cycles, XLA's, which TPU programs have; kernels: for each name runs,
+      modelled_cycles, and estimated, whether the kernel says what it does; and by_purpose, with
+      runs, bytes and cycles, the kernels' modelled ones, most bytes or cycles first.
+    """
+    types = {one.name: one.type for body in program.computations.values() for one in body}
+    total: collections.Counter = collections.Counter()
+    by: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    kernels: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for one, times, known in program.executed():
+        if one.opcode in _FREE:
+            continue
+        moved = times * traffic(program, one, types)
+        found = _CYCLES.search(one.text)
+        cycles = times * int(found[1]) if found else 0
+        work = {"runs": times, "bytes": moved, "cycles": cycles}
+        total.update({**work, "in_unknown_loops": 0 if known else 1})
+        if is_kernel(one):
+            modelled = times * math.ceil(kernel_cycles(one, peaks))
+            name = re.sub(r"[.\d]+$", "", one.op_name.removesuffix("/pallas_call").split("/")[-1])
+            kernels[name].update({"runs": times, "modelled_cycles": modelled})
+            kernels[name]["estimated"] = int("cost_estimate" in one.text)
+            work["cycles"] = modelled
+        by[purpose(program, one)].update(work)
+    loops = [
+        program.trips(one)
+        for body in program.computations.values()
+        for one in body
+        if one.opcode == "while"
+    ]
+    order = sorted(by, key=lambda name: (-by[name]["cycles"], -by[name]["bytes"]))
+    return {
+        "runs": total["runs"],
+        "loops": loops,
+        "bytes_through_memory": total["bytes"],
+        "estimated_cycles": total["cycles"],
+        "kernels": {name: dict(kernels[name]) for name in sorted(kernels)},
+        "by_purpose": {name: dict(by[name]) for name in order},
+    }

@@ -1,0 +1,53 @@
+"""Compiles for TPUs that are not there and prints what came out as JSON, for test_compiled.py.
+
+A process of its own: libtpu is loaded here, and the flags of the tests are for CPUs.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs import text
+from experiments.benchmarks.compiled import compile_step, described_devices
+from experiments.benchmarks.hlo import parse
+from experiments.benchmarks.program_costs import PEAKS, costs
+from skyformer_jax import attention
+
+
+def gradients(name: str, mesh: jax.sharding.Mesh) -> dict:
+    """Costs of an attention with its gradients, 2 x 1024 tokens, on one device."""
+    function, shared = attention.ATTENTIONS[name], attention.REGISTRY[name].shared_query_key
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jnp.sin(function(query, None if shared else key, value)).sum()
+
+    sharding = NamedSharding(mesh, P())
+    rows = jax.ShapeDtypeStruct((2, 1024, 2, 32), jnp.float32, sharding=sharding)
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(rows, rows, rows).compile()
+    return costs(parse(program.as_text()), PEAKS["TPU v5 lite"])
+
+
+def step(devices: list, length: int) -> dict:
+    """The row of a small Skyformer's step, its sequences over four devices."""
+    config = text.get_config("skyformer")
+    config.model.max_length = length
+    config.model.positions = "sinusoidal"
+    config.model.num_layers = 1
+    config.train.batch_size = 4
+    return compile_step(config, devices, 2, 4)[0]
+
+
+devices = described_devices("tpu", "v5e:2x4")
+one = jax.sharding.Mesh(devices[:1], ("data",))
+print(
+    json.dumps(
+        {
+            "attentions": {name: gradients(name, one) for name in attention.NAMES},
+            "steps": list(map(functools.partial(step, devices), (4096, 8192))),
+        }
+    )
+)

@@ -1,0 +1,153 @@
+"""What compiled programs say of themselves; and, with libtpu, programs compiled for TPUs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.benchmarks.collectives import collectives
+from experiments.benchmarks.hlo import elements, num_bytes, parse
+from experiments.benchmarks.program_costs import PEAKS, costs
+from skyformer_jax import attention
+
+ROOT = Path(__file__).parents[1]
+
+# As XLA for TPUs writes it: a loop without its number of turns, a collective that is spread over
+# three fusions, arrays in the cores' own memory, S(1), and a kernel.
+TEXT = """HloModule jit_step
+
+%fused_product (param_0: f32[8,4], param_1: f32[4,4]) -> f32[8,4] {
+  %param_0 = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %param_1 = f32[4,4]{1,0:T(8,128)} parameter(1)
+  ROOT %dot.1 = f32[8,4]{1,0:T(8,128)} convolution(%param_0, %param_1), dim_labels=bf_io->bf
+}
+
+%fused_slice (param_2: f32[100,4], param_3: s32[]) -> f32[1,4] {
+  %param_2 = f32[100,4]{1,0:T(8,128)} parameter(0)
+  %param_3 = s32[]{:T(128)} parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice.1 = f32[1,4]{1,0} dynamic-slice(%param_2, %param_3, %zero), dynamic_slice_sizes={1,4}
+}
+
+%begun (param_4: f32[2,4]) -> (f32[2,4], f32[8,4]) {
+  %param_4 = f32[2,4]{1,0} parameter(0)
+  %all-gather.1 = f32[8,4]{1,0} all-gather(%param_4), channel_id=2, dimensions={0}
+  ROOT %start = (f32[2,4]{1,0}, f32[8,4]{1,0}) custom-call(%param_4, %all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%ended (param_5: f32[2,4]) -> f32[8,4] {
+  %param_5 = f32[2,4]{1,0} parameter(0)
+  %all-gather.2 = f32[8,4]{1,0} all-gather(%param_5), channel_id=2, dimensions={0}
+  ROOT %done = f32[8,4]{1,0} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (arg: (s32[], f32[100,4])) -> (s32[], f32[100,4]) {
+  %arg = (s32[], f32[100,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[100,4]{1,0} get-tuple-element(%arg), index=1
+  %row = f32[1,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused_slice, \
+metadata={op_name="jit(step)/Classifier/block_0/attention_layer/gather"}, \
+backend_config={"estimated_cycles":"50"}
+  %sum = f32[1,4]{1,0} all-reduce(%row), to_apply=%add
+  ROOT %next = (s32[], f32[100,4]{1,0}) tuple(%i, %x)
+}
+
+%condition (arg.1: (s32[], f32[100,4])) -> pred[] {
+  %arg.1 = (s32[], f32[100,4]{1,0}) parameter(0)
+  %turns = s32[]{:T(128)} constant(7)
+  %j = s32[] get-tuple-element(%arg.1), index=0
+  ROOT %less = pred[] compare(%j, %turns), direction=LT
+}
+
+ENTRY %main (p: f32[8,4], q: f32[4,4], r: f32[2,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %q = f32[4,4]{1,0:T(8,128)S(1)} parameter(1)
+  %r = f32[2,4]{1,0} parameter(2)
+  %init = (s32[], f32[100,4]{1,0}) tuple(%zero.1, %p)
+  %loop = (s32[], f32[100,4]{1,0}) while(%init), condition=%condition, body=%body
+  %product = f32[8,4]{1,0:T(8,128)S(1)} fusion(%p, %q), kind=kOutput, calls=%fused_product, \
+metadata={op_name="jit(step)/Classifier/block_0/attention_layer/query/dot_general"}, \
+backend_config={"estimated_cycles":"1000"}
+  %async-collective-start = (f32[2,4]{1,0}, f32[8,4]{1,0}) fusion(%r), kind=kCustom, calls=%begun
+  %async-collective-done = f32[8,4]{1,0} fusion(%r), kind=kCustom, calls=%ended
+  ROOT %kernel = f32[8,4]{1,0} custom-call(%product), \
+custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/attention_layer/gaussian/pallas_call"}, \
+backend_config={"cost_estimate":{"flops":"1","transcendentals":"2048","bytes_accessed":"3"}}
+}
+"""
+
+
+def test_loops_turn_as_their_conditions_say():
+    program = parse(TEXT)
+    times = {one.name: (number, known) for one, number, known in program.executed()}
+    assert times["row"] == (7, True)
+    assert times["product"] == (1, True)
+    unknown = parse(TEXT.replace("constant(7)", "constant(true)"))
+    assert {one.name: known for one, _, known in unknown.executed()}["row"] is False
+
+
+def test_spread_collectives_count_once_and_those_in_loops_by_turns():
+    assert collectives(TEXT) == {
+        "all-reduce": {"count": 7, "bytes": 7 * 16},
+        "all-gather": {"count": 1, "bytes": 8 * 4 * 4},
+    }
+    with pytest.raises(ValueError, match="an unknown number of turns"):
+        collectives(TEXT.replace("constant(7)", "constant(true)"))
+
+
+def test_costs_by_hand():
+    row = costs(parse(TEXT), PEAKS["TPU v5 lite"])
+    assert row["estimated_cycles"] == 1000 + 7 * 50
+    assert row["loops"] == [7]
+    # The estimate's exponentials take longest: 1,024 in a cycle.
+    assert row["kernels"] == {"gaussian": {"runs": 1, "modelled_cycles": 2, "estimated": 1}}
+    by = row["by_purpose"]
+    assert list(by)[:2] == ["other products", "gathers and scatters"]
+    # Of x a row is read; what is in the core's own memory does not pass the main memory.
+    assert by["gathers and scatters"] == {"runs": 7, "bytes": 7 * (16 + 4 + 16), "cycles": 350}
+    assert by["other products"] == {"runs": 1, "bytes": 8 * 4 * 4, "cycles": 1000}
+    assert by["kernels"]["bytes"] == 8 * 4 * 4
+
+
+def test_types():
+    assert num_bytes("(f32[2,3]{1,0}, bf16[5]{0}, pred[3], f8e4m3fn[4], s4[4])") == 24 + 10 + 3 + 6
+    assert num_bytes("(f32[2]{0:T(128)S(1)}, f32[3]{0:T(128)})", in_memory=True) == 12
+    assert elements("(f32[2,3]{1,0}, (s32[], /*index=2*/u8[4]))") == [
+        "f32[2,3]{1,0}",
+        "(s32[], u8[4])",
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip('compiling for TPUs needs libtpu: pip install -e ".[aot]"')
+    environment = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "tests/aot_programs.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_all_attentions_compile_for_tpus(compiled):
+    assert set(compiled["attentions"]) == set(attention.NAMES)
+    for name, row in compiled["attentions"].items():
+        assert row["estimated_cycles"] + len(row["kernels"]) > 0, name
+        # Performer draws its directions block by block.
+        assert len(row["loops"]) == (name == "performer"), name
+
+
+def test_what_skyformer_sends_does_not_grow_with_the_length_on_tpus(compiled):
+    short, long = compiled["steps"]
+    assert short["collectives"] == long["collectives"]
+    assert not short["loops"] and not long["loops"]
+    assert short["estimated_cycles"] < long["estimated_cycles"] < 1_500_000
