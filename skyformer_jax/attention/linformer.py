@@ -129,7 +129,7 @@ def _first_rows(name: str, projection: jax.Array, kv_length: int, heads: int) ->
 
 def _init(kv_length: int) -> jax.nn.initializers.Initializer:
     # Sums over kv_length independent keys of unit variance keep it.
-    return jax.nn.initializers.normal(kv_length**-0.5, jnp.float32)
+    return jax.nn.initializers.normal(max(1, kv_length) ** -0.5, jnp.float32)
 
 
 def linformer_variables(
