@@ -6,13 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from skyformer_jax.attention import gaussian_tpu
 from skyformer_jax.attention.gaussian import gaussian_attention
+from skyformer_jax.attention.gaussian_gpu import gpu_gradients, gpu_value
+from skyformer_jax.attention.gaussian_tpu import tpu_gradients, tpu_value
 
-# The most relative error of output and gradients: of float32 under "highest", and of one pass.
-TOLERANCE = {"float32": 3e-6, "tf32": 2e-3, "bfloat16": 5e-3}
+KERNELS = {"gpu": (gpu_value, gpu_gradients), "tpu": (tpu_value, tpu_gradients)}
+# The most relative error of output and gradients: of float32 arrays under "highest", and in one
+# pass, which is of TF32 on GPUs and of bfloat16 on TPUs; and of bfloat16 arrays.
+TOLERANCE = {
+    ("gpu", "float32"): 3e-6,
+    ("gpu", "one pass"): 1e-3,
+    ("gpu", "bfloat16"): 3e-3,
+    ("tpu", "float32"): 3e-6,
+    ("tpu", "one pass"): 5e-3,
+    ("tpu", "bfloat16"): 3e-3,
+}
 # q_length, kv_length, head_dim, standard deviation, offset of all points.
 CASES = [
     (200, 130, 32, 1, 0),
@@ -67,23 +80,111 @@ def relative_error(found, expected):
     return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
+@functools.cache
+def interpreted(platform):
+    """Output and gradients by query, key and value, of the kernels alone."""
+    value, gradients = KERNELS[platform]
+
+    @jax.jit
+    def value_and_gradients(query, key, values, d_out, scale):
+        arrays = (query, key, values, scale)
+        return (
+            value(*arrays, interpret=True),
+            *gradients(*arrays, d_out, interpret=True),
+        )
+
+    return value_and_gradients
+
+
+@pytest.mark.parametrize(("platform", "precision"), TOLERANCE)
 @pytest.mark.parametrize(("q_length", "kv_length", "head_dim", "std", "offset"), CASES)
-def test_values_and_gradients(q_length, kv_length, head_dim, std, offset, precision):
+def test_values_and_gradients(q_length, kv_length, head_dim, std, offset, platform, precision):
     """Rounded as accelerators round, which the kernels do; offset points lose nothing."""
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     qkvg = arrays(q_length, kv_length, head_dim, std, offset, dtype=dtype)
     scale = head_dim**-0.5
     with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
-        found = kernel()(*qkvg, jnp.float32(scale))
-    expected = reference(*qkvg, scale)
-    for mine, exact, x in zip(found[:4], expected, (jnp.float32(0), *qkvg[:3]), strict=False):
-        assert mine.dtype == x.dtype
-        assert relative_error(mine, exact) < TOLERANCE[precision]
-    # The gradient by the scale is a sum of both signs, so it is held against its terms.
-    q, k, _, _ = (np.asarray(x, np.float64) for x in qkvg)
-    terms = np.linalg.norm(q - k.mean()) * np.linalg.norm(expected[1]) / scale
-    assert abs(float(found[4]) - expected[4]) < TOLERANCE[precision] * max(terms, abs(expected[4]))
+        found = interpreted(platform)(*qkvg, jnp.float32(scale))
+    for mine, exact in zip(found, reference(*qkvg, scale), strict=False):
+        assert relative_error(mine, exact) < TOLERANCE[platform, precision]
+
+
+@pytest.mark.parametrize("platform", KERNELS)
+def test_dtypes_may_differ(platform):
+    """They are measured from one centre then, and rounded alike."""
+    q, k, v, d_out = arrays(40, 50, 16, 1, 10)
+    qkvg = (q.astype(jnp.bfloat16), k, v.astype(jnp.bfloat16), d_out)
+    found = interpreted(platform)(*qkvg, jnp.float32(0.3))
+    for mine, exact in zip(found, reference(*qkvg, 0.3), strict=False):
+        assert relative_error(mine, exact) < TOLERANCE[platform, "one pass"]
+
+
+def test_more_than_stays_at_a_time(monkeypatch):
+    """On TPUs the shorter side stays in parts; both ways round."""
+    monkeypatch.setattr(gaussian_tpu, "_STAYING", 128)
+    monkeypatch.setattr(gaussian_tpu, "_PART", 256)
+    for lengths in ((700, 600), (600, 700)):
+        qkvg = arrays(*lengths, 8, batch=1)
+        with jax.default_matmul_precision("highest"):
+            found = gaussian_tpu.tpu_gradients(*qkvg[:3], jnp.float32(0.3), qkvg[3], interpret=True)
+        for mine, exact in zip(found, reference(*qkvg, 0.3)[1:], strict=False):
+            assert relative_error(mine, exact) < TOLERANCE["tpu", "float32"]
+
+
+def test_the_gradient_by_scale():
+    """A sum of both signs, so it is held against its terms."""
+    qkvg = arrays(60, 40, 16, 1, 3)
+    found = float(kernel()(*qkvg, jnp.float32(0.25))[4])
+    expected = reference(*qkvg, 0.25)
+    q, k = (np.asarray(x, np.float64) for x in qkvg[:2])
+    assert abs(found - expected[4]) < 1e-3 * np.linalg.norm(q - k.mean()) * np.linalg.norm(
+        expected[1]
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.numpy_dtype_promotion("strict"),
+        lambda: jax.enable_x64(True),
+    ],
+    ids=["ranks", "dtypes", "64 bits"],
+)
+def test_strict_modes(mode, dtype):
+    """What "auto" traces for every platform, where sizes are not the least."""
+    with mode():
+        qkv = arrays(130, 140, 8, dtype=dtype, batch=1)[:3]
+
+        def call(*qkv):
+            return gaussian_attention(*qkv, scale=0.3).sum()
+
+        for gradient, x in zip(jax.jit(jax.grad(call, (0, 1, 2)))(*qkv), qkv, strict=True):
+            assert gradient.dtype == x.dtype
+        assert jax.eval_shape(lambda *x: jax.jvp(call, x, x)[1], *qkv).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_compiles_for_tpus(dtype):
+    """By libtpu's own compiler, on this machine: values and gradients, either way round."""
+    pytest.importorskip("libtpu")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    sharding = NamedSharding(jax.sharding.Mesh(np.array(devices)[:1], ("x",)), P())
+
+    def value_and_gradients(query, key, value, d_out):
+        call = functools.partial(gaussian_attention, scale=0.2, implementation="auto")
+        out, pull = jax.vjp(jax.vmap(lambda *x: call(*(y[None] for y in x))[0]), query, key, value)
+        return out, pull(d_out)
+
+    def rows(length, dtype):
+        return jax.ShapeDtypeStruct((2, length, 2, 32), dtype, sharding=sharding)
+
+    for q_length, kv_length in ((1000, 128), (128, 1000)):
+        keys = rows(kv_length, dtype)
+        shapes = (rows(q_length, dtype), keys, keys, rows(q_length, jnp.float32))
+        text = jax.jit(value_and_gradients).lower(*shapes).compile().as_text()
+        assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +197,7 @@ def problem():
 
 def assert_near(found, expected):
     for mine, theirs in zip(found, expected, strict=True):
-        assert relative_error(mine, theirs) < TOLERANCE["tf32"]
+        assert relative_error(mine, theirs) < TOLERANCE["gpu", "one pass"]
 
 
 def test_mapped_and_rematerialised(problem):

@@ -9,7 +9,8 @@ and a kernel for accelerators. gaussian_attention chooses.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from skyformer_jax.attention.gaussian_tiles import (
     tiled_tangent,
     tiled_value,
 )
+from skyformer_jax.attention.gaussian_tpu import tpu_gradients, tpu_value
 
 IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
 
@@ -33,6 +35,10 @@ IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
 # a CPU a tile then stays in the caches, which is measured (docs/speed.md). Accelerators want few,
 # large tiles; their figure only bounds the memory.
 _TILE = {"cpu": (1024, 128), "default": (8192, 1024)}
+
+# The kernels by platform.
+_VALUE = {"cuda": gpu_value, "tpu": tpu_value}
+_GRADIENTS = {"cuda": gpu_gradients, "tpu": tpu_gradients}
 
 # Scores of a head up to which storing them all for the gradient is faster than a second
 # computation, on two CPU cores.
@@ -82,10 +88,11 @@ def gaussian_attention(
         - "dense" holds all q_length x kv_length scores, and again for gradients.
         - "chunked" holds a tile of them at a time and computes it anew for gradients, so that
           memory is linear in q_length + kv_length for gradients too.
-        - "pallas" is a kernel that holds none of them in memory: for NVIDIA GPUs; elsewhere it is
-          interpreted, slowly, to try it. It takes no mask and no causality.
+        - "pallas" is a kernel that holds none of them in memory: for NVIDIA GPUs and for TPUs; on
+          a CPU that of GPUs is interpreted, slowly, to try it. It takes no mask and no causality.
         - "auto" is dense for the smallest sizes, where that is faster, and otherwise what is best
-          on the platform that the program is compiled for: "pallas" on NVIDIA GPUs, else "chunked".
+          on the platform that the program is compiled for: "pallas" on NVIDIA GPUs and TPUs, else
+          "chunked".
       mask: bool [batch or 1, heads or 1, q_length or 1, kv_length], True for the terms of each
         query's sum.
       is_causal: the sum for query i ends with key i.
@@ -150,17 +157,17 @@ def _without_scores(
     interpreted = implementation == "pallas"
 
     def by_kernel(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        found = gradients(*arrays, gpu=gpu_gradients, interpreted=interpreted)
+        found = gradients(*arrays, kernels=_GRADIENTS, interpreted=interpreted)
         return _with_scale(found, *arrays)
 
-    value_by_kernel = functools.partial(value, gpu=gpu_value, interpreted=interpreted)
+    value_by_kernel = functools.partial(value, kernels=_VALUE, interpreted=interpreted)
     return with_rules(value_by_kernel, tangent, by_kernel, all_gradients)
 
 
 def _by_platform(
     tiled: Callable[..., Any],
     *arrays: jax.Array,
-    gpu: Callable[..., Any] | None = None,
+    kernels: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
     interpreted: bool = False,
 ) -> Any:
     """Calls what is right on the platform that the program is compiled for.
@@ -168,12 +175,12 @@ def _by_platform(
     Args:
       tiled: a function of arrays and a tile.
       *arrays: the arrays.
-      gpu: a kernel that does the same, to be called on NVIDIA GPUs.
-      interpreted: whether the kernel is interpreted elsewhere, instead of calling tiled.
+      kernels: those that do the same, by platform.
+      interpreted: whether that of GPUs is interpreted elsewhere, instead of calling tiled.
     """
     calls = {platform: functools.partial(tiled, tile=tile) for platform, tile in _TILE.items()}
-    if gpu is not None:
-        calls["cuda"] = functools.partial(_on_each_device, gpu)
+    for platform, kernel in kernels.items():
+        calls[platform] = functools.partial(_on_each_device, kernel)
     if interpreted:
         calls["cpu"] = calls["default"] = functools.partial(calls["cuda"], interpret=True)
     return jax.lax.platform_dependent(*arrays, **calls)
@@ -193,8 +200,9 @@ def _with_scale(
     """
     del others
     d_query, d_key, _ = gradients
-    centre = key.astype(jnp.float32).mean(axis=1, keepdims=True)
-    d_scale = ((query - centre) * d_query).sum() + ((key - centre) * d_key).sum()
+    q, k = (x.astype(jnp.float32) for x in (query, key))
+    centre = k.mean(axis=1, keepdims=True)
+    d_scale = ((q - centre) * d_query).sum() + ((k - centre) * d_key).sum()
     arrays = (query, key, value, scale)
     all_gradients = (*gradients, d_scale / (2 * scale))
     return tuple(g.astype(x.dtype) for g, x in zip(all_gradients, arrays, strict=True))

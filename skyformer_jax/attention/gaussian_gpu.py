@@ -17,7 +17,6 @@ rounded numbers:
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,14 +25,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from skyformer_jax.attention.inputs import zeros_like
+from skyformer_jax.attention.kernel_inputs import (
+    LOG2E,
+    mean_of_keys,
+    takes_one_pass,
+    varying_alike,
+)
 
 # Programs that fill a device: two for each multiprocessor of an H100.
 _PROGRAMS = 264
-# What jax.default_matmul_precision sets, and its values under which a product takes one pass.
-_PRECISION = "jax_default_matmul_precision"
-_ONE_PASS = (None, "default", "fastest", "bfloat16", "tensorfloat32", "TF32_TF32_F32")
-_LOG2E = math.log2(math.e)
 
 
 def gpu_value(
@@ -83,13 +83,6 @@ def gpu_gradients(
     return scale * d_query, scale * d_key, d_value
 
 
-def _mean_of_keys(key: jax.Array) -> jax.Array:
-    """float32 [batch, 1, heads, head_dim]: of the keys that are not zero, as masked ones are."""
-    key = key.astype(jnp.float32)
-    count = (key != 0).any(axis=-1, keepdims=True).sum(axis=1, keepdims=True)
-    return key.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
-
-
 def _runner(
     query: jax.Array, key: jax.Array, value: jax.Array, scale: jax.Array, interpret: bool
 ) -> Callable[..., list[jax.Array]]:
@@ -97,8 +90,8 @@ def _runner(
     if all(x.dtype == jnp.bfloat16 for x in (query, key, value)):
         passes, dtype, centre = 1, jnp.bfloat16, jnp.zeros_like(key[:, :1], jnp.float32)
     else:
-        passes = 1 if getattr(jax.config, _PRECISION) in _ONE_PASS else 3
-        dtype, centre = jnp.float32, _mean_of_keys(key)
+        passes = 1 if takes_one_pass() else 3
+        dtype, centre = jnp.float32, mean_of_keys(key)
     return functools.partial(
         _run, scale=scale, centre=centre, dtype=dtype, passes=passes, interpret=interpret
     )
@@ -167,7 +160,7 @@ def _run(
     arrays = [scale.reshape(1), padded(centre, 1)]
     arrays += [padded(x, row_blocks * num_rows) for x in rows]
     arrays += [padded(x, parts * turns * num_columns) for x in columns]
-    arrays = _varying_alike(arrays)
+    arrays = varying_alike(arrays)
     outs = pl.pallas_call(
         functools.partial(kernel, num_columns=num_columns, turns=turns, dtype=dtype, passes=passes),
         grid=(row_blocks, parts, batch * heads),
@@ -199,14 +192,6 @@ def _run(
         name=name,
     )(*arrays)
     return [out.sum(axis=0)[:, :length, :, :dim] for out, dim in zip(outs, out_dims, strict=True)]
-
-
-def _varying_alike(arrays: list[jax.Array]) -> list[jax.Array]:
-    """The arrays, as varying over the same axes of a jax.shard_map that checks what varies."""
-    if len({jax.typeof(x).manual_axis_type for x in arrays}) == 1:
-        return arrays
-    zero = jnp.stack([zeros_like(x[(0,) * x.ndim], jnp.float32) for x in arrays]).sum()
-    return [x + zero.astype(x.dtype) for x in arrays]
 
 
 def _power_of_2(size: int, least: int = 16) -> int:
@@ -268,7 +253,7 @@ def _scores(rows: jax.Array, columns: jax.Array, scale: jax.Array, passes: int) 
         return 0.5 * (points * points).sum(axis=1)
 
     norms = half_norms(rows)[:, None] + half_norms(columns)[None, :]
-    exponent = (scale * _LOG2E) * (_matmul(rows, columns.T, passes) - norms)
+    exponent = (scale * LOG2E) * (_matmul(rows, columns.T, passes) - norms)
     return jnp.exp2(jnp.minimum(exponent, 0))  # rounding alone can make it positive
 
 

@@ -115,7 +115,8 @@ def tiled_gradients(
 
     zeros = tuple(zeros_like(x, jnp.float32) for x in (query, key, value))
     d_query, d_key, d_value = _loop(query.shape[1] // query_rows, by_query, zeros)
-    d_key = scale * (d_key - (value * d_value).sum(axis=-1, keepdims=True) * key)
+    v, k = (x.astype(jnp.float32) for x in (value, key))
+    d_key = scale * (d_key - (v * d_value).sum(axis=-1, keepdims=True) * k)
     return d_query[:, :q_length], d_key[:, :kv_length], d_value[:, :kv_length]
 
 
