@@ -37,7 +37,8 @@ def paper_config(task: str, name: str, *, max_length: int) -> ml_collections.Con
 def restore_published(config: ml_collections.ConfigDict) -> None:
     """Changes a config to what the published code computes, where that is an option.
 
-    The mean pooling divides by the padded length, and Performer's scores are scaled twice.
+    The mean pooling divides by the padded length, Performer's scores are scaled twice, and BigBird's
+    global blocks are the first and the last.
 
     Not restored, beside what only differs in its random numbers: Skyformer and Nystromformer start
     their iteration from a maximum over the batch, Nystromformer averages padding into its
@@ -50,6 +51,8 @@ def restore_published(config: ml_collections.ConfigDict) -> None:
     config.model.pooling = "padded_mean"
     if config.attention.name == "performer":
         config.attention.scale = 1 / config.model.head_dim
+    if config.attention.name == "bigbird":
+        config.attention.global_blocks = "first_last"
 
 
 def use_few_landmarks(config: ml_collections.ConfigDict) -> None:
