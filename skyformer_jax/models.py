@@ -173,7 +173,8 @@ class _Encoder(nn.Module):
                 "position_embedding", init, (self.max_length, self.width), jnp.float32
             )
             # A slice, which is cheaper than a lookup of the positions.
-            x = x + jax.lax.dynamic_slice_in_dim(table, positions[0], len(positions))[None]
+            rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=len(positions))
+            x = x + on_automatic_axes(rows, (None, spec_of(table)[1]), table, positions[0])[None]
         else:
             # Their root mean square is then that of the tokens' embeddings.
             x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)[None]

@@ -58,6 +58,8 @@ def test_the_paper_variant_restores_the_published_options(name):
     assert get(name, "bigbird,paper").attention.global_blocks == "first_last"
     assert get(name, "bigbird").attention.global_blocks == "first"
     assert "scale" not in get(name, "skyformer,paper").attention
+    assert get(name, "bigbird,paper").attention.global_blocks == "first_last"
+    assert get(name, "bigbird").attention.global_blocks == "first"
     assert "scale" not in get(name, "performer").attention
 
 
