@@ -74,10 +74,13 @@ def main() -> None:
         result["rows"].append(_evaluate(workdir, result["buckets"]))
         write_json(path, result)
         row = result["rows"][-1]
+        test, again, recorded = (
+            100 * found["accuracy"]
+            for found in (row["test"], row["validation"], row["recorded_validation"])
+        )
         print(
-            f"seed {row['seed']}, step {row['checkpoint']}: test {100 * row['test']['accuracy']:.2f} %, "
-            f"validation {100 * row['validation']['accuracy']:.2f} % "
-            f"({100 * row['recorded_validation']['accuracy']:.2f} % recorded)"
+            f"seed {row['seed']}, step {row['checkpoint']}: test {test:.2f} %, "
+            f"validation {again:.2f} % ({recorded:.2f} % recorded)"
         )
 
 
