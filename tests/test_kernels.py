@@ -131,6 +131,23 @@ def test_more_than_stays_at_a_time(monkeypatch):
             assert relative_error(mine, exact) < TOLERANCE["tpu", "float32"]
 
 
+@pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_gradients_are_of_the_precision_of_the_call(wrapped):
+    """Which has been left when they are traced."""
+    qkvg = arrays(40, 50, 8)
+
+    @wrapped
+    def gradients(query, key, value, d_out):
+        def call(*qkv):
+            with jax.default_matmul_precision("highest"):
+                return gaussian_attention(*qkv, scale=0.3, implementation="pallas")
+
+        return jax.vjp(call, query, key, value)[1](d_out)
+
+    for mine, exact in zip(gradients(*qkvg), reference(*qkvg, 0.3)[1:], strict=False):
+        assert relative_error(mine, exact) < TOLERANCE["gpu", "float32"]
+
+
 def test_the_gradient_by_scale():
     """A sum of both signs, so it is held against its terms."""
     qkvg = arrays(60, 40, 16, 1, 3)

@@ -28,6 +28,7 @@ from skyformer_jax.attention.gaussian_tiles import (
     tiled_value,
 )
 from skyformer_jax.attention.gaussian_tpu import tpu_gradients, tpu_value
+from skyformer_jax.attention.kernel_inputs import default_precision
 
 IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
 
@@ -126,18 +127,36 @@ def gaussian_attention(
             earlier = jnp.tri(query.shape[1], key.shape[1], dtype=bool)
             scores = only(earlier[None, None], scores)
         return jnp.einsum("bhqk,bkhp->bqhp", scores, value)
-    function = _without_scores("chunked" if masked else implementation, mask is not None, is_causal)
+    # Gradients are traced later than the call, and are to be of the settings of the call.
+    function = _without_scores(
+        "chunked" if masked else implementation,
+        mask is not None,
+        is_causal,
+        default_precision(),
+        tuple(_TILE.items()),
+    )
     arrays = (query, key, value, jnp.asarray(scale, jnp.float32))
     return function(*arrays) if mask is None else function(*arrays, mask)
 
 
 @functools.cache
 def _without_scores(
-    implementation: str, has_mask: bool, is_causal: bool
+    implementation: str,
+    has_mask: bool,
+    is_causal: bool,
+    precision: str | None,
+    tiles: tuple[tuple[str, tuple[int, int]], ...],
 ) -> Callable[..., jax.Array]:
     """The primitive of query, key, value, scale and, perhaps, mask, without holding all scores.
 
     Tangents, and what derivatives of higher order differentiate, come from the tiles always.
+
+    Args:
+      implementation: "auto", "chunked" or "pallas".
+      has_mask: whether there is a mask.
+      is_causal: as in gaussian_attention.
+      precision: of products, as jax.default_matmul_precision has it.
+      tiles: items of _TILE.
     """
 
     def chunked(tiled: Callable[..., Any], *arrays: jax.Array, tile: tuple[int, int]) -> Any:
@@ -145,7 +164,7 @@ def _without_scores(
         return tiled(*arrays[:4], *more, tile=tile, is_causal=is_causal)
 
     value, tangent, gradients = (
-        functools.partial(_by_platform, functools.partial(chunked, tiled))
+        functools.partial(_by_platform, functools.partial(chunked, tiled), precision, tiles)
         for tiled in (tiled_value, tiled_tangent, tiled_gradients)
     )
 
@@ -166,6 +185,8 @@ def _without_scores(
 
 def _by_platform(
     tiled: Callable[..., Any],
+    precision: str | None,
+    tiles: tuple[tuple[str, tuple[int, int]], ...],
     *arrays: jax.Array,
     kernels: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
     interpreted: bool = False,
@@ -174,16 +195,19 @@ def _by_platform(
 
     Args:
       tiled: a function of arrays and a tile.
+      precision: see _without_scores.
+      tiles: likewise.
       *arrays: the arrays.
       kernels: those that do the same, by platform.
       interpreted: whether that of GPUs is interpreted elsewhere, instead of calling tiled.
     """
-    calls = {platform: functools.partial(tiled, tile=tile) for platform, tile in _TILE.items()}
+    calls = {platform: functools.partial(tiled, tile=tile) for platform, tile in tiles}
     for platform, kernel in kernels.items():
         calls[platform] = functools.partial(_on_each_device, kernel)
     if interpreted:
         calls["cpu"] = calls["default"] = functools.partial(calls["cuda"], interpret=True)
-    return jax.lax.platform_dependent(*arrays, **calls)
+    with jax.default_matmul_precision(precision):
+        return jax.lax.platform_dependent(*arrays, **calls)
 
 
 def _with_scale(

@@ -8,14 +8,18 @@ import jax.numpy as jnp
 from skyformer_jax.attention.inputs import zeros_like
 
 LOG2E = math.log2(math.e)
-# What jax.default_matmul_precision sets, and its values under which a product takes one pass.
-_PRECISION = "jax_default_matmul_precision"
+# Values of jax.default_matmul_precision under which a product takes one pass.
 _ONE_PASS = (None, "default", "fastest", "bfloat16", "tensorfloat32", "TF32_TF32_F32")
 
 
+def default_precision() -> str | None:
+    """What jax.default_matmul_precision has been set to."""
+    return getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
+
+
 def takes_one_pass() -> bool:
-    """Whether products of float32 numbers may be as fast as jax.default_matmul_precision allows."""
-    return getattr(jax.config, _PRECISION) in _ONE_PASS
+    """Whether the products of float32 numbers are to be of the default precision."""
+    return default_precision() in _ONE_PASS
 
 
 def mean_of_keys(key: jax.Array) -> jax.Array:
