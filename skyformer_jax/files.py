@@ -26,6 +26,20 @@ def expand(path: str | Path) -> Path:
         ) from None
 
 
+def check_name(path: Path) -> None:
+    """Raises a UserError for a path that is no text, which the storage of arrays cannot open.
+
+    Python reads the bytes of such a name as it can: of another encoding than that of the locale.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{str(path)!a} is not text in the encoding of this locale; name another folder, or "
+            "set LC_ALL=C.UTF-8"
+        ) from None
+
+
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool) -> Iterator[bool]:
     """Holds a lock while its block runs, and yields whether it does.

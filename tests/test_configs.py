@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 import tiny_data
@@ -160,6 +161,19 @@ def test_fields_that_there_are_not_are_named():
         settings = get("text")
         settings[section].batchsize = 3
         with pytest.raises(UserError, match=message):
+            config.check(settings, num_devices=1)
+
+
+def test_values_of_another_type_are_named():
+    """A config that a program builds is not typed."""
+    for field, value, message in (
+        ("model.dropout", "0.1", "must be float or int, as 0.1; got '0.1'"),
+        ("train.batch_size", True, "must be int, as 32; got True"),
+        ("train.statistics", 1, "must be bool, as False; got 1"),
+    ):
+        settings = ml_collections.ConfigDict(get("text").to_dict(), type_safe=False)
+        settings.update_from_flattened_dict({field: value})
+        with pytest.raises(UserError, match=f"^config.{field} {message}"):
             config.check(settings, num_devices=1)
 
 

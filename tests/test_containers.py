@@ -11,10 +11,13 @@ import sys
 import pytest
 import test_compilation_cache
 import tiny_data
+from run_on import run_on
 from test_runs import ENVIRONMENT, ROOT, train_command
 
+from configs import quickstart
 from skyformer_jax.errors import UserError
 from skyformer_jax.files import expand, lock, unnamed_owners
+from skyformer_jax.training.workdir import open_workdir
 
 # Imported by a Python that starts: there is no name for any user or group, and there are no locks.
 NOTHING = """
@@ -110,6 +113,18 @@ def test_a_home_that_is_not_known(tmp_path, monkeypatch, bare):
     (line,) = done.stderr.splitlines()
     assert line.startswith("compilation_cache=~/cache: Could not determine home directory; program")
     assert not (tmp_path / "~").exists()
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_at_once(tmp_path):
+    """The first checkpoint would fail, and so cost the steps before it."""
+    name = tmp_path / os.fsdecode(b"caf\xe9")
+    task = tiny_data.tiny_tasks()["listops"]
+    with pytest.raises(UserError, match=r"caf.udce9' is not text .* set LC_ALL=C\.UTF-8"):
+        task.load("test", str(name))
+    config = quickstart.get_config()
+    with pytest.raises(UserError, match="is not text"), open_workdir(run_on(config), name):
+        pass
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_run_goes_on_without_all_of_them(tmp_path, data_dir, bare):

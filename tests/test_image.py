@@ -73,6 +73,22 @@ def test_nothing_there_says_what_is_wanted(tmp_path):
         read(tmp_path)
 
 
+def test_copies_of_a_batch_and_links_to_nothing_are_named(folder):
+    copy = folder / "copy" / "data_batch_2.bin"
+    copy.parent.mkdir()
+    shutil.copy(folder / copy.name, copy)
+    first = read(folder)["train"][0]
+    copy.write_bytes(copy.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"two copies of data_batch_2\.bin, which differ: copy/"):
+        read(folder)
+    copy.unlink()
+    copy.symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"copy/data_batch_2\.bin is a link to a file that is not"):
+        read(folder)
+    copy.unlink()
+    np.testing.assert_array_equal(read(folder)["train"][0], first)
+
+
 def test_a_missing_batch_is_named(folder):
     for name in BATCHES[2:4]:
         (folder / name).unlink()

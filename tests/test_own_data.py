@@ -1,9 +1,12 @@
 """A task of the user's own: from tables through training to evaluation, and the page on it."""
 
+import gzip
+import io
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +132,8 @@ def test_pixels_and_pairs(tmp_path):
         (b"label\ttext\n", "holds no examples"),
         (b"", "has no columns named text"),
         ("label\ttext\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        (gzip.compress(b"label\ttext\ngood\ta film\n"), "is compressed (gzip); unpack it"),
+        (b"<!DOCTYPE html><title>403</title>", "is a web page"),
     ],
 )
 def test_a_malformed_table_is_named(tmp_path, content, message):
@@ -136,6 +141,67 @@ def test_a_malformed_table_is_named(tmp_path, content, message):
     (tmp_path / "train.tsv").write_bytes(content)
     with pytest.raises(UserError, match=f"train.tsv.*{re.escape(message)}"):
         films().load("train", tmp_path / "data", source=str(tmp_path))
+
+
+def array_file(array):
+    np.save(file := io.BytesIO(), array)
+    return file.getvalue()
+
+
+def flipped_table():
+    pyarrow.parquet.write_table(
+        pyarrow.table({"label": [*CLASSES], "text": ["a", "b"]}),
+        sink := pyarrow.BufferOutputStream(),
+    )
+    content = bytearray(sink.getvalue().to_pybytes())
+    (length,) = struct.unpack("<I", content[-8:-4])
+    content[len(content) - 8 - length : len(content) - length] = b"\xff" * 8
+    return bytes(content)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_table_in_parts_is_read_whole_or_not_at_all(tmp_path, lost):
+    """An interrupted download leaves some; a second version has another number of them."""
+    for split in ("train", "test"):
+        write_parquet(tmp_path / split, *rows(0, 40))
+    assert len(load(films(), tmp_path / "data", tmp_path)["test"]) == 40
+    part = tmp_path / f"train-0000{lost}-of-00002.parquet"
+    part.rename(tmp_path / "train-00000-of-00001.parquet")
+    for count in ("2 of 1 or 2", "1 of 2"):
+        with pytest.raises(UserError, match=f"train in parts that are not whole: {count}, train-"):
+            films().load("train", tmp_path / "again", source=str(tmp_path))
+        (tmp_path / "train-00000-of-00001.parquet").unlink(missing_ok=True)
+
+
+def test_images_of_all_splits_have_one_size(tmp_path):
+    images = tasks.define("images", inputs="pixels", classes=np.int64(2), max_length=np.int64(16))
+    assert json.loads(json.dumps(images.definition))["classes"] == 2
+    for split, side in (("train", 4), ("test", 3)):
+        pixels = np.zeros((40, side, side), np.uint8)
+        np.savez(tmp_path / split, pixels=pixels, label=np.arange(40) % 2)
+    with pytest.raises(
+        UserError, match=r"images of test have .9. pixels, and those of train .16.;"
+    ):
+        images.load("train", tmp_path / "data", source=str(tmp_path))
+
+
+def test_a_source_that_is_not_there_is_said(tmp_path, capsys):
+    """Unless it is what the data set was made from, which may be deleted."""
+    (tmp_path / "here").mkdir()
+    for split in ("train", "test"):
+        write_tsv(tmp_path / "here" / split, *rows(0, 40))
+    with pytest.raises(UserError, match=r"it does not exist; wanted are train"):
+        films().load("train", tmp_path / "data", source=str(tmp_path / "there"))
+    films().load("train", tmp_path / "data", source=str(tmp_path / "here"))
+    shutil.rmtree(tmp_path / "here")
+    capsys.readouterr()
+    films().load("test", tmp_path / "data", source=str(tmp_path / "here"))
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        films().load("test", tmp_path / "data", source=str(tmp_path / "there"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/there does not exist; reading the data set in ")
+    assert line.endswith(f"made from {tmp_path}/here")
 
 
 def test_files_that_are_no_tables_are_named(tmp_path):
@@ -157,6 +223,9 @@ def test_files_that_are_no_tables_are_named(tmp_path):
             {"label": np.array([{}])},
             "numpy.savez: Object arrays",
         ),
+        (images, "train.npz", good | {"label": np.int64(1)}, "different lengths: .1, 3"),
+        (images, "train.npz", array_file(good["pixels"]), "it is one array, of numpy.save"),
+        (films(), "train.parquet", flipped_table(), "cannot be read as Parquet: .* thrift"),
     ):
         path = tmp_path / name
         path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
@@ -167,7 +236,7 @@ def test_files_that_are_no_tables_are_named(tmp_path):
         (tmp_path / name).write_text("label\ttext\ngood\ta film\n")
     with pytest.raises(UserError, match=r"holds train 2 times: train\.tsv and train\.csv"):
         films().load("train", tmp_path / "data", source=str(tmp_path))
-    with pytest.raises(UserError, match=r"does not hold test of task films; wanted are train and"):
+    with pytest.raises(UserError, match=r"does not hold test of task films; it holds .*; wanted"):
         (tmp_path / "test.tsv").unlink()
         (tmp_path / "train.csv").unlink()
         films().load("train", tmp_path / "data", source=str(tmp_path))
@@ -185,7 +254,9 @@ def test_files_that_are_no_tables_are_named(tmp_path):
         ("films", {"classes": 1}, "or different texts"),
         ("films", {"classes": ("a", "a")}, "or different texts"),
         ("films", {"classes": (0, 1)}, "or different texts"),
+        ("films", {"classes": 2.0}, "or different texts"),
         ("films", {"max_length": 0}, "at least 1"),
+        ("films", {"max_length": "9"}, "a whole number"),
         ("films", {"num_documents": 3}, "must be 1 or 2"),
     ],
 )

@@ -369,6 +369,8 @@ def test_runs_of_earlier_versions_are_read(undisturbed, tmp_path):
         ({"attention": {"name": "skyformer", "power": 2}}, "has no option 'power'"),
         ({"attention": {"name": "hyena"}}, "unknown attention 'hyena'"),
         ({"task": "chess"}, "unknown task 'chess'"),
+        ({"train": {"batch_size": 16.0}}, "config.train.batch_size must be int, as 32; got 16.0"),
+        ({"data": {"dir": None}}, "config.data.dir must be str, as 'data'; got None"),
     ],
 )
 def test_what_a_later_version_wrote_is_read_or_refused_by_name(
@@ -380,6 +382,26 @@ def test_what_a_later_version_wrote_is_read_or_refused_by_name(
     rewrite_config(tmp_path, lambda content: content.update(change))
     with pytest.raises(UserError, match=rf"skyformer_jax 9\.9\.0, and .* not read it: .*{message}"):
         read(tmp_path / "config.json")
+
+
+def test_a_config_that_is_not_that_of_the_checkpoints_is_refused(undisturbed, tmp_path):
+    """With other heads every array has the same shape; only the numbers would be others."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir)
+    rewrite_config(workdir, lambda content: content["model"].update(num_heads=1, head_dim=64))
+    message = (
+        r"step \d+ in .*checkpoints was trained with another config than .*config\.json says; "
+        r"restore there: model\.head_dim \(saved: 32, .* model\.num_heads \(saved: 2, "
+    )
+    with pytest.raises(UserError, match=message):
+        training.evaluate(workdir)
+    config = read(workdir / "config.json")
+    config.train.num_steps += EVAL_EVERY
+    with pytest.raises(UserError, match=message):
+        training.train(config, workdir)
+    assert checkpoints.steps(workdir / "checkpoints") == checkpoints.steps(
+        undisturbed[0] / "checkpoints"
+    )
 
 
 def test_more_steps_go_on_by_the_longer_schedule(undisturbed, tmp_path, capsys):
@@ -442,6 +464,8 @@ def test_a_run_that_cannot_be_written_is_evaluated(undisturbed, tmp_path):
     workdir.chmod(0o755)
     with pytest.raises(UserError, match=r"^--out=.* cannot be written: File exists; name"):
         training.evaluate(workdir, out=out / "result.json")
+    training.evaluate(workdir, out=f"{tmp_path}/new/")
+    assert (tmp_path / "new" / "eval_test.json").is_file()
     training.evaluate(workdir, out=out.parent)
     assert (
         json.loads((out.parent / "eval_test.json").read_text())["confusion"] == before["confusion"]

@@ -18,6 +18,13 @@ _PACKED_RELEASES = ("lra_release.gz", "lra_release.tar.gz")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # the byte-order marks of UTF-16
 _LFS = b"version https://git-lfs.github.com/spec/"
+_COMPRESSED = {  # by how they begin
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 _DAMAGE = (EOFError, OSError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
 
@@ -135,7 +142,9 @@ def locate(source: Path, forms: Sequence[Published]) -> Path:
 
 
 def holding(source: Path) -> str:
-    """What a folder holds, as a clause of an error; "" for what is no folder or empty."""
+    """What a folder holds, or that it is not there, as a clause of an error; "" if it is empty."""
+    if not source.exists():
+        return "it does not exist; "
     names = sorted(os.listdir(source)) if source.is_dir() else []
     if not names:
         return ""
@@ -150,7 +159,7 @@ def kind_of(path: Path) -> Kind | None:
     for beginning, kind in _BEGINNINGS.items():
         if start.startswith(beginning):
             return kind
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    if _is_web_page(start):
         return _WEB_PAGE
     if path.suffix in (".csv", ".tsv"):
         return _TABLE
@@ -163,10 +172,14 @@ def kind_of(path: Path) -> Kind | None:
     return next((kind for kind in _ARCHIVES if kind.folder in folders), None)
 
 
+def _is_web_page(start: bytes) -> bool:
+    return start.lstrip().lower().startswith((b"<!doctype html", b"<html"))
+
+
 def check_readable(path: Path) -> None:
     """Raises a UserError for a file that is whole, but not what it should be.
 
-    That is a pointer of Git LFS in its place, or text in UTF-16.
+    That is a pointer of Git LFS in its place, a web page, a compressed file, or text in UTF-16.
     """
     with path.open("rb") as file:
         start = file.read(512)
@@ -174,6 +187,11 @@ def check_readable(path: Path) -> None:
         raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
     if start.startswith(_LFS):
         raise UserError(f"{path} is {_POINTER.what}: {_POINTER.advice}")
+    if _is_web_page(start):
+        raise UserError(f"{path} is {_WEB_PAGE.what}: {_WEB_PAGE.advice}")
+    for beginning, name in _COMPRESSED.items():
+        if start.startswith(beginning) and path.suffix != ".npz":  # which is a zip archive
+            raise UserError(f"{path} is compressed ({name}); unpack it")
 
 
 def members(
@@ -208,11 +226,20 @@ def members(
 def _files_of_folder(
     place: Path, pattern: re.Pattern[str]
 ) -> Iterator[tuple[re.Match[str], bytes]]:
-    for parent, _, names in os.walk(place):
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would leave a folder out that may not be read
+
+    for parent, _, names in os.walk(place, onerror=fail):
         below = Path(parent).relative_to(place)
         for name in names:
             if match := pattern.fullmatch((below / name).as_posix()):
-                yield match, (place / below / name).read_bytes()
+                try:
+                    yield match, (place / below / name).read_bytes()
+                except FileNotFoundError:
+                    raise UserError(
+                        f"{place / below / name} is a link to a file that is not there"
+                    ) from None
 
 
 def _files_of_archive(

@@ -94,7 +94,7 @@ class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         super()._download_and_prepare(dl_manager, *arguments, **options)
         files = self.source_files() if self.source is not None else []
         record = {
-            "source": str(self.source or "downloaded or generated"),
+            "source": str(self.source.absolute()) if self.source else "downloaded or generated",
             "files": {path.name: archives.fingerprint(path) for path in files},
             "notes": self.notes,
         }

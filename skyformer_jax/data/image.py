@@ -57,7 +57,12 @@ def read_cifar10(
     batches = {}
     for match, content in archives.members(place, _NAME, "CIFAR-10's batches"):
         parse = _parse_binary if match[2] else _parse_pickle
-        batches[match[1]] = parse(content, f"{place}: {match[0]}")
+        batch = parse(content, f"{place}: {match[0]}")
+        if not np.array_equal(batches.setdefault(match[1], batch), batch):
+            raise UserError(
+                f"{place} holds two copies of {match[1]}, which differ: {match[0]} is the second; "
+                "leave one there"
+            )
     ending = "" if "test_batch" in batches and "test_batch.bin" not in batches else ".bin"
     splits = {}
     for split, size in sizes.items():

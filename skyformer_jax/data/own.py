@@ -7,16 +7,16 @@ the definition, config.json keeps it, and the data set lies in data_dir beside t
 
 import hashlib
 import json
+import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from skyformer_jax.data import tables
-from skyformer_jax.data.archives import NotHereError
+from skyformer_jax.data import archives, tables
 from skyformer_jax.data.builder import LraBuilder, Shard, shard_of_documents
 from skyformer_jax.data.splits import SPLITS, hold_out
 from skyformer_jax.data.task import Task, cut_documents, shrink_images
@@ -53,14 +53,18 @@ def make_task(
             f"a task's name is lower-case letters, digits and underscores; got {name!r}"
         )
     one_of(f"inputs of task {name},", inputs, INPUTS)
+    classes = _as_stored(classes)
     labels = _labels(name, classes)
     if num_documents not in (1, 2):
         raise UserError(f"num_documents of task {name} must be 1 or 2; got {num_documents}")
-    if max_length < 1:
-        raise UserError(f"max_length of task {name} must be at least 1; got {max_length}")
+    if not isinstance(max_length, numbers.Integral) or max_length < 1:
+        raise UserError(
+            f"max_length of task {name} must be a whole number, at least 1; got {max_length!r}"
+        )
+    max_length = int(max_length)
     definition = {
         "inputs": inputs,
-        "classes": classes if isinstance(classes, int) else tuple(classes),
+        "classes": classes,
         "max_length": max_length,
         "num_documents": num_documents,
     }
@@ -79,10 +83,17 @@ def make_task(
     )
 
 
+def _as_stored(classes: Any) -> Any:
+    """Classes as a definition holds them: an int, which may be given as one of NumPy's; a tuple."""
+    if isinstance(classes, numbers.Integral):
+        return int(classes)
+    return tuple(classes) if isinstance(classes, Iterable) and type(classes) is not str else classes
+
+
 def _labels(name: str, classes: Classes) -> tuple[str, ...]:
     """The labels as they are written in the files."""
-    labels = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
-    texts = all(isinstance(label, str) for label in labels) and not isinstance(classes, str)
+    labels = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
+    texts = isinstance(labels, tuple) and all(isinstance(label, str) for label in labels)
     if not texts or len(labels) < 2 or len(set(labels)) != len(labels):
         raise UserError(
             f"classes of task {name} must be a number or different texts, 2 or more; got "
@@ -135,8 +146,9 @@ class OwnBuilder(LraBuilder, skip_registration=True):
         found = tables.find(self.source)
         missing = [split for split in ("train", "test") if split not in found]
         if missing:
-            raise NotHereError(
-                f"{self.source} does not hold {' and '.join(missing)} of task {self.name}; wanted "
+            raise archives.NotHereError(
+                f"{self.source} does not hold {' and '.join(missing)} of task {self.name}; "
+                f"{archives.holding(self.source)}wanted "
                 "are train and test, and validation if there is one, each as "
                 f"{', '.join(tables.READERS)}"
             )
@@ -146,6 +158,8 @@ class OwnBuilder(LraBuilder, skip_registration=True):
         """Reads the tables; holds validation out of train if there is none."""
         del dl_manager
         rows = {split: self._read(paths) for split, paths in self._find().items()}
+        if self.INPUTS == "pixels":
+            self._check_sizes(rows)
         if "validation" not in rows:
             documents, labels = rows["train"]
             held_out = _held_out(documents, labels)
@@ -155,6 +169,16 @@ class OwnBuilder(LraBuilder, skip_registration=True):
             split: [shard_of_documents(*rows[split], f"storing {self.name} {split}")]
             for split in SPLITS
         }
+
+    def _check_sizes(self, rows: Mapping[str, Split]) -> None:
+        """Raises a UserError if images of one split have another size than those of train."""
+        pixels = {split: list(map(len, documents[0])) for split, (documents, _) in rows.items()}
+        for split, found in pixels.items():
+            if found != pixels["train"]:
+                raise UserError(
+                    f"{self.source}: images of {split} have {found} pixels, and those of train "
+                    f"{pixels['train']}; all must have one size"
+                )
 
     def _read(self, paths: Sequence[Path]) -> Split:
         """The examples of a split, in the order of its files."""
@@ -182,7 +206,10 @@ def _parse_text(place: Path, name: str, column: tables.Column) -> list[np.ndarra
 
 
 def _parse_pixels(place: Path, name: str, column: tables.Column) -> list[np.ndarray]:
-    images = np.asarray(column)
+    try:
+        images = np.asarray(column)
+    except ValueError:
+        raise UserError(f"{place}: {name} are images of different sizes; give all one") from None
     if images.dtype != np.uint8 or images.ndim not in (2, 3) or not images.size:
         raise UserError(
             f"{place}: {name} must be gray levels 0..255, uint8 [examples, height, width] or "
@@ -225,4 +252,4 @@ def check_definition(definition: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise UserError(f"config.own_task lacks {', '.join(missing)}; tasks.define makes it")
     classes = definition["classes"]
-    return {**definition, "classes": classes if isinstance(classes, int) else tuple(classes)}
+    return {**definition, "classes": _as_stored(classes)}

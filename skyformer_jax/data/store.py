@@ -1,6 +1,7 @@
 """Data sets on disk: a TFDS builder prepares each once; splits are read whole."""
 
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -15,10 +16,11 @@ from skyformer_jax.data import archives
 from skyformer_jax.data.builder import SOURCE_FILE, LraBuilder, document_features
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
-from skyformer_jax.files import expand, lock, unnamed_owners
+from skyformer_jax.files import check_name, expand, lock, unnamed_owners
 from skyformer_jax.progress import say
 
 _READ_AT_ONCE = 4096
+_say_once = functools.cache(say)
 # What errors say that are no fault of the data.
 _OF_MACHINE = ("Permission denied", "Too many open files", "Cannot allocate memory")
 
@@ -31,7 +33,9 @@ def make(builder: type[LraBuilder], config: str | Any, data_dir: str) -> LraBuil
       config: name of one of its configs, or a config of the caller's own.
       data_dir: folder of all data sets.
     """
-    return builder(config=config, data_dir=str(expand(data_dir)), file_format="array_record")
+    folder = expand(data_dir)
+    check_name(folder.absolute())
+    return builder(config=config, data_dir=str(folder), file_format="array_record")
 
 
 def prepare(builder: LraBuilder, source: str | None = None) -> None:
@@ -51,7 +55,7 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
     place = Path(builder.data_dir)
     if place.is_dir():
         builder.clean_up()  # in case an earlier process was killed before it did so
-        if builder.source is not None and builder.source.exists():
+        if builder.source is not None:
             _check_same_source(place, builder)
         return
     if builder.source is not None:
@@ -88,9 +92,19 @@ def describe(builder: LraBuilder) -> dict[str, Any]:
 
 
 def _check_same_source(place: Path, builder: LraBuilder) -> None:
-    """Raises UserError if the data set was made from other files than those of the source."""
-    record = place / SOURCE_FILE
-    known = json.loads(record.read_text())["files"]
+    """Raises UserError if the data set was made from other files than those of the source.
+
+    What the data set was made from may be gone. A line says so if the source was another place.
+    """
+    record = json.loads((place / SOURCE_FILE).read_text())
+    if not builder.source.exists():
+        if Path(record["source"]).absolute() != builder.source.absolute():
+            _say_once(
+                f"{builder.source} does not exist; reading the data set in {place}, which was made "
+                f"from {record['source']}"
+            )
+        return
+    known = record["files"]
     files = builder.source_files()
     names = {path.name for path in files}
     if not builder.FORMS_AGREE and names != known.keys():
@@ -99,7 +113,7 @@ def _check_same_source(place: Path, builder: LraBuilder) -> None:
             f"{builder.source} holds {', '.join(sorted(names))}; name another data.dir, or delete "
             "that folder to make it again"
         )
-    for path in files:
+    for path in filter(Path.exists, files):  # links may lead nowhere by now
         if path.name in known and known[path.name] != archives.fingerprint(path):
             raise UserError(
                 f"the data set in {place} was made from another {path.name} than {path}; "

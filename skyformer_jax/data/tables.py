@@ -7,8 +7,10 @@ empty lines are left out.
 
 import contextlib
 import csv
+import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -32,14 +34,15 @@ def find(folder: Path) -> dict[str, list[Path]]:
     """The files of each split that a folder holds, as train.tsv or train-00000-of-00002.parquet.
 
     Raises:
-      UserError: if a split is there twice, in two forms or under two names.
+      UserError: if a split is there twice, in two forms or under two names, or in parts that are
+        not all there.
     """
     splits = {}
     for split, names in SPLIT_NAMES.items():
         found = {}
         for name in names:
             for ending in READERS:
-                files = sorted(folder.glob(f"{name}-*-of-*{ending}"))
+                files = _parts(folder, name, ending)
                 whole = folder / f"{name}{ending}"
                 if whole.is_file():
                     found[whole] = [whole]
@@ -53,6 +56,25 @@ def find(folder: Path) -> dict[str, list[Path]]:
         for files in found.values():
             splits[split] = files
     return splits
+
+
+def _parts(folder: Path, name: str, ending: str) -> list[Path]:
+    """The files train-00000-of-00002.parquet and so on, in order; raises UserError if some lack."""
+    pattern = re.compile(rf"{name}-(\d+)-of-(\d+)(-[0-9a-f]+)?{re.escape(ending)}")
+    found = [
+        (int(match[1]), int(match[2]), path)
+        for path in sorted(folder.glob(f"{name}-*-of-*{ending}"))
+        if (match := pattern.fullmatch(path.name))
+    ]
+    numbers, totals = [number for number, _, _ in found], {total for _, total, _ in found}
+    whole = [list(range(first, first + len(found))) for first in (0, 1)]
+    if found and (totals != {len(found)} or numbers not in whole):
+        raise UserError(
+            f"{folder} holds {name} in parts that are not whole: {len(found)} of "
+            f"{' or '.join(map(str, sorted(totals)))}, {', '.join(p.name for _, _, p in found[:5])}"
+            f"{', ...' if len(found) > 5 else ''}; put all the parts of one copy there"
+        )
+    return [path for _, _, path in found]
 
 
 def read(paths: Sequence[Path], columns: Sequence[Sequence[str]]) -> list[Column]:
@@ -113,14 +135,20 @@ def has_columns(paths: Sequence[Path], columns: Sequence[Sequence[str]]) -> bool
 
 def _names(path: Path) -> Sequence[str]:
     """The names of a table's columns."""
-    if path.suffix in (".parquet", ".npz"):
+    if path.suffix == ".parquet":
         with _unreadable(path):
-            if path.suffix == ".parquet":
-                return pyarrow.parquet.read_schema(path).names
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays.files
+            return pyarrow.parquet.read_schema(path).names
+    if path.suffix == ".npz":
+        with _open_npz(path) as arrays:
+            return arrays.files
     with path.open(encoding="utf-8-sig", errors="replace") as lines:
         return next(lines, "").rstrip("\r\n").split("," if path.suffix == ".csv" else "\t")
+
+
+_UNREADABLE = (
+    *(EOFError, OSError, ValueError, AttributeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, pyarrow.ArrowException),
+)
 
 
 @contextlib.contextmanager
@@ -128,7 +156,9 @@ def _unreadable(path: Path) -> Iterator[None]:
     """Turns what libraries raise for a file that is cut or of another form into one line."""
     try:
         yield
-    except (EOFError, ValueError, AttributeError, zipfile.BadZipFile, pyarrow.ArrowException) as e:
+    except _UNREADABLE as e:
+        if isinstance(e, OSError) and e.errno:  # a fault of the machine
+            raise
         form = "arrays of numpy.savez" if path.suffix == ".npz" else "Parquet"
         raise UserError(f"{path} cannot be read as {form}: {' '.join(str(e).split())}") from None
 
@@ -142,7 +172,7 @@ def _read_file(path: Path, columns: Sequence[Sequence[str]]) -> list[Column]:
         if len(there) != 1:
             raise UserError(
                 f"{path} has {len(there) or 'no'} columns named {' or '.join(names)}; its columns "
-                f"are: {', '.join(map(repr, table))}"
+                f"are: {', '.join(map(repr, table))[:200]}"
             )
         chosen.append(table[there[0]])
     lengths = {len(column) for column in chosen}
@@ -204,8 +234,18 @@ def _read_parquet(path: Path) -> dict[str, Column]:
 
 
 def _read_npz(path: Path) -> dict[str, Column]:
-    with _unreadable(path), np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    with _open_npz(path) as arrays:
+        return {name: np.atleast_1d(arrays[name]) for name in arrays.files}
+
+
+@contextlib.contextmanager
+def _open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    with _unreadable(path):
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise ValueError("it is one array, of numpy.save, and has no names")
+        with arrays:
+            yield arrays
 
 
 READERS = {

@@ -49,13 +49,26 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
 
 
 def _check_fields(config: ml_collections.ConfigDict) -> None:
-    """Raises a UserError for a field that there is not."""
+    """Raises a UserError for a field that there is not, or whose value is of another type."""
     known = default_config(tasks.of(config), config.attention.name)
-    for field in config:
+    for field, value in config.items():
         one_of("config field", field, known)
+        _check_type(field, value, known[field])
     for section in ("model", "train", "parallel", "data"):
-        for field in config[section]:
+        for field, value in config[section].items():
             one_of(f"field of config.{section},", field, known[section])
+            _check_type(f"{section}.{field}", value, known[section][field])
+
+
+def _check_type(field: str, value: Any, default: Any) -> None:
+    """Raises a UserError unless a value is of its default's type; None may stand for ""."""
+    allowed = {float: (float, int), tuple: (tuple, list)}.get(type(default), (type(default),))
+    if type(default) is dict or type(value) in allowed or (value is None and default == ""):
+        return
+    raise UserError(
+        f"config.{field} must be {' or '.join(kind.__name__ for kind in allowed)}, as "
+        f"{default!r}; got {value!r}"
+    )
 
 
 def _check_attention(config: ml_collections.ConfigDict) -> None:
@@ -236,9 +249,10 @@ def read(path: Path) -> ml_collections.ConfigDict:
     version = "0.1.0"  # which did not write its own
     try:
         content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds no fields, but {content!r:.40}")
         version = content.pop("version", version)
-        _upgrade(content)
-        config = complete(content)
+        config = upgrade(content)
         _check_fields(config)
         _check_attention(config)
     except FileNotFoundError:
@@ -253,12 +267,19 @@ def read(path: Path) -> ml_collections.ConfigDict:
     return config
 
 
-def _upgrade(content: dict[str, Any]) -> None:
-    """Says what earlier versions computed, where that is not what the same fields say today."""
+def upgrade(content: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The complete config that says what another version computed by a stored one.
+
+    Where an earlier version computed something else by the same fields, these are changed.
+    """
+    content = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    for section in ("model", "train", "data"):
+        content.setdefault(section, {})
     content["train"].pop("steps_per_call", None)  # of no influence on what was computed
     for field, value in added_fields(content).items():
         section, _, name = field.partition(".")
         content[section].setdefault(name, value)
+    return complete(content)
 
 
 def complete(config: ml_collections.ConfigDict | dict[str, Any]) -> ml_collections.ConfigDict:

@@ -24,7 +24,13 @@ from skyformer_jax.training import mesh as meshes
 from skyformer_jax.training.run import Run, make_run
 from skyformer_jax.training.sharded_step import PredictStep, make_predict_step
 from skyformer_jax.training.state import TrainState, state_spec
-from skyformer_jax.training.workdir import SeedRun, seed_runs, write_json
+from skyformer_jax.training.workdir import (
+    NOT_PREDICTING,
+    SeedRun,
+    check_trained_as,
+    seed_runs,
+    write_json,
+)
 
 # Batches whose logits may be outstanding on the devices.
 _IN_FLIGHT = 8
@@ -105,14 +111,16 @@ def evaluate(
         if show is not None:
             show(evaluation.result)
         if out is not None:
-            _write_out(expand(out), split, evaluation.result)
+            _write_out(out, split, evaluation.result)
         else:
             _write_or_say(workdir, evaluation)
     return evaluation.result
 
 
-def _write_out(out: Path, split: str, result: dict[str, Any]) -> None:
-    path = out / f"eval_{split}.json" if out.is_dir() else out
+def _write_out(out: str | Path, split: str, result: dict[str, Any]) -> None:
+    path = expand(out)
+    if path.is_dir() or str(out).endswith("/"):  # which a Path does not keep
+        path = path / f"eval_{split}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
@@ -183,6 +191,7 @@ def _restore(run: Run, one: SeedRun, checkpoint: str) -> tuple[int, TrainState, 
         step = processes.broadcast(checkpoints.find(one.checkpoints, checkpoint))
         assert step is not None  # find has raised otherwise
     with processes.barrier():
+        check_trained_as(one, checkpoints.read_meta(one.checkpoints, step), NOT_PREDICTING)
         state, meta = checkpoints.restore(one.checkpoints, step, state_spec(run))
     return step, state, meta
 

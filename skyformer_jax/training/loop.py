@@ -26,6 +26,7 @@ from skyformer_jax.training.sharded_step import PredictStep, make_predict_step, 
 from skyformer_jax.training.state import TrainState, init_states, state_spec, take
 from skyformer_jax.training.workdir import (
     SeedRun,
+    check_trained_as,
     check_visible,
     open_workdir,
     seed_runs,
@@ -144,6 +145,7 @@ def _restore_or_init(
         found, step = restored
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
         meta = checkpoints.read_meta(seeds[0].checkpoints, step)
+        check_trained_as(seeds[0], meta)
         if meta.get("data", data) != data:  # earlier versions did not store it
             raise UserError(
                 f"{seeds[0].workdir} was trained on other data (checksum {meta['data']}) than "

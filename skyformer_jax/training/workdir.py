@@ -12,11 +12,15 @@ import ml_collections
 
 from skyformer_jax import tasks
 from skyformer_jax.errors import UserError
-from skyformer_jax.files import lock
+from skyformer_jax.files import check_name, lock
 from skyformer_jax.training import checkpoints
 from skyformer_jax.training import config as configs
 from skyformer_jax.training.run import Run
 from skyformer_jax.training.state import state_spec
+
+# Between two starts of a run; and further ones that change no prediction.
+_MAY_CHANGE = (*configs.MUTABLE_FIELDS, "train.num_steps")
+NOT_PREDICTING = ("train.", "data.buckets")
 
 
 class SeedRun(NamedTuple):
@@ -132,6 +136,7 @@ def _check_disk(run: Run, workdir: Path, num_models: int) -> None:
 def _open_folder(one: SeedRun) -> Iterator[None]:
     """Locks one folder, and binds it to its config once it or its seeds have checkpoints."""
     workdir = one.workdir
+    check_name(workdir.absolute())
     for parent in (workdir, *workdir.parents):
         if parent.exists() and not parent.is_dir():
             raise UserError(f"--workdir={workdir}: {parent} is a file; name a folder")
@@ -154,8 +159,7 @@ def _bind_config(one: SeedRun) -> None:
         raise UserError(f"{one.workdir} has checkpoints but no config.json; name another --workdir")
     if has_checkpoints:  # otherwise nothing depends on the config of an earlier attempt
         saved = configs.to_dict(configs.read(path))
-        may_differ = (*configs.MUTABLE_FIELDS, "train.num_steps")
-        different = configs.differences(saved, asked, may_differ)
+        different = configs.differences(saved, asked, _MAY_CHANGE)
         if different:
             raise UserError(
                 f"{one.workdir} holds a run of another config; name another --workdir, or restore: "
@@ -163,6 +167,27 @@ def _bind_config(one: SeedRun) -> None:
             )
         _check_num_steps(one, _folders(one.workdir))
     write_json(path, asked)
+
+
+def check_trained_as(one: SeedRun, meta: dict[str, Any], may_differ: tuple[str, ...] = ()) -> None:
+    """Raises a UserError if a checkpoint was trained with another config than the run's.
+
+    That is so if config.json was changed, or the checkpoints of another run were put there. Many
+    fields change no array's shape, and so only what is computed from them.
+
+    Args:
+      one: the run.
+      meta: of the checkpoint.
+      may_differ: what further fields begin with that may differ.
+    """
+    trained = configs.to_dict(configs.upgrade(meta["config"]))
+    different = configs.differences(trained, configs.to_dict(one.config), _MAY_CHANGE + may_differ)
+    if different:
+        raise UserError(
+            f"the checkpoint of step {meta['step']} in {one.checkpoints} was trained with another "
+            f"config than {one.workdir / 'config.json'} says; restore there: "
+            + "; ".join(different)
+        )
 
 
 def _check_num_steps(one: SeedRun, folders: Sequence[Path]) -> None:
