@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_variables, shards, split_options
+from skyformer_jax.attention.inputs import check_mask
 
 
 def dense_inits(fan_in: int) -> dict[str, Any]:
@@ -30,6 +31,23 @@ def dense_inits(fan_in: int) -> dict[str, Any]:
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
     return {"kernel_init": init, "bias_init": init}
+
+
+def hide_padding(inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Inputs of self-attention with zeros at padding, where NaN must not get into the gradients.
+
+    Args:
+      inputs: [batch, length, width].
+      mask: bool [batch, length], True at real tokens, or None.
+
+    Raises:
+      ValueError: if the mask is not boolean or has another shape.
+    """
+    if mask is None:
+        return inputs
+    mask = jnp.asarray(mask)
+    check_mask(mask, inputs.shape[:2])
+    return jnp.where(mask[:, :, None], inputs, 0)
 
 
 def keeps_statistics(module: nn.Module) -> bool:
@@ -104,7 +122,7 @@ class MultiHeadAttention(nn.Module):
     attention: str
     num_heads: int
     head_dim: int
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = FrozenDict()
     dtype: jnp.dtype | None = None
     axis_name: str | None = None
     num_kv_heads: int | None = None
@@ -112,7 +130,7 @@ class MultiHeadAttention(nn.Module):
 
     def __post_init__(self) -> None:
         """Freezes the options, since a dict would keep the module from being hashed."""
-        object.__setattr__(self, "options", FrozenDict(self.options))
+        object.__setattr__(self, "options", FrozenDict(self.options or {}))
         super().__post_init__()
 
     @nn.compact
@@ -149,9 +167,7 @@ class MultiHeadAttention(nn.Module):
             function_options["axis_name"] = self.axis_name
         entry = REGISTRY[self.attention]
         if inputs_kv is None:
-            # Padding is among the queries too; NaN there must not get into the gradients.
-            inputs_q = inputs_q if mask is None else jnp.where(mask[:, :, None], inputs_q, 0)
-            inputs_kv = inputs_q
+            inputs_q = inputs_kv = hide_padding(inputs_q, mask)
         elif entry.shared_query_key:
             raise ValueError(f"{self.attention} shares queries and keys: leave out inputs_kv")
 
@@ -205,7 +221,8 @@ class MultiHeadAttention(nn.Module):
             value: Any
             if self.has_variable(collection, name):
                 # With its stored shape: Linformer's may be for longer sequences than this one.
-                value = self.get_variable(collection, name)
+                # Without the box of nn.with_partitioning and its like, as nn.Dense takes it.
+                value = nn.unbox(self.get_variable(collection, name))
             elif spec.trained:
                 value = self.param(name, spec.init, spec.shape)
             elif self.is_initializing():

@@ -1,7 +1,7 @@
 """The classifier of the paper: embeddings, pre-norm encoder blocks, pooling, a small head."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
@@ -105,6 +105,8 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
       float32 [length, width]: sines of width / 2 wavelengths from 2 pi to 10,000 times that, then
       their cosines.
     """
+    if width % 2:
+        raise ValueError(f"sinusoidal positions need an even width; got {width}")
     frequencies = 10_000.0 ** (-2 * jnp.arange(width // 2, dtype=jnp.float32) / width)
     angles = positions[:, None].astype(jnp.float32) * frequencies[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
@@ -157,9 +159,18 @@ class _Encoder(nn.Module):
     positions: str = "learned"
     axis_name: str | None = None
 
+    def __post_init__(self) -> None:
+        """Freezes the options, since a dict would keep the module from being hashed."""
+        object.__setattr__(self, "attention_options", flax.core.FrozenDict(self.attention_options))
+        super().__post_init__()
+
     def _encode(self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool) -> jax.Array:
         """Tokens int [batch, length], mask bool [batch, length] -> pooled [batch, width]."""
+        _check_choice("pooling", self.pooling, POOLINGS)
+        _check_choice("positions", self.positions, POSITIONS)
         length = tokens.shape[1] * shards.num_shards(self.axis_name)
+        if length == 0:
+            raise ValueError(f"sequences must have a token at least; got tokens {tokens.shape}")
         if length > self.max_length:
             raise ValueError(
                 f"sequences of {length} tokens do not fit model.max_length={self.max_length}"
@@ -249,6 +260,29 @@ class _Encoder(nn.Module):
         return nn.Dense(self.num_classes, name="head_out", **dense_inits(x.shape[-1]))(x)
 
 
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _tokens_and_mask(tokens: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+    """Both as arrays.
+
+    Raises:
+      TypeError: for tokens that are not integers.
+      ValueError: for a mask that is not boolean or has another shape than the tokens.
+    """
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"tokens must be integers; got {tokens.dtype} {tokens.shape}")
+    if mask.dtype != jnp.bool_ or mask.shape != tokens.shape:
+        raise ValueError(
+            f"mask must be bool, of the shape {tokens.shape} of tokens, True at real ones; "
+            f"got {mask.dtype} {mask.shape}"
+        )
+    return tokens, mask
+
+
 class Classifier(_Encoder):
     """Tokens to logits."""
 
@@ -267,8 +301,11 @@ class Classifier(_Encoder):
           float32 [batch, num_classes], logits.
 
         Raises:
-          ValueError: if the sequence is longer than the table of positions.
+          TypeError: if tokens are not integers.
+          ValueError: if the sequence is empty, or longer than the table of positions, if the mask
+            is not boolean or has another shape, or for an unknown option.
         """
+        tokens, mask = _tokens_and_mask(tokens, mask)
         return self._head(self._encode(tokens, mask, deterministic=deterministic))
 
 
@@ -290,9 +327,10 @@ class DualClassifier(_Encoder):
           float32 [batch, num_classes], logits.
 
         Raises:
-          ValueError: if the tokens are not pairs of documents, or a document is longer than the
-            table of positions.
+          TypeError: if tokens are not integers.
+          ValueError: if the tokens are not pairs of documents, or as Classifier.
         """
+        tokens, mask = _tokens_and_mask(tokens, mask)
         if tokens.ndim != 3 or tokens.shape[1] != 2:
             raise ValueError(f"tokens must be [batch, 2, length], not {list(tokens.shape)}")
         tokens, mask = (_merged(x) for x in (tokens, mask))

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, layer_variables, split_options
-from skyformer_jax.layers import dense_inits, projected_heads
+from skyformer_jax.layers import dense_inits, hide_padding, projected_heads
 
 
 class Fixed(nnx.Variable):
@@ -114,8 +114,7 @@ class MultiHeadAttention(nnx.Module):
         """
         entry = REGISTRY[self.attention]
         if inputs_kv is None:
-            inputs_q = inputs_q if mask is None else jnp.where(mask[:, :, None], inputs_q, 0)
-            inputs_kv = inputs_q
+            inputs_q = inputs_kv = hide_padding(inputs_q, mask)
         elif entry.shared_query_key:
             raise ValueError(f"{self.attention} shares queries and keys: leave out inputs_kv")
         rng = None

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -338,6 +339,41 @@ def test_scale_and_gamma_may_be_learned(name):
         np.testing.assert_allclose(gradients[option], (above - below) / 0.02, rtol=2e-2, atol=1e-2)
         with pytest.raises(ValueError, match=f"{option} must be one number; got an array of shape"):
             call(name, q, k, v, **{option: jnp.ones(2)})
+
+
+@all_attentions
+def test_arguments_of_numpy_and_numbers_of_any_kind(name):
+    """Float64 by default, as NumPy's arrays are; integers, which would round the result."""
+    doubles = [np.asarray(x, np.float64) for x in inputs(11, 11)]
+    options = {**SMALL.get(name, {}), "mask": np.ones((3, 11), bool).tolist()}
+    with warnings.catch_warnings(action="error"):
+        out = jax.eval_shape(lambda: call(name, *doubles, scale=np.float64(0.3), **options))
+    assert out.dtype == jnp.float32
+    with pytest.raises(TypeError, match=r"arrays of floating numbers; got int32"):
+        call(name, *[jnp.ones((3, 11, 2, 5), jnp.int32)] * 3)
+    with pytest.raises(TypeError, match="scale must be a number; got 'a'"):
+        call(name, *doubles, scale="a")
+    integers = [k for k, v in attention.default_options(name).items() if isinstance(v, int)]
+    for option in set(integers) & inspect.signature(attention.ATTENTIONS[name]).parameters.keys():
+        with pytest.raises(TypeError, match=f"{option} must be an integer.*; got 4.0"):
+            call(name, *doubles, **{option: 4.0})
+    if name in ("kernelized", "skyformer", "performer"):
+        with pytest.raises(ValueError, match=r"scale must not be negative; got -0\.5"):
+            call(name, *doubles, scale=-0.5)
+
+
+def test_gamma_and_indices_that_are_known_within_jit():
+    arrays = inputs(11, 11)
+
+    def shape(**options):
+        return jax.eval_shape(lambda: call("skyformer", *arrays, **options)).shape
+
+    assert shape(gamma=jnp.float32(0.2), landmark_indices=[[0, 3]] * 3) == (3, 11, 2, 8)
+    with pytest.raises(ValueError, match="gamma must not be negative"):
+        shape(gamma=jnp.float32(-0.2))
+    for indices in (jnp.arange(3), jnp.ones((2, 3), int), jnp.ones((3, 3))):
+        with pytest.raises(ValueError, match=r"landmark_indices must be int \[batch = 3, "):
+            shape(landmark_indices=indices)
 
 
 @all_attentions

@@ -73,6 +73,30 @@ def test_attentions_keep_the_sharding(name, options, axis):
     )
 
 
+@pytest.mark.parametrize("spec", [P(None, "data"), P(None, None, None, "data")], ids=str)
+@pytest.mark.parametrize("name", ["kernelized", "skyformer"])
+def test_a_divided_sequence_or_head_dim(name, spec):
+    """Which those that see explicit axes themselves, for their kernels, do not know of."""
+    arrays, mask = inputs(12, 12, head_dim=4), masks(3, 12)
+
+    @jax.jit
+    def gradients(*arrays):
+        def loss(q, k, v):
+            out = call(name, q, k, v, mask=mask, **SMALL.get(name, {}))
+            return jnp.sin(out).sum(), out
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+
+    sharding = NamedSharding(explicit_mesh(), spec)
+    found = gradients(*(jax.device_put(x, sharding) for x in arrays))
+    assert found[1].sharding.is_equivalent_to(sharding, 4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        found,
+        gradients(*arrays),
+    )
+
+
 @quick_attentions
 def test_modules_keep_the_sharding(name):
     """Our linen layer, and Flax's own with attention_fn and a mask."""

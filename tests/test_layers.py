@@ -414,6 +414,37 @@ jax.block_until_ready(init(jax.random.key(0)))
 """
 
 
+def test_masks_of_modules_are_checked(batch):
+    x, mask = batch
+    linen = layers.MultiHeadAttention("softmax", HEADS, HEAD_DIM)  # options may be left out
+    variables = linen.init(jax.random.key(0), x)
+    of_nnx = nnx_layers.MultiHeadAttention("softmax", HEADS, WIDTH, HEAD_DIM, rngs=nnx.Rngs(0))
+    for apply in (functools.partial(linen.apply, variables), of_nnx):
+        np.testing.assert_array_equal(apply(x, mask=mask.tolist()), apply(x, mask=mask))
+        for wrong in (mask[:, None, None], mask[:, :4], mask.astype(int)):
+            with pytest.raises(ValueError, match=r"mask must be bool \[batch, kv_length\] = "):
+                apply(x, mask=wrong)
+
+
+@pytest.mark.parametrize("name", ["linformer", "performer"])
+def test_variables_may_be_boxed(name, batch):
+    """As nn.with_partitioning and nn.vmap's and nn.scan's metadata_params box them."""
+    linen = layers.MultiHeadAttention(name, HEADS, HEAD_DIM, LAYER_OPTIONS.get(name, {}))
+    variables = linen.init(jax.random.key(0), batch[0])
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim), variables)
+    found, expected = (linen.apply(v, batch[0]) for v in (boxed, variables))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_bigbirds_pattern_is_for_every_kind_of_random_key(batch):
+    linen = layers.MultiHeadAttention("bigbird", HEADS, HEAD_DIM, SMALL["bigbird"])
+    variables = linen.init(jax.random.key(0), batch[0])
+    expected = linen.apply(variables, batch[0])
+    with jax.default_prng_impl("rbg"):
+        found = linen.apply(variables, batch[0])
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_performers_start_does_not_hang():
     """jaxlib's QR of several matrices at once waited for its own threads on CPUs."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}

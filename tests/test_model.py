@@ -128,6 +128,23 @@ def test_landmarks_and_dropout_have_streams():
         assert np.abs(one - two).max() > 0
 
 
+def test_models_are_hashable_and_name_what_is_wrong():
+    model = models.build_model(tiny_config("skyformer"))
+    assert hash(model) == hash(model.clone(attention_options=dict(model.attention_options)))
+    tokens = jnp.ones((2, 48), int)
+    for change, of_call, mask, message in (
+        ({"pooling": "max"}, tokens, tokens > 0, "pooling must be one of mean, cls, padded_mean"),
+        ({"positions": "rotary"}, tokens, tokens > 0, "positions must be one of learned, sinu"),
+        ({"width": 7, "positions": "sinusoidal"}, tokens, tokens > 0, "an even width; got 7"),
+        ({}, tokens, tokens, "mask must be bool, of the shape"),
+        ({}, tokens, tokens[:1] > 0, "mask must be bool, of the shape"),
+        ({}, tokens[:, :0], tokens[:, :0] > 0, "sequences must have a token at least"),
+        ({}, tokens / 2, tokens > 0, "tokens must be integers; got float32"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            model.clone(**change).init(jax.random.key(0), of_call, mask)
+
+
 def test_too_long_a_sequence_is_refused():
     model = models.build_model(tiny_config())
     params = model.init(jax.random.key(0), *batch())

@@ -85,6 +85,22 @@ def test_attentions_pass_strict_promotion(name, options):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.parametrize("scale", [np.float64(0.3), jnp.asarray(0.5, jnp.bfloat16)], ids=repr)
+@pytest.mark.parametrize(("name", "options"), CASES + LANDMARKS)
+def test_attentions_pass_strict_promotion_with_64_bits(name, options, scale):
+    """With scales of other dtypes, and arrays whose dtypes differ; traced only."""
+    arrays, mask = inputs(11, 11), masks(3, 11)
+    rng = None if scale.dtype == np.float64 else jax.random.key(3)
+    with enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        out, gradients = jax.eval_shape(
+            lambda *x: value_and_gradients(name, {**options, "scale": scale}, x, mask, rng),
+            arrays[0].astype(jnp.bfloat16),
+            *arrays[1:],
+        )
+    assert [x.dtype for x in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    assert out[1].dtype == jnp.float32
+
+
 @quick_attentions
 def test_layers_models_and_steps_pass_strict_promotion(name):
     """And 64 bits: the training step is the same one."""

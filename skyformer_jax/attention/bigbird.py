@@ -50,15 +50,16 @@ def attended_blocks(
       blocks int32 [num_blocks, g + w + r] and valid bool of that shape: False where there is no
       such block, or where it is global and in the window at once.
     """
-    rows = np.arange(num_blocks)[:, None]
+    rows = np.arange(num_blocks, dtype=np.int32)[:, None]
     end = num_blocks - num_last
-    of_row = np.concatenate([np.arange(num_first), np.arange(end, num_blocks)])
+    of_row = np.concatenate([rows[:num_first, 0], rows[end:, 0]])
     global_blocks = np.broadcast_to(of_row, (num_blocks, num_first + num_last))
-    window = rows + np.arange(num_window) - num_window // 2
+    window = rows + np.arange(num_window, dtype=np.int32) - num_window // 2
     window_valid = (window >= num_first) & (window < end)
 
     # Floyd's algorithm: r distinct ranks among the `others` blocks that are left to each row.
-    others = end - num_first - window_valid.sum(axis=1)
+    in_window = window_valid.sum(axis=1, dtype=np.int32)
+    others = end - num_first - in_window
     columns: list[jax.Array] = []
     for i, key in enumerate(jax.random.split(rng, num_random) if num_random else ()):
         last = others - num_random + i  # negative where fewer than r are left: all are taken
@@ -73,7 +74,7 @@ def attended_blocks(
     # Ranks count from the first block that is not global, and step over the window.
     start = np.clip(rows - num_window // 2, num_first, end)
     blocks = ranks + num_first
-    blocks = jnp.where(blocks >= start, blocks + window_valid.sum(axis=1)[:, None], blocks)
+    blocks = jnp.where(blocks >= start, blocks + in_window[:, None], blocks)
 
     blocks = jnp.concatenate([global_blocks, window, blocks], axis=1)
     valid = np.concatenate([np.ones_like(global_blocks, bool), window_valid, random_valid], axis=1)
@@ -135,7 +136,9 @@ def bigbird_attention(
         raise ValueError(f"num_window_blocks must be odd; got {num_window_blocks}")
     key, value = hide_masked(key, value, mask)
     if rng is None:
-        rng = fixed_key() if pattern is None else jax.random.wrap_key_data(pattern)
+        # Two words are a key of this kind, whatever jax_default_prng_impl is.
+        kept = None if pattern is None else jax.random.wrap_key_data(pattern, impl="threefry2x32")
+        rng = fixed_key() if kept is None else kept
 
     batch, length = query.shape[:2]
     block_size = min(block_size, length)

@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from skyformer_jax.attention.inputs import floating_arrays, known_options
 
 Function = TypeVar("Function", bound=Callable[..., jax.Array])
 
@@ -21,6 +22,7 @@ def attention_function(
 ) -> Callable[[Function], Function]:
     """A decorator that gives an attention function what all of them have in common.
 
+    - What JAX can make an array of is one; dtypes that are not floating are a TypeError.
     - Shapes are checked, with one message for each mistake.
     - Grouped-query heads: key and value may have fewer heads than query, as in
       jax.nn.dot_product_attention. With g times as many, query heads i * g to i * g + g - 1 share
@@ -59,12 +61,15 @@ def attention_function(
                     f"{name} shares queries and keys: pass them as query, with key=None; got "
                     "another key"
                 )
-            key = None if key is query else key
+            if key is None or key is query:
+                key, (query, value) = None, floating_arrays(query, value)
+            else:
+                query, key, value = floating_arrays(query, key, value)
+            options = known_options(options)
             if shared_query_key:
                 _check_shared(name, query, value)
             else:
                 check_shapes(query, query if key is None else key, value)
-            _check_scalars(options)
             if self_attention_only:
                 _check_self_attention(name, query, value)
 
@@ -80,7 +85,10 @@ def attention_function(
                 return function(query, query if key is None else key, value, **options)
 
             if takes_explicit_axes:
-                return attend(query, key, value, options)
+                # They know of divided batches and heads alone.
+                query, key, value = (_whole(x, (0, 2)) for x in (query, key, value))
+                options |= {k: _whole(options[k], (0,)) for k in _MASKS & options.keys()}
+                return _resharded(attend(query, key, value, options), spec)
             return on_automatic_axes(attend, spec, query, key, value, options)
 
         return call  # type: ignore[return-value]
@@ -133,16 +141,6 @@ def _check_heads(what: str, query: jax.Array, value: jax.Array) -> None:
         )
 
 
-def _check_scalars(options: dict[str, Any]) -> None:
-    """Raises a ValueError where a number, which may be traced and so learned, is an array."""
-    for name in {"scale", "gamma"} & options.keys():
-        if np.ndim(options[name]) != 0:
-            raise ValueError(
-                f"{name} must be one number; got an array of shape {np.shape(options[name])}. "
-                "Multiply queries and keys where heads need scales of their own"
-            )
-
-
 def _check_self_attention(name: str, query: jax.Array, value: jax.Array) -> None:
     """Raises a ValueError unless there are as many queries as keys."""
     if query.shape[1] != value.shape[1]:
@@ -151,6 +149,25 @@ def _check_self_attention(name: str, query: jax.Array, value: jax.Array) -> None
             f"{query.shape[1]} and {value.shape[1]}. For cross-attention choose softmax, "
             "kernelized, skyformer, nystromformer, performer or linformer"
         )
+
+
+_MASKS = {"mask", "query_mask", "full_mask"}
+
+
+def _whole(x: Any, divided: tuple[int, ...]) -> Any:
+    """An array or None, of which explicit axes divide nothing but these of its own axes."""
+    if x is None or not _explicit_axes(x):
+        return x
+    spec = (entry if i in divided else None for i, entry in enumerate(spec_of(x)))
+    return _resharded(x, tuple(spec))
+
+
+def _resharded(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
+    """An array with another PartitionSpec, if it is on explicit axes."""
+    if not _explicit_axes(x) or spec_of(x) == spec:
+        return x
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _zeros(query: jax.Array, value: jax.Array) -> jax.Array:

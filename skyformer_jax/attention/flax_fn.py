@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from skyformer_jax.attention.common import on_automatic_axes, out_spec, spec_of
-from skyformer_jax.attention.inputs import with_all_axes
+from skyformer_jax.attention.inputs import floating_arrays, with_all_axes
 from skyformer_jax.attention.registry import REGISTRY, split_options
 
 
@@ -90,6 +90,9 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
                 _check_supported(name, argument, what)
         if is_causal:
             arguments["is_causal"] = True
+        query, key, value = floating_arrays(query, key, value)
+        bias = bias if bias is None else jnp.asarray(bias)
+        _check_lead(query, key, value)
         if dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
         if dropout_rate <= 0 or deterministic:
@@ -242,6 +245,16 @@ def _restrictions(
     if "query_mask" in masks and of_queries is not None:
         arguments["query_mask"] = of_queries
     return arguments
+
+
+def _check_lead(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    """Raises a ValueError unless the three have their axes, and the same ones before the length."""
+    shapes = query.shape, key.shape, value.shape
+    if min(map(len, shapes)) < 3 or len({shape[:-3] for shape in shapes}) > 1:
+        raise ValueError(
+            "query, key and value must be [*batch, length, heads, head_dim], and agree in batch; "
+            f"got query {query.shape}, key {key.shape} and value {value.shape}"
+        )
 
 
 def _flat_batch(x: jax.Array) -> jax.Array:

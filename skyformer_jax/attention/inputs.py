@@ -1,11 +1,79 @@
 """What every attention does with its arguments before its own mathematics begins."""
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def floating_arrays(*inputs: Any) -> tuple[jax.Array, ...]:
+    """Query, key and value as JAX's arrays, of the dtypes that JAX's mode allows.
+
+    A NumPy array is float64 by default, which JAX has with jax_enable_x64 alone.
+
+    Raises:
+      TypeError: if one is not of floating numbers: the result has the dtype of value.
+    """
+    arrays = tuple(jnp.asarray(x) for x in inputs)
+    if any(not jnp.issubdtype(x.dtype, jnp.floating) for x in arrays):
+        raise TypeError(
+            "query, key and value must be arrays of floating numbers; got "
+            + ", ".join(str(x.dtype) for x in arrays)
+        )
+    return arrays
+
+
+def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with arrays of NumPy's, and lists, as JAX's arrays, and scale and gamma as numbers.
+
+    A known scale or gamma becomes a Python number, which promotes no dtype; one that is traced, and
+    so may be learned, is float32.
+
+    Raises:
+      TypeError: if scale or gamma is no number.
+      ValueError: if it is an array.
+    """
+    found = dict(options)
+    for name, value in options.items():
+        if name in ("scale", "gamma") and value is not None:
+            found[name] = _number(name, value)
+        elif isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim):
+            found[name] = jnp.asarray(value)
+    return found
+
+
+def _number(name: str, value: Any) -> jax.Array | float:
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"{name} must be one number; got an array of shape {np.shape(value)}. "
+            "Multiply queries and keys where heads need scales of their own"
+        )
+    if isinstance(value, jax.core.Tracer):
+        return value.astype(jnp.float32)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number; got {value!r}") from None
+
+
+def check_not_negative(**numbers: jax.Array | float) -> None:
+    """Raises a ValueError that names a number below 0, or NaN; traced ones are not known."""
+    for name, value in numbers.items():
+        if not isinstance(value, jax.core.Tracer) and not value >= 0:
+            raise ValueError(f"{name} must not be negative; got {value}")
+
+
+def check_mask(mask: jax.Array, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError unless a mask of keys is bool [batch, kv_length], which is shape."""
+    if mask.dtype != jnp.bool_ or mask.shape != shape:
+        raise ValueError(
+            f"mask must be bool [batch, kv_length] = {shape}, True at real tokens; "
+            f"got {mask.dtype} {mask.shape}"
+        )
 
 
 def hide_masked(
@@ -29,11 +97,7 @@ def hide_masked(
     """
     if mask is None:
         return key, value
-    if mask.dtype != jnp.bool_ or mask.shape != key.shape[:2]:
-        raise ValueError(
-            f"mask must be bool [batch, kv_length] = {key.shape[:2]}, True at real tokens; "
-            f"got {mask.dtype} {mask.shape}"
-        )
+    check_mask(mask, key.shape[:2])
     return hide(key, mask), hide(value, mask)
 
 
@@ -192,12 +256,26 @@ def masks_or_all(
 
 
 def check_at_least(least: int, **options: int) -> None:
-    """Raises a ValueError that names the first option below the least allowed value."""
+    """Names the first option that is not an integer, or below the least allowed value.
+
+    Raises:
+      TypeError: for what is not an integer, or is traced.
+      ValueError: for one that is too small.
+    """
     for name, value in options.items():
-        if value < least:
+        try:
+            too_small = operator.index(value) < least
+        except TypeError:
+            raise TypeError(
+                f"{name} must be an integer, a static argument under jit; got {value!r}"
+            ) from None
+        if too_small:
             raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 def fixed_key() -> jax.Array:
-    """The key that stands in for rng=None, where something has to be drawn all the same."""
-    return jax.random.key(0)
+    """The key that stands in for rng=None, where something has to be drawn all the same.
+
+    It draws the same whatever jax_default_prng_impl is.
+    """
+    return jax.random.key(0, impl="threefry2x32")

@@ -11,7 +11,13 @@ from skyformer_jax.attention import shards
 from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.derivatives import Arrays, with_rules
 from skyformer_jax.attention.gaussian import gaussian_attention
-from skyformer_jax.attention.inputs import check_full_mask, hide, hide_masked, zeros_like
+from skyformer_jax.attention.inputs import (
+    check_full_mask,
+    check_not_negative,
+    hide,
+    hide_masked,
+    zeros_like,
+)
 
 
 @functools.cache
@@ -124,6 +130,7 @@ def kernelized_attention(
     dtype = value.dtype
     key, value = hide_masked(key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    check_not_negative(scale=scale)
     if full_mask is not None:
         full_mask = check_full_mask(full_mask, query, key)
         # What stands at keys that no query has in its sum adds nothing, NaN included.

@@ -90,7 +90,7 @@ def nystromformer_attention(
             (key, key_mask, of_keys),
         )
     )
-    valid = jnp.arange(num_landmarks)[None] < num_segments[:, None]
+    valid = jnp.arange(num_landmarks, dtype=jnp.int32)[None] < num_segments[:, None]
 
     # Landmarks beyond an example's own are cut out of A, which gets a 1 on its diagonal there.
     scores = scale * jnp.einsum(
@@ -117,14 +117,13 @@ def nystromformer_attention(
 
 def _convolve(value: jax.Array, kernel: jax.Array, axis_name: str | None) -> jax.Array:
     """Depthwise convolution over the length: [batch, length, heads, head_dim], [size, heads]."""
-    size, heads = kernel.shape
-    if size % 2 == 0 or heads != value.shape[2]:
+    if kernel.ndim != 2 or kernel.shape[0] % 2 == 0 or kernel.shape[1] != value.shape[2]:
         raise ValueError(
             f"conv_kernel must be [odd size, heads = {value.shape[2]}]; got {kernel.shape}"
         )
     features = value.reshape(*value.shape[:2], -1)
     out = jax.lax.conv_general_dilated(
-        shards.with_halo(features, size // 2, axis_name),
+        shards.with_halo(features, len(kernel) // 2, axis_name),
         jnp.repeat(kernel, value.shape[3], axis=1)[:, None, :],
         window_strides=(1,),
         padding="VALID",

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
 from skyformer_jax.attention.common import attention_function
-from skyformer_jax.attention.inputs import check_at_least, fixed_key, hide_masked
+from skyformer_jax.attention.inputs import (
+    check_at_least,
+    check_not_negative,
+    fixed_key,
+    hide_masked,
+)
 from skyformer_jax.attention.variables import VariableSpec
 
 
@@ -99,6 +104,7 @@ def performer_attention(
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
+    check_not_negative(scale=scale)
     if projection is None:
         rng = fixed_key() if rng is None else rng
         projection = orthogonal_features(rng, (num_features, head_dim))
@@ -110,7 +116,7 @@ def performer_attention(
     def exponents(x: jax.Array) -> jax.Array:
         x = x * scale**0.5
         return jnp.einsum(
-            "bnhp,mp->bnhm", x, projection, precision=jax.lax.Precision.HIGHEST
+            "bnhp,mp->bnhm", x, projection.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         ) - 0.5 * (x**2).sum(axis=-1, keepdims=True)
 
     of_keys = exponents(key)

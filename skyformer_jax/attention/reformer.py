@@ -56,7 +56,7 @@ def hash_buckets(rows: jax.Array, rotations: jax.Array, num_buckets: int) -> jax
     projected = jnp.einsum(
         "bnhp,rpc->bhrnc",
         rows,
-        rotations[:, :, : max(1, num_buckets // 2)],
+        rotations[:, :, : max(1, num_buckets // 2)].astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
     both = jnp.concatenate([projected, -projected], axis=-1)
@@ -145,7 +145,8 @@ def _choose_num_buckets(
         num_buckets = default_num_buckets(length, chunk_length)
         if rotations is not None:
             num_buckets = min(num_buckets, 2 * rotations.shape[-1])
-    if num_buckets < 1 or (num_buckets > 1 and num_buckets % 2):
+    check_at_least(1, num_buckets=num_buckets)
+    if num_buckets > 1 and num_buckets % 2:
         raise ValueError(f"num_buckets must be 1 or an even number; got {num_buckets}")
     return num_buckets
 

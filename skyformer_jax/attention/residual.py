@@ -15,9 +15,16 @@ from skyformer_jax.attention.common import (
     spec_of,
 )
 from skyformer_jax.attention.gaussian import gaussian_scores
-from skyformer_jax.attention.inputs import hide, hide_masked, masks_or_all
+from skyformer_jax.attention.inputs import (
+    floating_arrays,
+    hide,
+    hide_masked,
+    known_options,
+    masks_or_all,
+)
 from skyformer_jax.attention.skyformer import (
     check_skyformer_options,
+    concatenated,
     find_landmarks,
     solve_landmarks,
 )
@@ -76,12 +83,16 @@ def nystrom_residual(
       ValueError: if shapes do not fit, a mask is not boolean, or an option is out of range.
     """
     del implementation
-    check_skyformer_options(landmarks, num_landmarks, gamma, inverse, num_iterations)
+    query, key = floating_arrays(query, key)
     check_shapes(query, key, key)
     batch, _, heads, head_dim = query.shape
+    given = {"mask": mask, "query_mask": query_mask, "landmark_indices": landmark_indices}
+    mask, query_mask, landmark_indices = known_options(given).values()
+    scale = head_dim**-0.5 if scale is None else scale
+    scale, gamma = known_options({"scale": scale, "gamma": gamma}).values()
+    check_skyformer_options(landmarks, num_landmarks, scale, gamma, inverse, num_iterations)
     if 0 in (*query.shape, *key.shape):
         return jnp.zeros((batch, heads), jnp.float32)
-    scale = head_dim**-0.5 if scale is None else scale
     key, _ = hide_masked(key, key, mask)
 
     def residual(
@@ -106,7 +117,7 @@ def nystrom_residual(
             scores = jnp.where(real[:, None, None], jnp.moveaxis(scores, 1, 2), 0)
             return (hide(scores, valid) * solve(points, valid, scores, scale, gamma)).sum((1, 3))
 
-        total = _sum_over_rows(seen, jnp.concatenate([query, key], 1), jnp.concatenate(masks, 1))
+        total = _sum_over_rows(seen, concatenated(query, key), jnp.concatenate(masks, 1))
         count = jnp.concatenate(masks, axis=1).sum(axis=1, dtype=jnp.int32)[:, None]
         total, count = (shards.psum(x, axis_name) for x in (total, count.astype(jnp.float32)))
         return jnp.where(count > 0, 1 - total / jnp.maximum(count, 1), 0)

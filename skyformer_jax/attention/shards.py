@@ -56,14 +56,14 @@ def running_counts(
     if axis_name is not None:
         everywhere = jax.lax.all_gather(here, axis_name)
         earlier = jnp.arange(len(everywhere)) < shard_index(axis_name)
-        before = jnp.where(earlier[:, None, None], everywhere, 0).sum(axis=0)
-        of_sequence = everywhere.sum(axis=0)
-    before += jnp.cumsum(of_sequence, axis=0) - of_sequence
+        before = jnp.where(earlier[:, None, None], everywhere, 0).sum(axis=0, dtype=jnp.int32)
+        of_sequence = everywhere.sum(axis=0, dtype=jnp.int32)
+    before += jnp.cumsum(of_sequence, axis=0, dtype=jnp.int32) - of_sequence
     counted = [
         jnp.cumsum(mask, axis=1, dtype=jnp.int32) + first[:, None]
         for mask, first in zip(masks, before, strict=True)
     ]
-    return jnp.concatenate(counted, axis=1), of_sequence.sum(axis=0)
+    return jnp.concatenate(counted, axis=1), of_sequence.sum(axis=0, dtype=jnp.int32)
 
 
 def with_halo(x: jax.Array, size: int, axis_name: str | None) -> jax.Array:

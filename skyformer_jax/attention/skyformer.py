@@ -23,6 +23,7 @@ from skyformer_jax.attention.common import (
 from skyformer_jax.attention.gaussian import gaussian_attention, gaussian_scores
 from skyformer_jax.attention.inputs import (
     check_at_least,
+    check_not_negative,
     fixed_key,
     hide,
     hide_masked,
@@ -84,7 +85,7 @@ def choose_landmarks(
             counts,
             axis_name,
         )
-        return means, jnp.arange(num_landmarks)[None] < num_segments[:, None]
+        return means, jnp.arange(num_landmarks, dtype=jnp.int32)[None] < num_segments[:, None]
     if kind == "uniform" and rng is not None:
         positions = _positions(masks, axis_name)
         indices, here = uniform_landmarks(rng, candidates, num_landmarks, positions, axis_name)
@@ -128,21 +129,19 @@ def _gathered(
 def check_skyformer_options(
     landmarks: str,
     num_landmarks: int,
+    scale: jax.Array | float,
     gamma: jax.Array | float,
     inverse: str,
     num_iterations: int,
 ) -> None:
-    """Raises a ValueError for an option that cannot work; a traced gamma is not known."""
+    """Raises an error for an option that cannot work; traced numbers are not known."""
     if inverse not in INVERSES:
         raise ValueError(f"inverse must be one of {', '.join(INVERSES)}; got {inverse!r}")
     if landmarks not in LANDMARKS:
         raise ValueError(f"landmarks must be one of {', '.join(LANDMARKS)}; got {landmarks!r}")
     check_at_least(1, num_landmarks=num_landmarks, num_iterations=num_iterations)
-    if isinstance(gamma, jax.core.Tracer):
-        return
-    if gamma < 0:
-        raise ValueError(f"gamma must not be negative; got {gamma}")
-    if gamma == 0 and landmarks == "leverage":
+    check_not_negative(scale=scale, gamma=gamma)
+    if landmarks == "leverage" and not isinstance(gamma, jax.core.Tracer) and gamma == 0:
         raise ValueError(
             'landmarks="leverage" needs a gamma above 0, the least ridge of its scores'
         )
@@ -197,7 +196,8 @@ def skyformer_attention(
         The last two take a fixed key where rng is None. Draws by "uniform" and "leverage" are
         others for another padded length.
       landmark_indices: int [batch, d], rows of [query; key] (0..q_length-1 are queries) to use
-        instead of num_landmarks chosen here; those at masked rows count for nothing.
+        instead of num_landmarks chosen here; those at masked rows, and those that
+        no row has, count for nothing.
       query_mask: bool [batch, q_length], the queries that may become landmarks; None means
         `mask` where q_length == kv_length (self-attention), otherwise all. No output depends on
         what stands at other queries, but their own.
@@ -219,10 +219,10 @@ def skyformer_attention(
     Raises:
       ValueError: if shapes do not fit, the mask is not boolean, or an option is out of range.
     """
-    check_skyformer_options(landmarks, num_landmarks, gamma, inverse, num_iterations)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    check_skyformer_options(landmarks, num_landmarks, scale, gamma, inverse, num_iterations)
     dtype = value.dtype
     key, value = hide_masked(key, value, mask)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     masks = masks_or_all(query, key, mask, query_mask)
     batch_axes, _, head_axes, _ = spec_of(query)
@@ -254,19 +254,36 @@ def find_landmarks(
 ) -> list[jax.Array]:
     """The landmarks, float32 [batch, d, heads, head_dim], and bool [batch, d], which count."""
     candidates = jnp.concatenate(masks, axis=1)
-    rows = hide(jnp.concatenate([query, key], axis=1), candidates)
+    rows = hide(concatenated(query, key), candidates)
     if landmark_indices is None:
         num_landmarks = min(num_landmarks, rows.shape[1] * shards.num_shards(axis_name))
         found = choose_landmarks(
             kind, rng, rows, masks, num_landmarks, scale=scale, gamma=gamma, axis_name=axis_name
         )
     else:
+        _check_indices(landmark_indices, len(query))
+        landmark_indices = landmark_indices.astype(jnp.int32)
         positions = _positions(masks, axis_name)
         indices = jnp.minimum(jnp.searchsorted(positions, landmark_indices), len(positions) - 1)
         here = positions[indices] == landmark_indices
         here &= jnp.take_along_axis(candidates, indices, axis=1)
         found = _gathered(rows, indices, here, axis_name)
     return list(found)
+
+
+def concatenated(query: jax.Array, key: jax.Array) -> jax.Array:
+    """[query; key], of dtypes that may differ even where promotion is strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.concatenate([query, key], axis=1)
+
+
+def _check_indices(indices: jax.Array, batch: int) -> None:
+    integers = jnp.issubdtype(indices.dtype, jnp.integer)
+    if not integers or indices.ndim != 2 or indices.shape[0] not in (1, batch):
+        raise ValueError(
+            f"landmark_indices must be int [batch = {batch}, num_landmarks]; "
+            f"got {indices.dtype} {indices.shape}"
+        )
 
 
 def solve_landmarks(

@@ -10,7 +10,9 @@ from skyformer_jax.attention.common import attention_function, repeat_heads
 from skyformer_jax.attention.inputs import (
     check_full_mask,
     equal_head_dims,
+    floating_arrays,
     hide_masked,
+    known_options,
     with_all_axes,
 )
 
@@ -52,7 +54,7 @@ def softmax_attention(
     del rng
     key, value = hide_masked(key, value, mask)
     allowed, bias = _restrictions(query, key, mask, full_mask, bias, is_causal)
-    dtype, value_dim = jnp.result_type(query, key, value), value.shape[-1]
+    dtype, value_dim = _common_dtype(query, key, value), value.shape[-1]
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, values = equal_head_dims(query, key, value)
     # JAX's own function mixes bfloat16 and float32, which strict promotion would refuse.
@@ -97,9 +99,11 @@ def softmax_weights(
       [batch, heads, q_length, kv_length] in the common dtype of query and key; each row sums to 1,
       or is zeros where a query may attend to no key.
     """
+    query, key = floating_arrays(query, key)
+    scale = known_options({"scale": scale})["scale"]
     key, _ = hide_masked(key, key, mask)
     allowed, bias = _restrictions(query, key, mask, full_mask, bias, is_causal)
-    dtype = jnp.result_type(query, key)
+    dtype = _common_dtype(query, key)
     key = repeat_heads(key, query.shape[2]).astype(dtype)
     scores = jnp.einsum(
         "bqhp,bkhp->bhqk", query.astype(dtype), key, preferred_element_type=jnp.float32
@@ -112,6 +116,12 @@ def softmax_weights(
     scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
     some = allowed.any(axis=-1, keepdims=True)
     return jnp.where(some, jax.nn.softmax(scores), 0).astype(dtype)
+
+
+def _common_dtype(*arrays: jax.Array) -> Any:
+    """The dtype of products, of arrays that may differ even where promotion is strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*arrays)
 
 
 def _restrictions(

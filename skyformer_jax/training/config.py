@@ -80,7 +80,7 @@ def _check_attention(config: ml_collections.ConfigDict) -> None:
         attention.check_options(name, {})
         try:
             attention.check_options(name, options)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(
                 f"config.attention: {error} (--config=FILE:{name} sets just what {name} has)"
             ) from None
