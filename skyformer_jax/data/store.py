@@ -82,6 +82,11 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
             _check_same_source(place, builder)
         return
     if builder.source is not None:
+        if not builder.source.exists():
+            raise archives.NotHereError(
+                f"{place} is not there, and the source {builder.source} does not exist either; "
+                "name the folder that all data sets were moved to, or the source"
+            )
         builder.source_files()  # complains before anything is written
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
