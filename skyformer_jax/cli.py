@@ -16,7 +16,11 @@ from skyformer_jax.errors import UserError, missing_package
 from skyformer_jax.files import expand
 
 # Failures of the machine, not of the program: the person can mend them.
-_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+_MACHINE_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),  # of shared file systems
+    *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 def _open_standard_streams() -> None:
@@ -74,6 +78,12 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         # A config file's own error comes as the last line of a traceback in the text.
         _, _, own = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
         raise UserError(own.strip() or str(error)) from None
+    except ModuleNotFoundError as error:
+        clone = (error.name or "").partition(".")[0] in ("configs", "experiments")
+        raise UserError(
+            f"the config file imports {error.name}, which "
+            + ("lies in the clone: put that into PYTHONPATH" if clone else "is not installed")
+        ) from None
     except (AttributeError, KeyError) as error:
         reason = error.args[0]
         if isinstance(reason, KeyError):  # in which ml_collections wraps it

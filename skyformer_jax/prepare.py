@@ -10,7 +10,9 @@ imdb_reviews or cifar10, or a folder that holds several of these; docs/data.md h
 
 import contextlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,6 +150,9 @@ if __name__ == "__main__":
         ("", *KINDS),
         "Of one task; default published with a source, else what is there.",
     )
+
+    # Configs import what lies beside this package in a clone, from wherever it is started.
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
 
     def _main() -> None:
         where = _DATA_DIR.value, _SOURCE.value, _KIND.value

@@ -240,7 +240,7 @@ def test_official_files_are_a_task_and_brackets_may_go(tmp_path):
     (source / "basic_val.tsv").unlink()
     with pytest.raises(UserError, match=r"basic_val.tsv"):
         task.load("test", tmp_path / "other", source=str(tmp_path))
-    with pytest.raises(UserError, match="nowhere does not hold"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         task.load("test", tmp_path / "other", source=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="one of: listops, text, retrieval"):
         tasks.get("lisstops")

@@ -190,7 +190,7 @@ def test_a_source_that_is_not_there_is_said(tmp_path, capsys):
     (tmp_path / "here").mkdir()
     for split in ("train", "test"):
         write_tsv(tmp_path / "here" / split, *rows(0, 40))
-    with pytest.raises(UserError, match=r"it does not exist; wanted are train"):
+    with pytest.raises(UserError, match=r"is not there, and the source .*there does not"):
         films().load("train", tmp_path / "data", source=str(tmp_path / "there"))
     films().load("train", tmp_path / "data", source=str(tmp_path / "here"))
     shutil.rmtree(tmp_path / "here")

@@ -497,6 +497,20 @@ def test_paths_of_flags_begin_at_home(tmp_path, monkeypatch):
         cli.parse(values, [*argv, "--workdir=~nobody-of-that-name/x"])
 
 
+def test_what_a_config_imports_is_named_where_it_lacks(tmp_path):
+    for name, message in (
+        ("configs.nothing", "configs.nothing, which lies in the clone: put that into PYTHONPATH"),
+        ("no_such_module", "no_such_module, which is not installed"),
+    ):
+        path = tmp_path / f"{name}.py"
+        path.write_text(f"import {name}")
+        argv = ["train.py", f"--config={path}"]
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        with pytest.raises(UserError, match=f"^the config file imports {message}$"):
+            cli.parse(values, argv)
+
+
 def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):
     done = run(train_command(undisturbed[0], data_dir, seed=3, **{"train.learning_rate": 0.5}))
     assert done.returncode == 2
@@ -583,8 +597,11 @@ def test_a_full_disk_is_said_before_training(monkeypatch, tmp_path, undisturbed)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_two_processes_in_one_workdir_are_refused(undisturbed, tmp_path):
+def test_two_processes_in_one_workdir_and_a_link_to_nothing_are_refused(undisturbed, tmp_path):
     config = read(undisturbed[0] / "config.json")
+    (tmp_path / "link").symlink_to(tmp_path / "purged")
+    with pytest.raises(UserError, match=r"link is a link to .*purged, which does not exist; make"):
+        training.train(config, tmp_path / "link" / "run")
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -137,6 +138,24 @@ def test_data_that_the_machine_does_not_let_be_read_are_not_called_damaged(
         with pytest.raises(UserError, match=r"listops.* cannot be read: ") as caught:
             task.load("test", tmp_path)
         assert "delete" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["source.json", "dataset_info.json"])
+@pytest.mark.parametrize("source", [True, False])
+def test_a_copy_that_is_not_whole_is_called_damaged(task, tmp_path, name, source):
+    """Of a prepared data set: some files lack, or are cut, where a copy was interrupted."""
+    write_trees(tmp_path / "listops-1000")
+    where = {"source": str(tmp_path / "listops-1000")} if source else {}
+    copy = tmp_path / "copy"
+    place = Path(task.data_set(str(copy), **where).data_dir)
+    place.mkdir(parents=True)
+    for content in ("", '{"name": "x', None):
+        if content is None:
+            (place / name).unlink()
+        else:
+            (place / name).write_text(content)
+        with pytest.raises(UserError, match=r"listops.* is damaged: .*; delete that folder"):
+            task.load("test", str(copy), **where)
 
 
 def test_a_link_to_a_folder_is_no_second_copy(tmp_path):

@@ -215,7 +215,7 @@ def test_another_source_is_refused(tiny, data_dir, source, tmp_path):
     batch.write_bytes(batch.read_bytes()[::-1])
     with pytest.raises(UserError, match=r"another data_batch_3\.bin .* name another data\.dir"):
         tiny["image"].load("test", data_dir, source=str(other))
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         tiny["image"].load("test", tmp_path / "data", source=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="it has: length, validate_on_test"):
         tiny["text"].load("test", data_dir, shrink=2)

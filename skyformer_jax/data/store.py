@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 
 from skyformer_jax.data import archives
 from skyformer_jax.data.builder import SOURCE_FILE, LraBuilder, document_features
@@ -32,10 +33,32 @@ def make(builder: type[LraBuilder], config: str | Any, data_dir: str) -> LraBuil
       builder: class of the builder.
       config: name of one of its configs, or a config of the caller's own.
       data_dir: folder of all data sets.
+
+    Raises:
+      UserError: if the data set is there, but its description cannot be read.
     """
     folder = expand(data_dir)
     check_name(folder.absolute())
-    return builder(config=config, data_dir=str(folder), file_format="array_record")
+    try:
+        return builder(config=config, data_dir=str(folder), file_format="array_record")
+    except (tfds.core.dataset_info.DatasetInfoFileError, json_format.ParseError) as error:
+        place = folder / builder.name / getattr(config, "name", config)
+        raise _damaged(place, f"dataset_info.json cannot be read: {error}") from None
+
+
+def _damaged(place: Path, reason: str) -> UserError:
+    reason = " ".join(reason.split())[:200]
+    return UserError(
+        f"the data set in {place} is damaged: {reason}; delete that folder to make it again"
+    )
+
+
+def _record(place: Path) -> dict[str, Any]:
+    """What a data set was made of; raises UserError if that cannot be read."""
+    try:
+        return json.loads((place / SOURCE_FILE).read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise _damaged(place, f"{SOURCE_FILE}: {error}") from None
 
 
 def prepare(builder: LraBuilder, source: str | None = None) -> None:
@@ -59,6 +82,11 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
             _check_same_source(place, builder)
         return
     if builder.source is not None:
+        if not builder.source.exists():
+            raise archives.NotHereError(
+                f"{place} is not there, and the source {builder.source} does not exist either; "
+                "name the folder that all data sets were moved to, or the source"
+            )
         builder.source_files()  # complains before anything is written
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +111,7 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
 
 def describe(builder: LraBuilder) -> dict[str, Any]:
     """Name and version of a prepared data set, the name of its source, and notes on that."""
-    record = json.loads((Path(builder.data_dir) / SOURCE_FILE).read_text())
+    record = _record(Path(builder.data_dir))
     return {
         "name": builder.info.full_name,
         "source": Path(record["source"]).name,  # without the path, which is private
@@ -96,7 +124,7 @@ def _check_same_source(place: Path, builder: LraBuilder) -> None:
 
     What the data set was made from may be gone. A line says so if the source was another place.
     """
-    record = json.loads((place / SOURCE_FILE).read_text())
+    record = _record(place)
     if not builder.source.exists():
         if Path(record["source"]).absolute() != builder.source.absolute():
             _say_once(
@@ -144,12 +172,12 @@ def load(builder: LraBuilder, split: str) -> Examples:
     place = Path(builder.data_dir)
     if not place.is_dir():
         raise UserError(f"{place} is missing; prepare it by python -m skyformer_jax.prepare")
-    if not builder.info.splits:  # another process prepared it after this builder was made
-        builder.info.read_from_directory(place)
-    size = builder.info.splits[split].num_examples
     names = document_features(builder.NUM_DOCUMENTS)
     values, lengths, labels = bytearray(), [], []
     try:
+        if not builder.info.splits:  # another process prepared it after this builder was made
+            builder.info.read_from_directory(place)
+        size = builder.info.splits[split].num_examples
         source = builder.as_data_source(split=split)
         for start in range(0, size, _READ_AT_ONCE):
             for example in source.__getitems__(range(start, min(start + _READ_AT_ONCE, size))):
@@ -161,9 +189,7 @@ def load(builder: LraBuilder, split: str) -> Examples:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, MemoryError) or any(words in reason for words in _OF_MACHINE):
             raise UserError(f"the data set in {place} cannot be read: {reason}") from None
-        raise UserError(
-            f"the data set in {place} is damaged: {reason}; delete that folder to make it again"
-        ) from None
+        raise _damaged(place, reason) from None
     if len(labels) != size or not size:
         raise UserError(f"split {split} in {place} is incomplete; delete that folder to remake it")
     return Examples(

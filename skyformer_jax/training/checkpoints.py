@@ -159,6 +159,11 @@ def _restore(directory: Path, step: int, **items: Any) -> Any:
     except PermissionError:
         raise
     except Exception as error:  # Orbax and its storage raise a dozen kinds
+        if not path.exists():
+            raise DamagedCheckpointError(
+                f"checkpoint {path} does not exist any longer: a run that trains there has "
+                "replaced it; evaluate again"
+            ) from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {reason}") from None
 

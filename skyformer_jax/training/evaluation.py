@@ -119,9 +119,9 @@ def evaluate(
 
 def _write_out(out: str | Path, split: str, result: dict[str, Any]) -> None:
     path = expand(out)
-    if path.is_dir() or str(out).endswith("/"):  # which a Path does not keep
-        path = path / f"eval_{split}.json"
     try:
+        if str(out).endswith("/") or path.is_dir():  # a Path does not keep the former
+            path = path / f"eval_{split}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     except OSError as error:

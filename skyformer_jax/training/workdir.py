@@ -137,7 +137,12 @@ def _open_folder(one: SeedRun) -> Iterator[None]:
     """Locks one folder, and binds it to its config once it or its seeds have checkpoints."""
     workdir = one.workdir
     check_name(workdir.absolute())
-    for parent in (workdir, *workdir.parents):
+    for parent in (one.checkpoints, workdir, *workdir.parents):
+        if parent.is_symlink() and not parent.exists():
+            raise UserError(
+                f"--workdir={workdir}: {parent} is a link to {parent.readlink()}, which does not "
+                "exist; make that folder, or name another"
+            )
         if parent.exists() and not parent.is_dir():
             raise UserError(f"--workdir={workdir}: {parent} is a file; name a folder")
     workdir.mkdir(parents=True, exist_ok=True)
