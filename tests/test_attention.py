@@ -14,6 +14,14 @@ from skyformer_jax import attention
 from skyformer_jax.attention.registry import COMMON_OPTIONS
 
 all_attentions = pytest.mark.parametrize("name", attention.NAMES)
+QUICK = ("softmax", "kernelized", "skyformer", "linformer", "reformer")
+quick_attentions = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in attention.NAMES
+    ],
+)
 exact_attentions = pytest.mark.parametrize("name", sorted(REFERENCES))
 
 
@@ -265,7 +273,7 @@ def test_bad_shapes_are_refused(name, bad, message):
         small(name)(*arrays, mask=mask)
 
 
-@all_attentions
+@quick_attentions
 def test_fewer_heads_of_keys_and_values_are_shared(name):
     """Grouped-query heads, and values of another head_dim, as if repeated for the query heads."""
     q, k, v = inputs(11, 11, heads=4)
@@ -319,7 +327,7 @@ def test_empty_arrays_give_zeros(name, lengths):
     assert not any(np.any(x) for x in (out, *gradients))
 
 
-@all_attentions
+@quick_attentions
 def test_scale_and_gamma_may_be_learned(name):
     """Traced, under jit and grad, by central differences."""
     q, k, v = inputs(11, 11)

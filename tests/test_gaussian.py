@@ -87,6 +87,7 @@ def test_gradients_by_finite_differences(small_tiles):
     )
 
 
+@pytest.mark.slow
 def test_second_derivatives(small_tiles):
     """Reverse mode through the gradient rule itself."""
     *qkv, weights = arrays(40, 33, batch=1)

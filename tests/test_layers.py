@@ -23,6 +23,14 @@ ROOT = Path(__file__).parent.parent
 LENGTH, WIDTH, HEADS, HEAD_DIM = 20, 16, 2, 8
 QUICK = ("softmax", "kernelized", "skyformer", "linformer", "reformer")
 all_attentions = pytest.mark.parametrize("name", attention.NAMES)
+# Of each kind one by default: with landmarks, with shared queries and keys, with arrays of its own.
+quick_attentions = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in attention.NAMES
+    ],
+)
 LAYER_OPTIONS = {
     **SMALL,
     "nystromformer": {"num_landmarks": 6, "conv_size": 5},
@@ -65,14 +73,7 @@ def flax_modules(name, dropout=0.0):
     return linen, params, of_nnx
 
 
-# Of each kind one by default: with landmarks, with shared queries and keys, with arrays of its own.
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in attention.NAMES
-    ],
-)
+@quick_attentions
 def test_flax_modules_take_the_attention(name, batch):
     """Same numbers in linen, in NNX and by hand, for every form of Flax's padding masks."""
     x, mask = batch
@@ -98,7 +99,7 @@ def test_flax_modules_take_the_attention(name, batch):
     np.testing.assert_allclose(under_jit[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
-@all_attentions
+@quick_attentions
 def test_flax_modules_train_with_dropout(name, batch):
     x, mask = batch
     linen, params, of_nnx = flax_modules(name, dropout=0.5)
@@ -173,7 +174,7 @@ def test_what_cannot_be_honoured_is_refused(name, batch):
     assert np.isfinite(out[::2]).all()
 
 
-@pytest.mark.parametrize("lead", [(3,), (), (2, 3)])
+@pytest.mark.parametrize("lead", [(3,), (), pytest.param((2, 3), marks=pytest.mark.slow)])
 def test_softmax_takes_every_mask_and_bias_that_flax_takes(lead):
     rng = np.random.default_rng(0)
     q, k, v = (
@@ -225,7 +226,7 @@ def test_softmax_sows_its_weights_as_flax_does(batch):
     assert not np.any(nothing)
 
 
-@all_attentions
+@quick_attentions
 def test_modules_share_heads_of_keys_and_values(name, batch):
     """Linen's and NNX's modules agree, and Flax's own takes the function."""
     x, mask = batch

@@ -255,5 +255,10 @@ def _on_each_device(function: Callable[..., Any], *arrays: jax.Array, **options:
         for x, s in zip(arrays, in_specs, strict=True)
     )
     return jax.shard_map(
-        function, in_specs=in_specs, out_specs=spec, axis_names=names - {None}, check_vma=False
+        function,
+        mesh=sharding.mesh,
+        in_specs=in_specs,
+        out_specs=spec,
+        axis_names=names - {None},
+        check_vma=False,
     )(*arrays)
