@@ -54,6 +54,7 @@ def test_spectral_error_and_singular_values():
     np.testing.assert_allclose(found, [[1, 1 / 2, 1 / 4, 1 / 8]])
 
 
+@pytest.mark.slow
 def test_instability_of_a_small_step_is_that_of_the_derivative():
     config = tiny_config("kernelized")
     config.model.num_documents = 2

@@ -218,7 +218,7 @@ def test_float16_and_mixed_dtypes(name):
     assert np.isfinite(out.astype(np.float32)).all()
 
 
-@all_attentions
+@quick_attentions
 def test_transformations(name):
     """jit, vmap, remat and forward mode give what the plain call gives."""
     q, k, v = inputs(30, 30)

@@ -286,7 +286,7 @@ def test_attention_fn_takes_leading_axes_dtype_and_rng():
     assert function(q, k, v, mask=mask, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
-@all_attentions
+@quick_attentions
 def test_linen_and_nnx_modules_agree(name, batch):
     x, mask = batch
     options = LAYER_OPTIONS.get(name, {})

@@ -24,6 +24,7 @@ _SLOWER = 1.25
 # A run that is not the paper's 50,000 steps has as many thousands as fit, and at least so many.
 _FEWEST_STEPS = 5_000
 _EVAL_EVERY = 1_000
+_PLACES = ("data.dir", "data.source", "compilation_cache")  # which a result does not say
 _TO_SAVE = 15  # seconds from a signal until a run has saved its checkpoint
 
 
@@ -120,7 +121,8 @@ def train_in_turn(settings: Settings) -> Iterator[dict[str, Any]]:
             continue
         overrides = _overrides(run, num_steps, settings)
         overrides = {field: value for field, value in overrides.items() if value is not None}
-        row = {"run": run, "overrides": overrides, "num_steps": num_steps}
+        said = {field: value for field, value in overrides.items() if field not in _PLACES}
+        row = {"run": run, "overrides": said, "num_steps": num_steps}
         row |= {"full": num_steps == published.STEPS, "seconds": 0.0}
         if not finished:
             variant = ",small" if settings.small else ""
