@@ -40,7 +40,7 @@ def attention_function(
         that have to know how arrays are divided.
 
     Returns:
-      A decorator for functions (query, key, value, *, ...).
+      A decorator for functions of query, key, value and keyword arguments.
     """
 
     def decorate(function: Function) -> Function:
@@ -192,7 +192,7 @@ def _repeated(x: jax.Array, query: jax.Array) -> jax.Array:
 
 
 def on_automatic_axes(function: Callable[..., Any], out_specs: Any, *arguments: Any) -> Any:
-    """function(*arguments), where the explicit axes of a mesh become automatic ones.
+    """Calls a function where the explicit axes of a mesh become automatic ones.
 
     The compiler then finds the shardings of what the function computes within, and only the
     result's is prescribed. Without arrays on explicit axes it is a plain call.

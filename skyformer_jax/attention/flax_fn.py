@@ -21,7 +21,7 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
         nn.MultiHeadAttention(num_heads=8, attention_fn=attention_fn("skyformer"))
         nnx.MultiHeadAttention(8, 64, attention_fn=attention_fn("skyformer"), rngs=rngs)
 
-    A mask is broadcastable to [*batch, heads, q_length, kv_length], and not zero where a query may
+    A mask is broadcastable to [..., heads, q_length, kv_length], and not zero where a query may
     attend to a key, as in flax.linen.dot_product_attention. Those that take a full_mask in the
     registry, "softmax" for example, take any. The others take those that Flax builds for padding:
     [batch, 1, 1, kv_length], or nn.make_attention_mask(query_mask, key_mask), or any other mask
