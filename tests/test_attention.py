@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import by_default
 from references import REFERENCES, assert_directional_derivatives
 
 from skyformer_jax import attention
@@ -15,13 +16,7 @@ from skyformer_jax.attention.registry import COMMON_OPTIONS
 
 all_attentions = pytest.mark.parametrize("name", attention.NAMES)
 QUICK = ("softmax", "kernelized", "skyformer", "linformer", "reformer")
-quick_attentions = pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in attention.NAMES
-    ],
-)
+quick_attentions = by_default(*QUICK)
 exact_attentions = pytest.mark.parametrize("name", sorted(REFERENCES))
 
 

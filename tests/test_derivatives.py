@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import by_default
 from jax.sharding import PartitionSpec as P
 from references import gaussian_kernel
 from test_attention import SMALL, call
 
-from skyformer_jax import attention
 from skyformer_jax.attention import gaussian, kernelized_attention
 from skyformer_jax.attention.gaussian import gaussian_attention
 
@@ -69,13 +69,7 @@ def test_modes_are_those_of_the_dense_form(mode, implementation, tolerance, monk
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("kernelized", "skyformer") else pytest.param(name, marks=pytest.mark.slow)
-        for name in attention.NAMES
-    ],
-)
+@by_default("kernelized", "skyformer")
 def test_forward_mode_agrees_with_reverse_mode(name, length):
     """At every length: u . (J t) = (J^T u) . t, and a product with the Hessian both ways."""
     sizes = ((2, length, 2, 4),) * 3

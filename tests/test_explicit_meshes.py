@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from grids import by_default
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_attention import RANDOM, SMALL, call, inputs, masks
@@ -15,13 +16,7 @@ import skyformer_jax
 from skyformer_jax import attention, layers, models, nnx_layers
 
 QUICK = ("softmax", "skyformer")
-quick_attentions = pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in attention.NAMES
-    ],
-)
+quick_attentions = by_default(*QUICK)
 CASES = [pytest.param(name, SMALL.get(name, {}), id=name) for name in attention.NAMES]
 CASES += [
     pytest.param("kernelized", {"implementation": "chunked"}, id="chunked"),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from grids import by_default
 from test_attention import RANDOM, SELF_ONLY, SMALL, small
 
 import skyformer_jax
@@ -24,13 +25,7 @@ LENGTH, WIDTH, HEADS, HEAD_DIM = 20, 16, 2, 8
 QUICK = ("softmax", "kernelized", "skyformer", "linformer", "reformer")
 all_attentions = pytest.mark.parametrize("name", attention.NAMES)
 # Of each kind one by default: with landmarks, with shared queries and keys, with arrays of its own.
-quick_attentions = pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in attention.NAMES
-    ],
-)
+quick_attentions = by_default(*QUICK)
 LAYER_OPTIONS = {
     **SMALL,
     "nystromformer": {"num_landmarks": 6, "conv_size": 5},

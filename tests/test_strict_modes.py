@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from grids import by_default
 from run_on import run_on
 from test_attention import RANDOM, SMALL, call, inputs, masks
 from test_model import tiny_config
@@ -16,13 +17,7 @@ from skyformer_jax.training.sharded_step import make_train_step
 from skyformer_jax.training.state import init_states
 
 QUICK = ("skyformer",)
-quick_attentions = pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in attention.NAMES
-    ],
-)
+quick_attentions = by_default(*QUICK)
 LANDMARKS = [
     pytest.param(
         "skyformer", {"landmarks": kind, "num_landmarks": 8}, id=kind, marks=pytest.mark.slow

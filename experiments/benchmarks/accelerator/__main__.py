@@ -39,6 +39,7 @@ from absl import flags
 from experiments.benchmarks import common_flags
 from experiments.benchmarks.accelerator import sections
 from experiments.benchmarks.accelerator.settings import Settings
+from experiments.benchmarks.accelerator.training_runs import source_of
 from experiments.records import provenance, read_json, write_json
 from skyformer_jax import cli
 from skyformer_jax.errors import one_of
@@ -150,11 +151,9 @@ def _prepare_data() -> list[subprocess.Popen]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     processes = []
     for task in dict.fromkeys(run.partition(":")[0] for run in _RUNS.value):
-        source = (
-            [f"--source={_SOURCE.value}"] if task in ("text", "image") and _SOURCE.value else []
-        )
+        source = source_of(task, _SOURCE.value)
         command = [sys.executable, "-m", "skyformer_jax.prepare", f"--data_dir={_DATA_DIR.value}"]
-        command += [f"--task={task}", *source]
+        command += [f"--task={task}", *([f"--source={source}"] if source else [])]
         processes.append(subprocess.Popen(command, env=environment))
     return processes
 

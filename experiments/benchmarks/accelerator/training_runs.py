@@ -40,6 +40,11 @@ def _num_steps(run: str, settings: Settings) -> int:
     return min(fit, published.STEPS) if fit >= _FEWEST_STEPS else 0
 
 
+def source_of(task: str, source: str) -> str:
+    """The source of a task: that of published data where it is not generated."""
+    return source if task in ("text", "image") else ""
+
+
 def _overrides(run: str, num_steps: int, settings: Settings) -> dict[str, Any]:
     task = run.partition(":")[0]
     every = num_steps // 2 if settings.small else _EVAL_EVERY
@@ -52,7 +57,7 @@ def _overrides(run: str, num_steps: int, settings: Settings) -> dict[str, Any]:
         "train.eval_every": every,
         "train.warmup_steps": 5 if settings.small else None,
         "data.dir": settings.data_dir,
-        "data.source": settings.source if task in ("text", "image") else "",
+        "data.source": source_of(task, settings.source),
         "compilation_cache": "",
     }
 
