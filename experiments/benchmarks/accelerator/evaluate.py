@@ -55,6 +55,9 @@ def _evaluate(workdir: Path, buckets: list[int]) -> Row:
 def main() -> None:
     """Evaluates each seed, writing as it goes."""
     run, path = Path(_RUN.value), Path(_OUT.value)
+    for flag in (_RUN, _TRAINED):
+        if not Path(flag.value).exists():
+            raise UserError(f"--{flag.name}={flag.value} does not exist")
     trained = read_json(Path(_TRAINED.value))
     rows = [row for row in trained.get("training", {}).get("rows", []) if _name(row) == run.name]
     workdirs = sorted(run.glob("seed-*")) or [run]
