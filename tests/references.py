@@ -149,8 +149,11 @@ def informer(query, key, value, samples, num_active, mask=None):
     return out
 
 
-def reformer(query, value, rotations, mask=None, scale=1.0, num_buckets=1, chunk_length=None):
-    """By the sets P_i and their union, one example and one head at a time."""
+def reformer(query, value, rotations, mask=None, scale=1.0, factors=(1,), chunk_length=None):
+    """By the sets P_i and their union, one example and one head at a time.
+
+    factors: buckets of each hash, whose numbers are digits of the bucket's, the first the lowest.
+    """
     query, value = (np.asarray(x, np.float64) for x in (query, value))
     batch, length, heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
@@ -165,9 +168,12 @@ def reformer(query, value, rotations, mask=None, scale=1.0, num_buckets=1, chunk
             attended = np.zeros((len(real), len(real)), bool)
             for r in range(rounds):
                 buckets = np.zeros(len(real), int)
-                if num_buckets > 1:
-                    projected = q @ np.asarray(rotations[r], np.float64)
-                    buckets = np.concatenate([projected, -projected], axis=1).argmax(axis=1)
+                digit, column = 1, 0
+                for factor in factors if factors != (1,) else ():
+                    of_hash = np.asarray(rotations[r], np.float64)[:, column : column + factor // 2]
+                    hashes = np.concatenate([q @ of_hash, -q @ of_hash], axis=1).argmax(axis=1)
+                    buckets += digit * hashes
+                    digit, column = digit * factor, column + factor // 2
                 slots = np.argsort(np.argsort(buckets, kind="stable"), kind="stable")
                 behind = slots[:, None] // chunk_length - slots[None, :] // chunk_length
                 near = (behind == 0) | (behind == 1)

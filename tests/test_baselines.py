@@ -1,6 +1,7 @@
 """Each baseline against its paper's equations in float64, and in the limit where it is exact."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -225,21 +226,90 @@ def test_informer_moves_rows_alike_on_all_platforms():
 
 
 @pytest.mark.parametrize(
-    ("length", "num_buckets", "chunk_length"),
-    [(40, 4, 8), (41, 2, 8), (60, 8, 7), (30, 1, 7), (23, 16, 40)],
+    ("length", "num_buckets", "chunk_length", "factors"),
+    [
+        (40, 4, 8, (4,)),
+        (41, 2, 8, (2,)),
+        (60, 8, 7, (8,)),
+        (30, 1, 7, (1,)),
+        (23, 16, 40, (16,)),
+        (150, 256, 3, (16, 16)),
+    ],
 )
-def test_reformer_equals_float64_reference(length, num_buckets, chunk_length):
-    """The union of several rounds, chunk borders, lone tokens, any length."""
+def test_reformer_equals_float64_reference(length, num_buckets, chunk_length, factors):
+    """The union of several rounds, chunk borders, lone tokens, any length; combined hashes."""
     q, _, v = inputs(length, length)
     mask = masks(3, length)
-    rotations = jax.random.normal(jax.random.key(0), (3, 8, max(1, num_buckets // 2)))
+    rotations = jax.random.normal(jax.random.key(0), (3, 8, max(1, sum(factors) // 2)))
     out = jitted("reformer", num_buckets=num_buckets, chunk_length=chunk_length)(
         q, None, v, mask=mask, rotations=rotations
     )
     expected = references.reformer(
-        q, v, rotations, mask, num_buckets=num_buckets, chunk_length=chunk_length
+        q, v, rotations, mask, factors=factors, chunk_length=chunk_length
     )
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reformers_factors():
+    """One hash up to 128 buckets, then as few as can be, of even numbers up to 128, about equal."""
+    known = {1: (1,), 128: (128,), 256: (16, 16), 512: (16, 32), 8192: (64, 128), 2**15: (32,) * 3}
+    assert {number: reformer.hash_factors(number) for number in known} == known
+    for num_buckets in (*range(130, 3000, 2), 16_384, 16_386, 2 * 78_125, 2**21 - 2, 2**21 + 2):
+        factors = reformer.hash_factors(num_buckets)
+        assert all(factor % 2 == 0 and factor <= 128 for factor in factors)
+        assert num_buckets <= math.prod(factors) <= 1.4 * num_buckets
+        assert 128 ** (len(factors) - 1) < num_buckets
+        assert reformer.num_columns(factors) <= 64 * math.log(num_buckets, 128) + 64
+
+
+def test_reformers_combined_hash_equals_float64_reference():
+    """Three of them, whose numbers are the digits of the bucket's."""
+    factors = (4, 2, 6)
+    rows = inputs(50, 50)[0]
+    rotations = jax.random.normal(jax.random.key(0), (2, 8, 9))
+    buckets = np.asarray(reformer.hash_buckets(rows, rotations, factors))
+    for r, rotation in enumerate(np.asarray(rotations, np.float64)):
+        projected = np.einsum("bnhp,pc->bhnc", np.asarray(rows, np.float64), rotation)
+        number = buckets[:, :, r]
+        for first, factor in zip((0, 2, 3), factors, strict=True):
+            part = projected[..., first : first + factor // 2]
+            expected = np.concatenate([part, -part], axis=-1).argmax(axis=-1)
+            np.testing.assert_array_equal(number % factor, expected)
+            number = number // factor
+        assert not number.any()
+
+
+def test_reformer_takes_one_hash_where_it_is_told_to_or_has_few_buckets():
+    """So do runs that began before hashes were factorized."""
+    q, _, v = inputs(150, 150)
+    rotations = jax.random.normal(jax.random.key(0), (2, 8, 128))
+
+    def out(num_buckets, **options):
+        return jitted("reformer", num_buckets=num_buckets, chunk_length=5, **options)(
+            q, None, v, rotations=rotations
+        )
+
+    expected = references.reformer(q, v, rotations, factors=(256,), chunk_length=5)
+    np.testing.assert_allclose(out(256, factorize_hash=False), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(out(256) - expected).max() > 0.01
+    np.testing.assert_array_equal(out(128), out(128, factorize_hash=False))
+
+
+def test_reformer_costs_n_log_n():
+    """By the compiled gradients of 16 and of 256 k tokens."""
+
+    def loss(q, v):
+        return jnp.sin(attention.reformer_attention(q, None, v)).sum()
+
+    def work(length):
+        rows = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(rows, rows).compile()
+        memory = program.memory_analysis().temp_size_in_bytes
+        return np.array([program.cost_analysis()["flops"], memory])
+
+    short, long = 2**14, 2**18
+    growth = long * math.log(long) / (short * math.log(short))
+    assert (work(long) <= 1.02 * growth * work(short)).all()
 
 
 def test_reformers_scores_are_divided_by_the_norm_of_the_key_alone():
@@ -270,7 +340,7 @@ def test_reformer_hashes_near_tokens_alike():
     angles = np.array([0.0, 0.3, 0.8, 1.57, 3.14])
     rows = np.zeros((len(angles), 8), np.float32)
     rows[:, 0], rows[:, 1] = np.cos(angles), np.sin(angles)
-    buckets = reformer.hash_buckets(jnp.asarray(rows)[None, :, None], rotations, 8)[0, 0]
+    buckets = reformer.hash_buckets(jnp.asarray(rows)[None, :, None], rotations, (8,))[0, 0]
     same = (buckets == buckets[:, :1]).mean(axis=0)
     assert same[0] == 1
     assert (np.diff(same) < -0.05).all()

@@ -98,18 +98,19 @@ def test_bad_training_fields_are_named():
             config.check(settings, num_devices=2)
 
 
-def test_a_run_of_reformer_without_a_scale_keeps_the_one_it_had(tmp_path):
-    """Its scores were divided by sqrt(head_dim) then, which is scale=None; new ones say theirs."""
+def test_a_run_of_reformer_from_before_an_option_keeps_what_it_had(tmp_path):
+    """Scores were divided by sqrt(head_dim), scale=None, and hashes were not factorized."""
     stored = config.stored(get("listops", "reformer,small"))
-    assert stored["attention"]["scale"] == 1
+    now, before = {"scale": 1, "factorize_hash": True}, {"scale": None, "factorize_hash": False}
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(stored))
-    assert config.read(path).attention.scale == 1
-    del stored["attention"]["scale"]
-    path.write_text(json.dumps(stored))
-    earlier = config.read(path)
-    assert earlier.attention.scale is None
-    config.check(earlier, 1)
+    for left_out in ((), ("factorize_hash",), ("scale", "factorize_hash")):
+        for option in left_out:
+            stored["attention"].pop(option, None)
+        path.write_text(json.dumps(stored))
+        read = config.read(path)
+        expected = now | {option: before[option] for option in left_out}
+        assert {option: read.attention[option] for option in now} == expected
+        config.check(read, 1)
 
 
 def test_earlier_results_keep_their_digests():

@@ -1,8 +1,9 @@
 """Reformer (Kitaev et al., 2020): softmax attention within buckets of locality-sensitive hashing.
 
 Queries and keys are one (section 2, "shared-QK"): k_j = q_j / ||q_j||. A round of hashing gives
-each token the bucket argmax([x R; -x R]) for a random R, sorts the tokens by bucket, and cuts them
-into chunks. A token attends to those of its own bucket in its own chunk and the one before:
+each token the bucket argmax([x R; -x R]) for a random R (for many buckets, several such numbers
+together), sorts the tokens by bucket, and cuts them into chunks. A token attends to those of its
+own bucket in its own chunk and the one before:
 
     P_i = {j : bucket_j = bucket_i, chunk_j in {chunk_i - 1, chunk_i}}.
 
@@ -17,9 +18,12 @@ no other. The scale s is 1, though the paper writes 1 / sqrt(head_dim) in its eq
 that its authors published, Hugging Face's, and Skyformer's all divide by the norm of the key alone.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
+from skyformer_jax.attention import permutations
 from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.inputs import (
     check_at_least,
@@ -29,10 +33,15 @@ from skyformer_jax.attention.inputs import (
 from skyformer_jax.attention.variables import VariableSpec
 
 _SELF_PENALTY = 1e5
+_NOT_ATTENDED = 1e30
 _EPSILON = 1e-12  # of squared norms, for a token that is all zeros
 
-# Columns of the rotations that a layer keeps: enough for the buckets of 64 * 512 tokens, and for
-# longer sequences, whose buckets then grow with the length.
+# Buckets that one hash gives; for more, smaller hashes are combined. That is the threshold of
+# Hugging Face's code too, by default.
+_MOST_BUCKETS = 128
+
+# Columns of the rotations that a layer keeps: enough for factorized hashes at any length. One that
+# is not has at most 1,024 buckets by them, which grow with the length beyond 32,768 tokens.
 _KEPT_COLUMNS = 512
 
 
@@ -42,25 +51,73 @@ def default_num_buckets(length: int, chunk_length: int) -> int:
     return 1 if num_chunks == 1 else 2 * num_chunks
 
 
-def hash_buckets(rows: jax.Array, rotations: jax.Array, num_buckets: int) -> jax.Array:
-    """Angular locality-sensitive hashing (Andoni et al., 2015).
+def hash_factors(num_buckets: int) -> tuple[int, ...]:
+    """How many buckets each of the hashes has that a round combines.
+
+    A hash costs half the sum of its factors, so that it grows with the logarithm of num_buckets.
 
     Args:
-      rows: [batch, length, heads, head_dim].
-      rotations: [rounds, head_dim, at least num_buckets // 2].
       num_buckets: 1, or even.
 
     Returns:
-      int32 [batch, heads, rounds, length], in 0..num_buckets-1.
+      (num_buckets,) up to 128. Beyond, as few even numbers up to 128 as have a product of
+      num_buckets or more, about equal: (16, 32) for 512, as in Hugging Face's code.
     """
+    if num_buckets <= _MOST_BUCKETS:
+        return (num_buckets,)
+    bits = (num_buckets - 1).bit_length()
+    first = 1 << bits // -(-bits // (_MOST_BUCKETS.bit_length() - 1))
+    return first, *hash_factors(2 * -(-num_buckets // (2 * first)))
+
+
+def hash_buckets(rows: jax.Array, rotations: jax.Array, factors: tuple[int, ...]) -> jax.Array:
+    """Angular locality-sensitive hashing (Andoni et al., 2015), of several hashes combined.
+
+    The hash of f buckets is argmax([x R; -x R]), R having f / 2 columns, and bucket = hash_1 +
+    factors[0] * (hash_2 + factors[1] * ...), as in the authors' code (factorize_hash in trax).
+
+    Args:
+      rows: [batch, length, heads, head_dim].
+      rotations: [rounds, head_dim, at least half the sum of factors], each hash's columns in turn.
+      factors: buckets of each hash, all even; (1,) is one bucket.
+
+    Returns:
+      int32 [batch, heads, rounds, length], in 0..prod(factors)-1.
+    """
+    batch, length, heads, _ = rows.shape
+    buckets = jnp.zeros((batch, heads, rotations.shape[0], length), jnp.int32)
+    if factors == (1,):
+        return buckets
+    columns = num_columns(factors)
+    # The columns before the last axis: CPUs and TPUs then reduce many tokens at a time.
     projected = jnp.einsum(
-        "bnhp,rpc->bhrnc",
+        "bnhp,rpc->bhrcn",
         rows,
-        rotations[:, :, : max(1, num_buckets // 2)].astype(jnp.float32),
+        rotations[:, :, :columns].astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
-    both = jnp.concatenate([projected, -projected], axis=-1)
-    return both[..., :num_buckets].argmax(axis=-1).astype(jnp.int32)
+    stride, begin = 1, 0
+    for factor in factors:
+        end = begin + factor // 2
+        buckets += stride * _signed_argmax(projected[..., begin:end, :])
+        stride, begin = stride * factor, end
+    return buckets
+
+
+def num_columns(factors: tuple[int, ...]) -> int:
+    """Columns of the rotations that hashes of so many buckets take."""
+    return sum(max(1, factor // 2) for factor in factors)
+
+
+def _signed_argmax(x: jax.Array) -> jax.Array:
+    """argmax([x; -x]) over the axis before the last, by reductions that compilers do fast."""
+    columns = x.shape[-2]
+    greatest, least = x.max(axis=-2), x.min(axis=-2)
+    negative = -least > greatest
+    extreme = jnp.where(negative, least, greatest)[..., None, :]
+    column = jnp.arange(columns, dtype=jnp.int32)[:, None]
+    first = jnp.where(x == extreme, column, columns - 1).min(axis=-2)
+    return jnp.where(negative, first + columns, first)
 
 
 @attention_function(self_attention_only=True, shared_query_key=True)
@@ -75,13 +132,14 @@ def reformer_attention(
     num_hashes: int = 2,
     chunk_length: int = 64,
     num_buckets: int | None = None,
+    factorize_hash: bool = True,
     rotations: jax.Array | None = None,
 ) -> jax.Array:
     """Reformer self-attention (LSH attention) with shared queries and keys, for any length.
 
     With one bucket and one chunk it is softmax attention of q_i to q_j / ||q_j||, a token itself
     left out unless it is the only one. Memory and time are those of 2 * chunk_length keys for each
-    query and round.
+    query and round, and of hashing and sorting: in all length * log(length), if factorize_hash.
 
     Args:
       query: [batch, length, heads, head_dim], unscaled; queries and keys at once.
@@ -94,10 +152,14 @@ def reformer_attention(
         with which the weights of queries of unit variance are nearly uniform.
       num_hashes: rounds, where rotations are not given.
       chunk_length: tokens of a chunk; the sequence is padded to a multiple of it.
-      num_buckets: 1 or an even number; None means default_num_buckets, at most what rotations
-        have columns for.
+      num_buckets: 1 or an even number; None means default_num_buckets, or twice the columns of
+        rotations that have too few for it. The next product of hash_factors where it is factorized.
+      factorize_hash: whether more than 128 buckets come from several hashes, those of hash_factors,
+        as the published codes do for long sequences. By one hash, time and memory grow with
+        length * num_buckets, with the default number as the square of the length.
       rotations: float [rounds, head_dim, columns], shared by the heads, columns at least
-        num_buckets / 2 (the first ones count); None draws normal ones.
+        num_buckets / 2, or half the sum of the factors (the first ones count); None draws normal
+        ones.
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of value, computed in float32; zeros at
@@ -114,12 +176,11 @@ def reformer_attention(
     batch, length, _, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     chunk_length = min(chunk_length, length)
-    num_buckets = _choose_num_buckets(num_buckets, length, chunk_length, rotations)
+    factors = _choose_factors(num_buckets, factorize_hash, length, chunk_length, rotations)
     if rotations is None:
         rng = fixed_key() if rng is None else rng
-        columns = max(1, num_buckets // 2)
-        rotations = _draw_rotations(rng, (num_hashes, head_dim, columns))
-    _check_rotations(rotations, head_dim, num_buckets)
+        rotations = _draw_rotations(rng, (num_hashes, head_dim, num_columns(factors)))
+    _check_rotations(rotations, head_dim, factors)
 
     padding = ((0, 0), (0, -length % chunk_length))
     real = jnp.pad(jnp.ones((batch, length), bool) if mask is None else mask, padding)
@@ -127,9 +188,9 @@ def reformer_attention(
         jnp.pad(x.astype(jnp.float32), (*padding, (0, 0), (0, 0))) for x in (query, value)
     )
     # Padding sorts behind every bucket.
-    buckets = hash_buckets(jax.lax.stop_gradient(query), rotations, num_buckets)
-    buckets = jnp.where(real[:, None, None, :], buckets, num_buckets)
-    out = _attend_in_chunks(query, value, real, buckets, chunk_length, scale)
+    buckets = hash_buckets(jax.lax.stop_gradient(query), rotations, factors)
+    buckets = jnp.where(real[:, None, None, :], buckets, math.prod(factors))
+    out = _attend_in_chunks(query, value, buckets, chunk_length, scale)
     return out[:, :length].astype(dtype)
 
 
@@ -137,28 +198,36 @@ def _draw_rotations(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(rng, shape, jnp.float32)
 
 
-def _choose_num_buckets(
-    num_buckets: int | None, length: int, chunk_length: int, rotations: jax.Array | None
-) -> int:
-    """num_buckets, or its default; ValueError unless it is 1 or even."""
+def _choose_factors(
+    num_buckets: int | None,
+    factorize_hash: bool,
+    length: int,
+    chunk_length: int,
+    rotations: jax.Array | None,
+) -> tuple[int, ...]:
+    """Those of num_buckets, or of its default; ValueError unless it is 1 or even."""
+
+    def factors(num_buckets: int) -> tuple[int, ...]:
+        return hash_factors(num_buckets) if factorize_hash else (num_buckets,)
+
     if num_buckets is None:
         num_buckets = default_num_buckets(length, chunk_length)
-        if rotations is not None:
-            num_buckets = min(num_buckets, 2 * rotations.shape[-1])
+        if rotations is not None and rotations.shape[-1] < num_columns(factors(num_buckets)):
+            num_buckets = 2 * rotations.shape[-1]
     check_at_least(1, num_buckets=num_buckets)
     if num_buckets > 1 and num_buckets % 2:
         raise ValueError(f"num_buckets must be 1 or an even number; got {num_buckets}")
-    return num_buckets
+    return factors(num_buckets)
 
 
-def _check_rotations(rotations: jax.Array, head_dim: int, num_buckets: int) -> None:
+def _check_rotations(rotations: jax.Array, head_dim: int, factors: tuple[int, ...]) -> None:
     if rotations.ndim != 3 or rotations.shape[1] != head_dim:
         raise ValueError(
             f"rotations must be [rounds, head_dim = {head_dim}, columns]; got {rotations.shape}"
         )
-    if 2 * rotations.shape[2] < num_buckets:
+    if rotations.shape[2] < num_columns(factors):
         raise ValueError(
-            f"num_buckets={num_buckets} needs rotations of {num_buckets // 2} columns; "
+            f"num_buckets={math.prod(factors)} needs rotations of {num_columns(factors)} columns; "
             f"got {rotations.shape}"
         )
 
@@ -166,76 +235,100 @@ def _check_rotations(rotations: jax.Array, head_dim: int, num_buckets: int) -> N
 def _attend_in_chunks(
     query: jax.Array,
     value: jax.Array,
-    real: jax.Array,
     buckets: jax.Array,
     chunk_length: int,
     scale: jax.Array | float,
 ) -> jax.Array:
     """The attention of all rounds of hashing, combined.
 
+    Written for what devices do well: a token's query and value move as one row, numbers of tokens
+    stand in arrays of their own, and the rounds are combined by weights relative to the greatest
+    score of a token in any of them.
+
     Args:
       query: float32 [batch, length, heads, head_dim], length a multiple of chunk_length.
-      value: float32, likewise.
-      real: bool [batch, length], True at real tokens.
-      buckets: int [batch, heads, rounds, length]; padding has the greatest.
+      value: float32, likewise; zeros at padding, which attends to padding only.
+      buckets: int32 [batch, heads, rounds, length]; padding has the greatest.
       chunk_length: tokens of a chunk.
       scale: factor of the scores.
 
     Returns:
       float32 [batch, length, heads, head_dim].
     """
-    batch, length, heads, _ = query.shape
-    num_chunks = length // chunk_length
-    key = query * jax.lax.rsqrt((query**2).sum(axis=-1, keepdims=True) + _EPSILON)
+    head_dim = query.shape[-1]
+    order = permutations.sorted_order(buckets)  # stable: by position within a bucket
+    slots = permutations.inverse(order)  # where the order has put each position
 
     # All below is [batch, heads, rounds, ...].
-    order = jnp.argsort(buckets, axis=-1)  # stable: by position within a bucket
-    slots = jnp.argsort(order, axis=-1)  # where the order has put each position
-    num_rounds = order.shape[2]
-
     def in_chunks(x: jax.Array) -> jax.Array:
-        """[batch, heads, length, c] -> [batch, heads, rounds, chunks, chunk_length, c], sorted."""
-        x = jnp.take_along_axis(x[:, :, None], order[..., None], axis=3)
-        return x.reshape(*order.shape[:3], num_chunks, chunk_length, x.shape[-1])
+        """[..., length, ...] -> [..., chunks, chunk_length, ...]."""
+        return x.reshape(*x.shape[:3], -1, chunk_length, *x.shape[4:])
 
-    def with_previous(x: jax.Array) -> jax.Array:
-        """Each chunk behind the one before; the first's is the last, which no P_i has."""
-        return x if num_chunks == 1 else jnp.concatenate([jnp.roll(x, 1, axis=3), x], axis=4)
+    ones = jnp.ones((*value.shape[:3], 1), value.dtype)  # their product is the sum of the weights
+    rows = jnp.moveaxis(jnp.concatenate([query, value, ones], axis=-1), 2, 1)
+    rows = _with_previous(in_chunks(permutations.rows_in_orders(rows, order, slots)))
+    query = rows[..., -chunk_length:, :head_dim]
+    key, value = rows[..., :head_dim], rows[..., head_dim:]
+    key *= scale * jax.lax.rsqrt((key**2).sum(axis=-1, keepdims=True) + _EPSILON)
+    scores = jnp.einsum(
+        "bhrcip,bhrcjp->bhrcij", query, key, precision=jax.lax.Precision.HIGHEST
+    ) - _penalties(buckets, order, slots, chunk_length)
 
-    # For the pairs that this round has side by side, in which rounds is j in P_i?
-    bucket, chunk = (in_chunks(jnp.moveaxis(x, 2, -1)) for x in (buckets, slots // chunk_length))
-    behind = chunk[..., :, None, :] - with_previous(chunk)[..., None, :, :]
-    same_bucket = bucket[..., :, None, :] == with_previous(bucket)[..., None, :, :]
-    attends = same_bucket & (behind >= 0) & (behind <= 1)  # [..., chunk, keys, all rounds]
-    count = attends.sum(axis=-1)
-    own_round = jnp.eye(num_rounds, dtype=bool)[None, None, :, None, None, None, :]
-    here = (attends & own_round).any(axis=-1)
-    here &= in_chunks(jnp.broadcast_to(real[:, None, :, None], (batch, heads, length, 1)))
-    position = order.reshape(*order.shape[:3], num_chunks, chunk_length, 1)
-    itself = position == with_previous(position)[..., 0][..., None, :]
+    greatest = scores.max(axis=-1).reshape(order.shape)
+    greatest = permutations.numbers_in_order(greatest, slots, order).max(axis=2, keepdims=True)
+    greatest = jnp.broadcast_to(greatest, order.shape)
+    greatest = in_chunks(permutations.numbers_in_order(greatest, order, slots))
+    weights = jnp.exp(scores - greatest[..., None])
+    out = jnp.einsum("bhrcij,bhrcjp->bhrcip", weights, value)
+    out = permutations.sum_of_rows(out.reshape(*order.shape, -1), order, slots)
+    return jnp.moveaxis(out[..., :-1] / out[..., -1:], 1, 2)
 
-    chunk_query, chunk_key, chunk_value = (
-        in_chunks(jnp.moveaxis(x, 2, 1)) for x in (query, key, value)
-    )
-    scores = scale * jnp.einsum(
-        "bhrcip,bhrcjp->bhrcij",
-        chunk_query,
-        with_previous(chunk_key),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    scores -= jnp.where(itself, _SELF_PENALTY, jnp.log(jnp.maximum(count, 1).astype(jnp.float32)))
-    scores = jnp.where(here, scores, jnp.finfo(scores.dtype).min)
-    normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    weights = jnp.where(here, jnp.exp(scores - normaliser), 0)
-    out = jnp.einsum("bhrcij,bhrcjp->bhrcip", weights, with_previous(chunk_value))
 
-    def unsorted(x: jax.Array) -> jax.Array:
-        x = x.reshape(*order.shape, x.shape[-1])
-        return jnp.take_along_axis(x, slots[..., None], axis=3)
+def _with_previous(x: jax.Array) -> jax.Array:
+    """Each chunk of [..., chunks, chunk_length, ...], axes 3 and 4, behind the one before.
 
-    of_round = jax.nn.softmax(unsorted(normaliser), axis=2)
-    out = (of_round * unsorted(out)).sum(axis=2)
-    return jnp.moveaxis(out, 1, 2)
+    That of the first is the last, which no P_i has. A lone chunk stays alone.
+    """
+    return x if x.shape[3] == 1 else jnp.concatenate([jnp.roll(x, 1, axis=3), x], axis=4)
+
+
+def _penalties(
+    buckets: jax.Array, order: jax.Array, slots: jax.Array, chunk_length: int
+) -> jax.Array:
+    """m_ij, _NOT_ATTENDED where j is not in the P_i of the round.
+
+    Args:
+      buckets: int32 [batch, heads, rounds, length].
+      order: of each round, likewise.
+      slots: its inverse.
+      chunk_length: tokens of a chunk.
+
+    Returns:
+      float32 [batch, heads, rounds, chunks, chunk_length, keys].
+    """
+    # Along a round's order neither bucket nor chunk falls. So j is in P_i just where the sum of
+    # 2 * bucket + chunk is, for i, greater by 0 or 1.
+    places = 2 * buckets + slots // chunk_length
+
+    def attends(places: jax.Array) -> jax.Array:
+        places = permutations.numbers_in_order(places, order, slots)
+        places = places.reshape(*order.shape[:3], -1, chunk_length)
+        behind = places[..., :, None] - _with_previous(places)[..., None, :]
+        return (behind & ~1) == 0
+
+    here = attends(places)
+    num_rounds = order.shape[2]
+    count = jnp.zeros(here.shape, jnp.int32)  # N_ij
+    for i in range(num_rounds):
+        of_round = jnp.broadcast_to(places[:, :, i : i + 1], places.shape)
+        count += attends(of_round).astype(jnp.int32)
+    penalties = jnp.zeros(here.shape, jnp.float32)
+    for number in range(2, num_rounds + 1):
+        penalties = jnp.where(count == number, math.log(number), penalties)
+    penalties = jnp.where(here, penalties, _NOT_ATTENDED)
+    keys = here.shape[-1]
+    itself = jnp.eye(chunk_length, keys, keys - chunk_length, dtype=bool)
+    return jnp.where(itself, _SELF_PENALTY, penalties)
 
 
 def reformer_variables(
