@@ -26,6 +26,8 @@ from skyformer_jax.attention.variables import VariableSpec
 
 GLOBAL_BLOCKS = ("first", "first_last")
 
+_HIDDEN = -1e30  # added to the scores of keys that do not count
+
 
 def attended_blocks(
     rng: jax.Array,
@@ -155,39 +157,73 @@ def bigbird_attention(
         everywhere = softmax_attention(globals_, key, value, mask=mask, scale=scale)
         outputs = [everywhere[:, :start], everywhere[:, start:]]
     if num_blocks > num_global:
-        blocks, valid = (
-            x[num_first : num_blocks - num_last]
-            for x in attended_blocks(
-                rng, num_blocks, num_first, num_window_blocks, num_random_blocks, num_last
-            )
+        blocks, valid = attended_blocks(
+            rng, num_blocks, num_first, num_window_blocks, num_random_blocks, num_last
         )
         real = jnp.ones((batch, length), bool) if mask is None else mask
-
-        def in_blocks(x: jax.Array) -> jax.Array:
-            padding = [(0, 0)] * x.ndim
-            padding[1] = (0, num_blocks * block_size - length)
-            return jnp.pad(x, padding).reshape(batch, num_blocks, block_size, *x.shape[2:])
-
-        def merged(x: jax.Array) -> jax.Array:
-            """[batch, query blocks, ...] -> [batch * query blocks, ...]."""
-            return x.reshape(batch * len(blocks), *x.shape[2:])
-
-        def gathered(x: jax.Array) -> jax.Array:
-            """[batch * query blocks, keys of those blocks, ...]."""
-            found = in_blocks(x)[:, blocks]
-            return merged(found.reshape(batch, len(blocks), -1, *x.shape[2:]))
-
-        exists = jnp.repeat(valid, block_size, axis=1)[None]
-        some = softmax_attention(
-            merged(in_blocks(query)[:, num_first : num_blocks - num_last]),
-            gathered(key),
-            gathered(value),
-            mask=gathered(real) & merged(jnp.broadcast_to(exists, (batch, *exists.shape[1:]))),
-            scale=scale,
+        own = slice(num_first, num_blocks - num_last)
+        some = _attend_to_blocks(
+            query, key, value, real, blocks[own], valid[own], own, block_size, scale
         )
-        some = some.reshape(batch, -1, *value.shape[2:])[:, : end - start]
-        outputs.insert(1, some)
+        outputs.insert(1, some[:, : end - start].astype(value.dtype))
     return jnp.concatenate(outputs, axis=1)
+
+
+def _attend_to_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    real: jax.Array,
+    blocks: jax.Array,
+    valid: np.ndarray,
+    own: slice,
+    block_size: int,
+    scale: jax.Array | float | None,
+) -> jax.Array:
+    """Softmax attention of some blocks of queries, each to its own blocks of keys.
+
+    Each head's blocks are gathered by themselves, whole, and the sum of the weights is a product
+    with a column of ones. XLA then moves the fewest arrays to other layouts, on CPUs as on TPUs.
+
+    Args:
+      query: [batch, length, heads, head_dim].
+      key: likewise; 0 at padding.
+      value: likewise.
+      real: bool [batch, length], False at padding.
+      blocks: int [query blocks, k], those of the keys.
+      valid: bool, likewise; False where a block does not count.
+      own: the blocks of the queries.
+      block_size: tokens of a block; the last may be shorter.
+      scale: factor of the scores; None means head_dim**-0.5.
+
+    Returns:
+      float32 [batch, query blocks * block_size, heads, head_dim]; zeros for a query without a real
+      key.
+    """
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        """[batch, length, heads, c] -> [batch, heads, blocks, block_size, c]."""
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block_size), (0, 0), (0, 0)))
+        x = x.reshape(x.shape[0], -1, block_size, *x.shape[2:])
+        return jnp.moveaxis(x, 3, 1)
+
+    def gathered(x: jax.Array) -> jax.Array:
+        """[batch, heads, query blocks, keys of their blocks, c]."""
+        found = in_blocks(x)[:, :, blocks]
+        return found.reshape(*found.shape[:3], -1, x.shape[-1])
+
+    here = gathered(real[:, :, None, None])[..., 0] & np.repeat(valid, block_size, axis=1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rows = in_blocks(query)[:, :, own].astype(jnp.float32) * scale
+    scores = jnp.einsum("bhqip,bhqjp->bhqij", rows, gathered(key).astype(jnp.float32))
+    scores += jnp.where(here, 0.0, _HIDDEN)[..., None, :]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    values = gathered(value).astype(jnp.float32)
+    values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
+    out = jnp.einsum("bhqij,bhqjp->bhqip", weights, values)
+    out = jnp.where(here.any(axis=-1)[..., None, None], out[..., :-1] / out[..., -1:], 0)
+    out = jnp.moveaxis(out, 1, 3)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])
 
 
 def bigbird_variables(
