@@ -19,13 +19,13 @@ from skyformer_jax.layers import (
     keeps_statistics,
     sow_statistic,
 )
+from skyformer_jax.norms import LayerNorm
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 POOLINGS = ("mean", "cls", "padded_mean")
 DTYPES = ("float32", "bfloat16")
 _STREAMS = ("dropout", "landmarks", "features")  # of random keys, that a block may use
 _EMBEDDING_SCALE = 0.02
-_EPSILON = 1e-5  # of the layer norms, as in the published code
 
 
 class EncoderBlock(nn.Module):
@@ -52,7 +52,7 @@ class EncoderBlock(nn.Module):
                 return y
             return dropout(self.make_rng("dropout"), y, self.dropout, axis_name=self.axis_name)
 
-        y = nn.LayerNorm(epsilon=_EPSILON, dtype=dtype, name="attention_norm")(x)
+        y = LayerNorm(dtype, name="attention_norm")(x)
         y = MultiHeadAttention(
             self.attention,
             self.num_heads,
@@ -64,7 +64,7 @@ class EncoderBlock(nn.Module):
             name="attention_layer",
         )(y, mask=mask)
         x = x + drop(y)
-        y = nn.LayerNorm(epsilon=_EPSILON, dtype=dtype, name="mlp_norm")(x)
+        y = LayerNorm(dtype, name="mlp_norm")(x)
 
         def dense(features: int, name: str, y: jax.Array) -> jax.Array:
             return nn.Dense(features, dtype=dtype, name=name, **dense_inits(y.shape[-1]))(y)
@@ -219,7 +219,7 @@ class _Encoder(nn.Module):
             statistics = jax.tree.map(lambda *values: jnp.stack(values), *of_blocks)
         for name, values in statistics.items():
             sow_statistic(self, name, values)
-        x = nn.LayerNorm(epsilon=_EPSILON, dtype=jnp.float32, name="final_norm")(x)
+        x = LayerNorm(jnp.dtype("float32"), name="final_norm")(x)
         return pool(x, mask, self.pooling, self.axis_name)
 
     def _statistics(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention.inputs import zeros_like
+from skyformer_jax.attention.sums import sum_last, sum_rows
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -116,7 +117,7 @@ def tiled_gradients(
     zeros = tuple(zeros_like(x, jnp.float32) for x in (query, key, value))
     d_query, d_key, d_value = _loop(query.shape[1] // query_rows, by_query, zeros)
     v, k = (x.astype(jnp.float32) for x in (value, key))
-    d_key = scale * (d_key - (v * d_value).sum(axis=-1, keepdims=True) * k)
+    d_key = scale * (d_key - sum_last(v * d_value) * k)
     return d_query[:, :q_length], d_key[:, :kv_length], d_value[:, :kv_length]
 
 
@@ -261,15 +262,14 @@ def _tile_scores(
 def _half_distances(query: jax.Array, key: jax.Array) -> jax.Array:
     """||q_i - k_j||^2 / 2."""
     products = jnp.matmul(query, _transposed(key), precision=_HIGHEST)
-    query_norms = (query * query).sum(axis=-1)[..., :, None]
-    key_norms = (key * key).sum(axis=-1)[..., None, :]
+    query_norms, key_norms = sum_last(query * query), _transposed(sum_last(key * key))
     return 0.5 * (query_norms + key_norms) - products
 
 
 def _differences(directions: jax.Array, here: jax.Array, there: jax.Array) -> jax.Array:
     """directions_i . (there_j - here_i)."""
     products = jnp.matmul(directions, _transposed(there), precision=_HIGHEST)
-    return products - (directions * here).sum(axis=-1)[..., :, None]
+    return products - sum_last(directions * here)
 
 
 def _tile_gradients(
@@ -288,12 +288,12 @@ def _tile_gradients(
     if query.shape[2] >= key.shape[2]:
         s = _tile_scores(query, key, scale, terms)
         w = s * (d_out @ _transposed(value))
-        sums = w.sum(axis=-1)[..., None]
+        sums = sum_last(w)
         w_key = jnp.matmul(w, key, precision=_HIGHEST)
         w_query = jnp.matmul(_transposed(w), query, precision=_HIGHEST)
         return w_key, sums, w_query, _transposed(s) @ d_out
     s = _tile_scores(key, query, scale, None if terms is None else _transposed(terms))
     w = s * (value @ _transposed(d_out))
-    sums = w.sum(axis=-2)[..., None]
+    sums = _transposed(sum_rows(w))
     w_key = jnp.matmul(_transposed(w), key, precision=_HIGHEST)
     return w_key, sums, jnp.matmul(w, query, precision=_HIGHEST), s @ d_out
