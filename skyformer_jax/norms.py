@@ -45,6 +45,8 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     Returns:
       float32 [..., width].
     """
+    row = (*[1] * (x.ndim - 1), x.shape[-1])
+    scale, bias = scale.reshape(row), bias.reshape(row)
     return jax.lax.platform_dependent(x, scale, bias, cpu=_by_products, default=_by_sums)
 
 
@@ -102,5 +104,6 @@ def _mean(x: jax.Array) -> jax.Array:
 
 
 def _sum_of_rows(x: jax.Array) -> jax.Array:
-    """[..., width] -> [width]."""
-    return product_rows(x.reshape(-1, x.shape[-1]))[0]
+    """[..., width] -> [1, ..., width], the shape of scale and bias."""
+    total = product_rows(x.reshape(-1, x.shape[-1]))
+    return total.reshape((*[1] * (x.ndim - 1), x.shape[-1]))
