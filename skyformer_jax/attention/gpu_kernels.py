@@ -67,6 +67,7 @@ def run(
     centres: Sequence[jax.Array],
     precision: Precision,
     interpret: bool,
+    tall: bool = False,
     **options: Any,
 ) -> list[jax.Array]:
     """Runs a kernel over all blocks of rows and all parts of the columns.
@@ -84,13 +85,16 @@ def run(
       centres: float32 [batch, 1, heads, dim].
       precision: of the products; sizes of blocks depend on it.
       interpret: runs the kernel operation by operation, on any platform.
+      tall: twice the rows in a block, where the registers allow it.
       **options: further keyword arguments of the kernel.
 
     Returns:
       float32 [parts, batch, length of rows, heads, dim] for each of out_dims.
     """
     batch, length, heads = rows[0].shape[:3]
-    num_rows, num_columns, row_blocks, parts, turns, num_warps = _grid(rows, columns, precision)
+    num_rows, num_columns, row_blocks, parts, turns, num_warps = _grid(
+        rows, columns, precision, tall
+    )
 
     def padded(x: jax.Array, length: int) -> jax.Array:
         dims = [(0, _power_of_2(dim) - dim) for dim in x.shape[3:]]
@@ -164,12 +168,12 @@ def _dims(x: jax.Array) -> tuple[int, ...]:
 
 
 def _grid(
-    rows: Sequence[jax.Array], columns: Sequence[jax.Array], precision: Precision
+    rows: Sequence[jax.Array], columns: Sequence[jax.Array], precision: Precision, tall: bool
 ) -> tuple[int, int, int, int, int, int]:
     """Rows and columns of a block; blocks of rows, parts, blocks of columns in each; and warps."""
     batch, length, heads = rows[0].shape[:3]
     dims = [_power_of_2(x.shape[-1]) for x in (*rows, *columns) if x.ndim == 4]
-    row_limit, column_limit, num_warps = _blocks(max(dims), precision)
+    row_limit, column_limit, num_warps = _blocks(max(dims), precision, tall)
     num_rows = min(row_limit, _power_of_2(length))
     num_columns = min(column_limit, _power_of_2(columns[0].shape[1]))
     row_blocks, column_blocks = -(-length // num_rows), -(-columns[0].shape[1] // num_columns)
@@ -183,14 +187,19 @@ def _power_of_2(size: int, least: int = 16) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
-def _blocks(dim: int, precision: Precision) -> tuple[int, int, int]:
+def _blocks(dim: int, precision: Precision, tall: bool) -> tuple[int, int, int]:
     """The most rows and columns of a tile of scores, and warps that share it.
 
-    As many as fit the registers, by what the compiler says for sm_90.
+    As many as fit the registers, by what the compiler says for sm_90. Tall blocks read the columns
+    half as often, by twice the warps.
     """
     wide = max(64, _power_of_2(dim))
+    if precision.exact and tall and wide <= 128:
+        return 128, 64, 8
     if precision.exact:
         return {64: (64, 64, 4), 128: (64, 64, 4)}.get(wide, (64, 32, 8))
+    if precision.passes == 1 and tall and wide == 64:
+        return 128, 64, 8
     if precision.passes == 1:
         return {64: (64, 64, 4), 128: (64, 32, 8)}.get(wide, (32, 16, 8))
     return {64: (64, 32, 4), 128: (32, 16, 8)}.get(wide, (16, 16, 4))

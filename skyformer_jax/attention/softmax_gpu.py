@@ -4,10 +4,11 @@ The forward pass keeps the greatest score and the sum of weights of each row as 
 and Gimelshein, 2018); gradients compute the weights again, from the logarithm of that sum (Dao et
 al., 2022).
 
-Neither a constant that is added to all keys nor one that is added to all values changes a
-gradient, or more of the output than its mean. Arrays that are not bfloat16 are therefore centred
-before they are rounded: keys by their mean, and for gradients the values by theirs. Weights are
-divided by the sum of the rounded ones.
+Gradients are of differences: of each row's d_out v and their mean over its weights, which is d_out
+out. Where a row has one large weight, little is left of them. So both are taken of the same rounded
+numbers, and what is common to all keys, or to all values, is left out before arrays that are not
+bfloat16 are rounded: it changes no weight, and only adds to the output. Weights are divided by the
+sum of the rounded ones.
 """
 
 import functools
@@ -58,7 +59,7 @@ def gpu_value(
       a query without keys, so that exp(score - lse) is 0.
     """
     precision = precision_of(query, key, value)
-    centre = mean_of_keys(key)
+    centres = mean_of_keys(key), mean_of_keys(value)
     outs, lses = run(
         _value_kernel,
         "softmax",
@@ -66,9 +67,10 @@ def gpu_value(
         (key, value, _kept(key, mask)),
         (value.shape[-1], None),
         scale=scale,
-        centres=(centre,),
+        centres=centres,
         precision=precision,
         interpret=interpret,
+        tall=True,
         is_causal=is_causal,
     )
     if len(outs) == 1:
@@ -76,7 +78,7 @@ def gpu_value(
     else:
         lse = jax.nn.logsumexp(lses, axis=0)
         out = (jnp.exp(lses - lse[None])[..., None] * outs).sum(axis=0)
-    lse = jnp.where(lse > _LEAST / 2, lse + _shift(query, centre, scale, precision), jnp.inf)
+    lse = jnp.where(lse > _LEAST / 2, lse + _shift(query, centres[0], scale, precision), jnp.inf)
     return out, jnp.moveaxis(lse, 1, 2)
 
 
@@ -113,16 +115,17 @@ def gpu_gradients(
     precision = precision_of(query, key, value)
     centres = mean_of_keys(key), mean_of_keys(value)
     lse = jnp.moveaxis(lse, 1, 2) - _shift(query, centres[0], scale, precision)
-    # sum_j P_ij (d_out_i v_j), of the same d_out and values as the kernels take.
+    # sum_j P_ij (d_out_i v_j), of the same rounded d_out and values as the kernels' products.
     d_out = d_out.astype(precision.dtype)
     away = out if precision.exact else out - centres[1]
-    mean_change = (d_out.astype(jnp.float32) * away).sum(axis=-1)
+    mean_change = (operand(d_out, precision).astype(jnp.float32) * away).sum(axis=-1)
     call = functools.partial(
         run,
         scale=scale,
         centres=centres,
         precision=precision,
         interpret=interpret,
+        tall=True,
         is_causal=is_causal,
     )
     queries = query, d_out, lse, mean_change
@@ -194,7 +197,8 @@ def _scores(
 
 def _value_kernel(
     scale_ref: Any,
-    centre_ref: Any,
+    key_centre_ref: Any,
+    value_centre_ref: Any,
     query_ref: Any,
     key_ref: Any,
     value_ref: Any,
@@ -207,7 +211,8 @@ def _value_kernel(
     precision: Precision,
     is_causal: bool,
 ) -> None:
-    scale, centre = scale_ref[0], centre_ref[...]
+    scale = scale_ref[0]
+    key_centre, value_centre = key_centre_ref[...], value_centre_ref[...]
     query = operand(query_ref[...], precision)
     num_rows = len(query)
     first_query, first_key = _first_row(num_rows), _first_column(num_columns, turns)
@@ -215,8 +220,8 @@ def _value_kernel(
     def turn(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, top, total = carry
         here = pl.ds(j * num_columns, num_columns)
-        key = centred(key_ref[here, :], centre, precision)
-        value = operand(value_ref[here, :], precision)
+        key = centred(key_ref[here, :], key_centre, precision)
+        value = centred(value_ref[here, :], value_centre, precision)
         scores = _scores(
             query,
             key,
@@ -245,8 +250,12 @@ def _value_kernel(
     out, top, total = jax.lax.fori_loop(0, last, turn, init)
     # Where a row has no key at all, every weight of it so far is exp2(_LEAST - _LEAST).
     some = top > _LEAST / 2
-    out_ref[...] = out * jnp.where(some, 1 / jnp.where(some, total, 1), 0)[:, None]
-    lse_ref[...] = jnp.where(some, (top + jnp.log2(jnp.where(some, total, 1))) / LOG2E, _LEAST)
+    total = jnp.where(some, total, 1)
+    out /= total[:, None]
+    if not precision.exact:
+        out += value_centre[None, :]
+    out_ref[...] = jnp.where(some[:, None], out, 0)
+    lse_ref[...] = jnp.where(some, (top + jnp.log2(total)) / LOG2E, _LEAST)
 
 
 def _query_gradient_kernel(
