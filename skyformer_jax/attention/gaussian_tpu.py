@@ -14,9 +14,6 @@ from jax.experimental import pallas as pl
 from skyformer_jax.attention import tpu_tiles
 from skyformer_jax.attention.kernel_inputs import LOG2E, mean_of_keys
 from skyformer_jax.attention.tpu_tiles import (
-    PART,
-    PASSING,
-    STAYING,
     Operands,
     add,
     column,
@@ -39,7 +36,8 @@ def tpu_value(
 ) -> jax.Array:
     """G(query, key) value; arguments and result as those of gaussian_gpu.gpu_value."""
     how = tpu_tiles.operands(query, key, value)
-    x, y = sizes(query.shape[1], PASSING), sizes(key.shape[1], PASSING)
+    tile = tpu_tiles.most_rows(how, query, value)
+    x, y = sizes(query.shape[1], tile), sizes(key.shape[1], tile)
     passing = columns(query, x.length)
     staying = [columns(z, y.length) for z in (key, value)]
     dim, value_dim = (array.shape[1] for array in staying)
@@ -81,7 +79,8 @@ def tpu_gradients(
     how = tpu_tiles.operands(query, key, value)
     keys_stay = key.shape[1] <= query.shape[1]
     (x, of_x), (y, of_y) = ((query, d_out), (key, value))[:: 1 if keys_stay else -1]
-    x_sizes, y_sizes = sizes(x.shape[1], PASSING), sizes(y.shape[1], STAYING, PART)
+    tile = tpu_tiles.most_rows(how, query, value)
+    x_sizes, y_sizes = sizes(x.shape[1], tile), sizes(y.shape[1], tile, tpu_tiles.PART)
     passing = [columns(z, x_sizes.length) for z in (x, of_x)]
     staying = [columns(z, y_sizes.length) for z in (y, of_y)]
     dim, value_dim = (array.shape[1] for array in passing)
@@ -127,7 +126,7 @@ def _scores(x: jax.Array, y: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _value_kernel(
-    scale_ref: Any, centre_ref: Any, query_ref: Any, key_ref: Any, value_ref: Any, out_ref: Any,
+    _: Any, scale_ref: Any, centre_ref: Any, query_ref: Any, key_ref: Any, value_ref: Any, out_ref: Any,
     *, how: Operands,
 ) -> None:  # fmt: skip
     query, key = (points(ref, centre_ref, how) for ref in (query_ref, key_ref))
@@ -137,7 +136,7 @@ def _value_kernel(
 
 
 def _gradients_kernel(
-    scale_ref: Any, centre_ref: Any, x_ref: Any, of_x_ref: Any, y_ref: Any, of_y_ref: Any,
+    _: Any, scale_ref: Any, centre_ref: Any, x_ref: Any, of_x_ref: Any, y_ref: Any, of_y_ref: Any,
     *results: Any, how: Operands, keys_stay: bool,
 ) -> None:  # fmt: skip
     """W y - (W 1) x for what passes, W^T x - (W^T 1) y for what stays, and S^T d_out.

@@ -17,12 +17,8 @@ from jax.experimental import pallas as pl
 from skyformer_jax.attention import tpu_tiles
 from skyformer_jax.attention.kernel_inputs import LOG2E, mean_of_keys
 from skyformer_jax.attention.tpu_tiles import (
-    PART,
-    PASSING,
-    STAYING,
     Operands,
     Sizes,
-    add,
     column,
     columns,
     matmul,
@@ -64,7 +60,8 @@ def tpu_value(
       key, so that exp(score - lse) is 0.
     """
     how = tpu_tiles.operands(query, key, value)
-    x, y = sizes(query.shape[1], PASSING), sizes(key.shape[1], PASSING)
+    tile = tpu_tiles.most_rows(how, query, value)
+    x, y = sizes(query.shape[1], tile), sizes(key.shape[1], tile)
     staying = [columns(key, y.length), columns(value, y.length), _restriction(key, mask, y)]
     value_dim = staying[1].shape[1]
     out, lse = tpu_tiles.by_tiles(
@@ -119,7 +116,8 @@ def tpu_gradients(
       float32 arrays of the shapes of query, key and value.
     """
     how = tpu_tiles.operands(query, key, value)
-    x, y = sizes(query.shape[1], PASSING), sizes(key.shape[1], STAYING, PART)
+    tile = tpu_tiles.most_rows(how, query, value)
+    x, y = sizes(query.shape[1], tile), sizes(key.shape[1], tile, tpu_tiles.PART)
     staying = [columns(key, y.length), columns(value, y.length), _restriction(key, mask, y)]
     # Queries without keys, and those that fill up, attend to nothing.
     lse = jnp.where(jnp.isfinite(lse), LOG2E * lse, -_NEVER).reshape(-1, 1, lse.shape[2])
@@ -175,22 +173,20 @@ def _exponents(
     scale: jax.Array,
     query_mean: jax.Array,
     how: Operands,
-    is_causal: bool,
 ) -> jax.Array:
     """scale log2(e) q k + restriction, [keys, queries], of points [dim, rows]."""
     if how.centred:
         products = (query_mean * key.astype(jnp.float32)).sum(axis=0, keepdims=True)
         restriction = restriction + scale * products
-    exponents = scale * matmul(key, query, 0, 0) + column(restriction)
-    if not is_causal:
-        return exponents
-    first_query, first_key = (
-        pl.program_id(axis) * size for axis, size in ((1, query.shape[1]), (2, key.shape[1]))
-    )
+    return scale * matmul(key, query, 0, 0) + column(restriction)
+
+
+def _causal(exponents: jax.Array, behind: jax.Array) -> jax.Array:
+    """The exponents [keys, queries] of keys that do not come after the query."""
     at_key, at_query = (
         jax.lax.broadcasted_iota(jnp.int32, exponents.shape, axis) for axis in (0, 1)
     )
-    return jnp.where(first_key + at_key <= first_query + at_query, exponents, _NEVER)
+    return jnp.where(behind + at_key <= at_query, exponents, _NEVER)
 
 
 def _by_mean_key(query_ref: Any, key_mean_ref: Any, scale: jax.Array, how: Operands) -> Any:
@@ -202,29 +198,34 @@ def _by_mean_key(query_ref: Any, key_mean_ref: Any, scale: jax.Array, how: Opera
 
 
 def _value_kernel(
-    scale_ref: Any, query_mean_ref: Any, key_mean_ref: Any, value_mean_ref: Any,
+    first_ref: Any, scale_ref: Any, query_mean_ref: Any, key_mean_ref: Any, value_mean_ref: Any,
     query_ref: Any, key_ref: Any, value_ref: Any, restriction_ref: Any,
     out_ref: Any, lse_ref: Any, sums: Any, maxima: Any, *, how: Operands, is_causal: bool,
 ) -> None:  # fmt: skip
     j = pl.program_id(2)
-    dim = out_ref.shape[1]
+    dim, scale = out_ref.shape[1], scale_ref[...]
 
     @pl.when(j == 0)
     def _() -> None:
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
         maxima[...] = jnp.full(maxima.shape, _LOWEST, jnp.float32)
 
-    query = points(query_ref, query_mean_ref, how)
-    key = points(key_ref, key_mean_ref, how)
-    value = points(value_ref, value_mean_ref, how)
-    exponents = _exponents(
-        query, key, restriction_ref[0], scale_ref[...], query_mean_ref[0], how, is_causal
-    )
-    before = maxima[...]
-    now = jnp.maximum(before, exponents.max(axis=0, keepdims=True))
-    weights = jnp.exp2(exponents - now).astype(how.dtype)
-    sums[...] = sums[...] * jnp.exp2(before - now) + matmul(with_ones(value), weights, 1, 0)
-    maxima[...] = now
+    behind = _behind(first_ref, query_ref, key_ref)
+
+    # Causality leaves out a tile whose first key comes after its last query.
+    @pl.when(jnp.logical_or(not is_causal, behind < query_ref.shape[2]))
+    def _() -> None:
+        query = points(query_ref, query_mean_ref, how)
+        key = points(key_ref, key_mean_ref, how)
+        value = points(value_ref, value_mean_ref, how)
+        exponents = _exponents(query, key, restriction_ref[0], scale, query_mean_ref[0], how)
+        if is_causal:
+            exponents = _causal(exponents, behind)
+        before = maxima[...]
+        now = jnp.maximum(before, exponents.max(axis=0, keepdims=True))
+        weights = jnp.exp2(exponents - now).astype(how.dtype)
+        sums[...] = sums[...] * jnp.exp2(before - now) + matmul(with_ones(value), weights, 1, 0)
+        maxima[...] = now
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _() -> None:
@@ -235,38 +236,51 @@ def _value_kernel(
             out += value_mean_ref[0]
         out_ref[0] = jnp.where(some, out, 0)
         lse = maxima[...] + jnp.log2(jnp.where(some, mass, 1))
-        lse += _by_mean_key(query_ref, key_mean_ref, scale_ref[...], how)
+        lse += _by_mean_key(query_ref, key_mean_ref, scale, how)
         lse_ref[0] = jnp.where(some, math.log(2) * lse, jnp.inf)
 
 
 def _gradients_kernel(
-    scale_ref: Any, query_mean_ref: Any, key_mean_ref: Any, value_mean_ref: Any,
+    first_ref: Any, scale_ref: Any, query_mean_ref: Any, key_mean_ref: Any, value_mean_ref: Any,
     query_ref: Any, d_out_ref: Any, out_ref: Any, lse_ref: Any,
     key_ref: Any, value_ref: Any, restriction_ref: Any,
     d_query_ref: Any, d_key_ref: Any, d_value_ref: Any, query_sums: Any, key_sums: Any,
     *, how: Operands, is_causal: bool,
 ) -> None:  # fmt: skip
     i, j = pl.program_id(1), pl.program_id(2)
-    query = points(query_ref, query_mean_ref, how)
-    key = points(key_ref, key_mean_ref, how)
-    value = points(value_ref, value_mean_ref, how)
-    d_out, out = d_out_ref[0].astype(how.dtype), out_ref[0]
-    if how.centred:
-        out -= value_mean_ref[0]
-    dim, num_keys = key.shape
+    (dim, num_keys), scale = key_ref.shape[1:], scale_ref[...]
     here = pl.ds(pl.multiple_of(j * num_keys, tpu_tiles.LANES), num_keys)
 
-    exponents = _exponents(
-        query, key, restriction_ref[0], scale_ref[...], query_mean_ref[0], how, is_causal
-    )
-    lse = lse_ref[0] - _by_mean_key(query_ref, key_mean_ref, scale_ref[...], how)
-    weights = jnp.exp2(exponents - lse)
-    delta = (d_out.astype(jnp.float32) * out).sum(axis=0, keepdims=True)
-    d_scores = (weights * (matmul(value, d_out, 0, 0) - delta)).astype(how.dtype)
-    weights = weights.astype(how.dtype)
-    add(d_value_ref, (0, slice(None), here), matmul(d_out, weights, 1, 1), i == 0)
-    add(query_sums, (slice(None),), matmul(with_ones(key), d_scores, 1, 0), j == 0)
-    add(key_sums, (slice(None), here), matmul(with_ones(query), d_scores, 1, 1), i == 0)
+    @pl.when(j == 0)
+    def _() -> None:
+        query_sums[...] = jnp.zeros(query_sums.shape, jnp.float32)
+
+    @pl.when(i == 0)
+    def _() -> None:
+        key_sums[:, here] = jnp.zeros((key_sums.shape[0], num_keys), jnp.float32)
+        d_value_ref[0, :, here] = jnp.zeros((d_value_ref.shape[1], num_keys), jnp.float32)
+
+    behind = _behind(first_ref, query_ref, key_ref)
+
+    # Causality leaves out a tile whose first key comes after its last query.
+    @pl.when(jnp.logical_or(not is_causal, behind < query_ref.shape[2]))
+    def _() -> None:
+        query = points(query_ref, query_mean_ref, how)
+        key = points(key_ref, key_mean_ref, how)
+        value = points(value_ref, value_mean_ref, how)
+        d_out, out = d_out_ref[0].astype(how.dtype), out_ref[0]
+        if how.centred:
+            out -= value_mean_ref[0]
+        exponents = _exponents(query, key, restriction_ref[0], scale, query_mean_ref[0], how)
+        if is_causal:
+            exponents = _causal(exponents, behind)
+        lse = lse_ref[0] - _by_mean_key(query_ref, key_mean_ref, scale, how)
+        weights = jnp.exp2(exponents - lse)
+        delta = (d_out.astype(jnp.float32) * out).sum(axis=0, keepdims=True)
+        d_scores = (weights * (matmul(value, d_out, 0, 0) - delta)).astype(how.dtype)
+        d_value_ref[0, :, here] += matmul(d_out, weights.astype(how.dtype), 1, 1)
+        query_sums[...] += matmul(with_ones(key), d_scores, 1, 0)
+        key_sums[:, here] += matmul(with_ones(query), d_scores, 1, 1)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _() -> None:
@@ -281,3 +295,9 @@ def _gradients_kernel(
         if how.centred:
             d_key += query_mean_ref[0] * key_sums[dim : dim + 1, here]
         d_key_ref[0, :, here] = d_key
+
+
+def _behind(first_ref: Any, query_ref: Any, key_ref: Any) -> jax.Array:
+    """The position of the tile's first key less that of its first query."""
+    first_key = first_ref[0, 0] + pl.program_id(2) * key_ref.shape[2]
+    return first_key - pl.program_id(1) * query_ref.shape[2]

@@ -17,14 +17,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from skyformer_jax.attention.kernel_inputs import takes_one_pass, varying_alike
 
 LANES = 128
-# Rows of a tile along what passes by and along what stays, and the most that stay at a time.
-PASSING, STAYING, PART = 1024, 1024, 8192
+# The most rows that stay at a time; and those of a tile along both sides, of which all products are
+# unrolled: larger ones are faster, and take long to compile where a product takes several passes.
+PART = 8192
+_TILE, _TILE_OF_LONG_PRODUCTS = 1024, 512
 ONES = 16  # rows of ones in with_ones; and what dims are multiples of, for bfloat16's sake
 _VMEM = 96 * 2**20
 
@@ -60,6 +63,12 @@ def operands(*arrays: jax.Array) -> Operands:
     exact = all(x.dtype == jnp.bfloat16 for x in arrays)
     dtype = jnp.bfloat16 if exact or takes_one_pass() else jnp.float32
     return Operands(dtype, not exact)
+
+
+def most_rows(how: Operands, *arrays: jax.Array) -> int:
+    """The most rows of a tile for arrays [batch, length, heads, dim]."""
+    short = how.dtype == jnp.bfloat16 and all(x.shape[3] <= LANES for x in arrays)
+    return _TILE if short else _TILE_OF_LONG_PRODUCTS
 
 
 def up(size: int, multiple: int) -> int:
@@ -110,7 +119,8 @@ def by_tiles(
     """Calls a kernel for every tile of what passes by, x, and what stays, y; those of y first.
 
     Args:
-      kernel: of references to all arrays in the order here, the results and the sums.
+      kernel: of references to the first row of y that stays, int32 [1, 1]; to all arrays in the
+        order here; to the results and the sums.
       constants: one number, [1, 1], and for each head [batch * heads, any, 1].
       passing: [batch * heads, any, x.length].
       staying: [batch * heads or a divisor, any, y.length].
@@ -129,13 +139,14 @@ def by_tiles(
       float32 [batch * heads, dim, length] for each result.
     """
     size = passing[0].shape[0]
-    inputs = varying_alike([*constants, *passing, *staying])
+    first = jnp.zeros((1, 1), jnp.int32)
+    inputs = varying_alike([first, *constants, *passing, *staying])
     num_staying = len(staying)
 
     def spec(array: jax.Array, rows: int, at: Callable[..., Any]) -> pl.BlockSpec:
         shared = size // array.shape[0]
         return pl.BlockSpec(
-            (1, array.shape[1], rows), lambda n, i, j: (jax.lax.div(n, shared), 0, at(i, j))
+            (1, array.shape[1], rows), lambda n, i, j: (jax.lax.div(n, np.int32(shared)), 0, at(i, j))
         )
 
     def result(dim: int, length: int) -> jax.ShapeDtypeStruct:
@@ -152,6 +163,7 @@ def by_tiles(
         kernel,
         grid=(size, x.length // x.tile, y.part // y.tile),
         in_specs=[
+            pl.BlockSpec((1, 1), lambda n, i, j: (0, 0), memory_space=pltpu.SMEM),
             pl.BlockSpec((1, 1), lambda n, i, j: (0, 0)),
             *(spec(array, 1, lambda i, j: 0) for array in constants[1:]),
             *map(along_x, passing),
@@ -173,16 +185,19 @@ def by_tiles(
     if y.part == y.length:
         return call(*inputs)
 
-    def one_part(total: Sequence[jax.Array], part: Sequence[jax.Array]) -> tuple[Any, Any]:
-        found = call(*inputs[:-num_staying], *part)
+    def one_part(carry: tuple[Any, Any], part: Sequence[jax.Array]) -> tuple[Any, Any]:
+        first, total = carry
+        found = call(first, *inputs[1:-num_staying], *part)
         added = [a + b for a, b in zip(total, found, strict=False)]
-        return added, found[len(of_x) :]
+        return (first + y.part, added), found[len(of_x) :]
 
     def parts(array: jax.Array) -> jax.Array:
         return jnp.moveaxis(array.reshape(*array.shape[:2], -1, y.part), 2, 0)
 
     zeros = varying_alike([inputs[0], *(jnp.zeros(r.shape, r.dtype) for r in results_of_x)])[1:]
-    found_x, found_y = jax.lax.scan(one_part, zeros, [parts(a) for a in inputs[-num_staying:]])
+    (_, found_x), found_y = jax.lax.scan(
+        one_part, (inputs[0], zeros), [parts(a) for a in inputs[-num_staying:]]
+    )
     found_y = [jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1) for a in found_y]
     return [*found_x, *found_y]
 
