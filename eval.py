@@ -1,6 +1,9 @@
-"""Evaluates a run: prints a table, writes eval_<split>.json into the workdir.
+"""Evaluates a run, or a released checkpoint: prints a table, writes eval_<split>.json.
 
 python eval.py --workdir=runs/quickstart-skyformer [--split=test] [--checkpoint=best|latest|STEP]
+python eval.py --checkpoint_dir=checkpoints/text-skyformer [--source=DIR] [--out=FILE.json]
+
+The file of a run is written into its workdir, that of a released checkpoint where --out says.
 
 A workdir that cannot be written is evaluated all the same; --out=FILE.json writes elsewhere.
 """
@@ -19,6 +22,15 @@ with lra_imports():
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; runs/quickstart will do for runs/quickstart-skyformer."
 )
+_CHECKPOINT_DIR = flags.DEFINE_string(
+    "checkpoint_dir", None, "Folder of a released checkpoint, as in checkpoints/ (docs/models.md)."
+)
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "For --checkpoint_dir: folder or archive of the data as published; default: what --data_dir "
+    "holds, else downloaded or generated.",
+)
 _SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (by validation), latest, or a step.")
 _LANDMARK_DRAWS = flags.DEFINE_integer(
@@ -36,7 +48,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "0: as the environment says.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "-1: as the environment says.")
-flags.mark_flag_as_required("workdir")
+flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint_dir"], required=True)
 
 
 def _find_workdir(given: str) -> Path:
@@ -55,16 +67,20 @@ def _find_workdir(given: str) -> Path:
 def main() -> None:
     """Evaluates and prints."""
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    training.evaluate(
-        _find_workdir(_WORKDIR.value),
-        split=_SPLIT.value,
-        checkpoint=_CHECKPOINT.value,
-        landmark_draws=_LANDMARK_DRAWS.value,
-        data_dir=_DATA_DIR.value,
-        batch_size=_BATCH_SIZE.value,
-        out=_OUT.value,
-        show=lambda result: print(training.result_table(result)),
-    )
+    options = {
+        "split": _SPLIT.value,
+        "landmark_draws": _LANDMARK_DRAWS.value,
+        "data_dir": _DATA_DIR.value,
+        "batch_size": _BATCH_SIZE.value,
+        "out": _OUT.value,
+        "show": lambda result: print(training.result_table(result)),
+    }
+    if _CHECKPOINT_DIR.value:
+        training.evaluate_released(_CHECKPOINT_DIR.value, source=_SOURCE.value, **options)
+    else:
+        if _SOURCE.value:
+            raise UserError("--source is for --checkpoint_dir; a run knows its data")
+        training.evaluate(_find_workdir(_WORKDIR.value), checkpoint=_CHECKPOINT.value, **options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Skyformer and its benchmark in JAX and Flax.
 
-The nine attention functions and attention_fn are imported when they are first used, so that a
-program that needs only a part of the package, or only its version, does not wait for JAX.
+The nine attention functions, attention_fn and load_pretrained are imported when they are first
+used, so that a program that needs only a part of the package, or only its version, does not wait
+for JAX.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ __all__ = [
     "informer_attention",
     "kernelized_attention",
     "linformer_attention",
+    "load_pretrained",
     "nystromformer_attention",
     "performer_attention",
     "reformer_attention",
@@ -35,11 +37,16 @@ if TYPE_CHECKING:
         skyformer_attention,
         softmax_attention,
     )
+    from skyformer_jax.pretrained import load_pretrained
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "load_pretrained":
+        from skyformer_jax.pretrained import load_pretrained
+
+        return load_pretrained
     from skyformer_jax import attention
 
     return getattr(attention, name)

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_variables, shards, split_options
+from skyformer_jax.attention.common import on_automatic_axes, spec_of
 from skyformer_jax.attention.inputs import check_mask
+from skyformer_jax.attention.rotary import rotate
 
 
 def dense_inits(fan_in: int) -> dict[str, Any]:
@@ -59,6 +61,12 @@ def sow_statistic(module: nn.Module, name: str, value: jax.Array) -> None:
     """Puts an array into the collection "statistics", which no gradient comes from."""
     value = jax.lax.stop_gradient(value)
     module.sow("statistics", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+def with_rotary_positions(x: jax.Array, axis_name: str | None = None) -> jax.Array:
+    """Queries or keys [batch, length, heads, head_dim], rotated by their positions in x."""
+    positions = shards.positions(x.shape[1], axis_name)
+    return on_automatic_axes(rotate, spec_of(x), x, positions)
 
 
 def projected_heads(
@@ -115,6 +123,7 @@ class MultiHeadAttention(nn.Module):
       value_head_dim: features of each head of the values; None means head_dim.
       dtype: dtype of the projections and their results; parameters and the attention's own
         computation stay float32.
+      rotary: rotates queries and keys by their positions (Su et al., 2021).
       axis_name: name of a mesh axis, within jax.shard_map, over which the sequence is split: inputs
         and mask are then this device's shard of it. For the attentions of SPLITTABLE; not for init.
     """
@@ -127,6 +136,7 @@ class MultiHeadAttention(nn.Module):
     axis_name: str | None = None
     num_kv_heads: int | None = None
     value_head_dim: int | None = None
+    rotary: bool = False
 
     def __post_init__(self) -> None:
         """Freezes the options, since a dict would keep the module from being hashed."""
@@ -189,11 +199,15 @@ class MultiHeadAttention(nn.Module):
         query = project("query", inputs_q)
         key = None if entry.shared_query_key else project("key", inputs_kv)
         value = project("value", inputs_kv)
+        if self.rotary:
+            query = with_rotary_positions(query, self.axis_name)
+            key = None if key is None else with_rotary_positions(key, self.axis_name)
+        # What the layer keeps stands for options that ask it to, such as landmarks="learned".
         options = {
             "mask": mask,
             "rng": rng,
-            **self._kept_variables(kv_length, redraw=rng is not None),
             **function_options,
+            **self._kept_variables(kv_length, redraw=rng is not None),
         }
         out = entry.function(query, key, value, **options)
         if entry.residual and keeps_statistics(self):
@@ -214,6 +228,7 @@ class MultiHeadAttention(nn.Module):
             self.options,
             num_heads=self.num_heads,
             head_dim=self.head_dim,
+            value_dim=self.value_head_dim,
             kv_length=kv_length,
         )
         for name, spec in specs.items():

@@ -20,7 +20,7 @@ from skyformer_jax.layers import (
     sow_statistic,
 )
 
-POSITIONS = ("learned", "sinusoidal")
+POSITIONS = ("learned", "sinusoidal", "rotary")
 POOLINGS = ("mean", "cls", "padded_mean")
 DTYPES = ("float32", "bfloat16")
 _STREAMS = ("dropout", "landmarks", "features")  # of random keys, that a block may use
@@ -40,6 +40,7 @@ class EncoderBlock(nn.Module):
     dtype: str
     deterministic: bool
     axis_name: str | None
+    rotary: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -59,6 +60,7 @@ class EncoderBlock(nn.Module):
             self.attention_options,
             dtype,
             self.axis_name,
+            rotary=self.rotary,
             name="attention_layer",
         )(y, mask=mask)
         x = x + drop(y)
@@ -130,7 +132,8 @@ class _Encoder(nn.Module):
     dtype is the dtype of everything between the embeddings and the final norm; parameters, the
     statistics of norms, the pooling and the head are float32. remat keeps only the blocks' inputs
     for the backward pass, which computes the rest again; its dropout drops other elements.
-    positions are "learned", a table of max_length x width, or "sinusoidal", without parameters.
+    positions are "learned", a table of max_length x width; "sinusoidal", without parameters; or
+    "rotary", of queries and keys in every block, nothing being added to the embeddings.
     Applied with mutable=["statistics"] a model also returns mean_square [num_layers], of each
     block's output at real tokens, and with Skyformer residual [num_layers], the means of
     nystrom_residual.
@@ -186,7 +189,7 @@ class _Encoder(nn.Module):
             # A slice, which is cheaper than a lookup of the positions.
             rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=len(positions))
             x = x + on_automatic_axes(rows, (None, spec_of(table)[1]), table, positions[0])[None]
-        else:
+        elif self.positions == "sinusoidal":
             # Their root mean square is then that of the tokens' embeddings.
             x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)[None]
         x = x.astype(self.dtype)
@@ -203,6 +206,7 @@ class _Encoder(nn.Module):
             self.dtype,
             deterministic,
             self.axis_name,
+            self.positions == "rotary",
         )
         if self.remat and not self.is_initializing():
             x, statistics = self._recomputed_blocks(block(parent=None), x, mask)

@@ -9,7 +9,12 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, layer_variables, split_options
-from skyformer_jax.layers import dense_inits, hide_padding, projected_heads
+from skyformer_jax.layers import (
+    dense_inits,
+    hide_padding,
+    projected_heads,
+    with_rotary_positions,
+)
 
 
 class Fixed(nnx.Variable):
@@ -35,6 +40,7 @@ class MultiHeadAttention(nnx.Module):
         query heads share them. None means num_heads. Reformer, whose queries are its keys, has
         fewer heads of values alone.
       value_head_dim: features of each head of the values; None means head_dim.
+      rotary: rotates queries and keys by their positions (Su et al., 2021).
       dtype: dtype of the projections and their results; None means that of inputs and parameters.
         The attention's own computation stays float32.
       param_dtype: dtype of the projections' parameters.
@@ -56,11 +62,13 @@ class MultiHeadAttention(nnx.Module):
         max_length: int | None = None,
         num_kv_heads: int | None = None,
         value_head_dim: int | None = None,
+        rotary: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.attention = attention
+        self.rotary = rotary
         # Frozen, so that the graph of the module is hashable.
         self._options: FrozenDict[str, Any] = FrozenDict(split_options(attention, options or {})[0])
         value_head_dim = value_head_dim or head_dim
@@ -80,6 +88,7 @@ class MultiHeadAttention(nnx.Module):
             options or {},
             num_heads=num_heads,
             head_dim=head_dim,
+            value_dim=value_head_dim,
             kv_length=max_length,
         )
         self._trained: FrozenDict[str, bool] = FrozenDict(
@@ -125,13 +134,19 @@ class MultiHeadAttention(nnx.Module):
             for name, trained in self._trained.items()
             if trained or rng is None
         }
+        query, key = self.query(inputs_q), None
+        if not entry.shared_query_key:
+            key = self.key(inputs_kv)
+        if self.rotary:
+            query = with_rotary_positions(query)
+            key = None if key is None else with_rotary_positions(key)
         out = entry.function(
-            self.query(inputs_q),
-            None if entry.shared_query_key else self.key(inputs_kv),
+            query,
+            key,
             self.value(inputs_kv),
             mask=mask,
             rng=rng,
-            **arrays,
-            **self._options,
+            # What the layer keeps stands for options that ask it to, such as landmarks="learned".
+            **{**self._options, **arrays},
         )
         return self.out(out)

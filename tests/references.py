@@ -33,13 +33,25 @@ def softmax(query, key, value, mask=None, scale=None):
     return per_head(one, query, key, value, mask)
 
 
-def kernelized(query, key, value, mask=None, scale=None):
+def kernelized(query, key, value, mask=None, scale=None, normalize=False):
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return per_head(lambda q, k, v: gaussian_kernel(q, k, scale) @ v, query, key, value, mask)
+
+    def one(q, k, v):
+        kernel = gaussian_kernel(q, k, scale)
+        return kernel @ v / (kernel.sum(axis=1, keepdims=True) if normalize else 1)
+
+    return per_head(one, query, key, value, mask)
 
 
 def skyformer(query, key, value, landmark_indices, mask=None, scale=None, gamma=0.1):
     """With the given rows of [query; key] as landmarks, and numpy's own solver."""
+    rows = np.concatenate([query, key], axis=1).astype(np.float64)
+    landmarks = [rows[b, np.asarray(indices)] for b, indices in enumerate(landmark_indices)]
+    return skyformer_from(query, key, value, landmarks, mask, scale, gamma)
+
+
+def skyformer_from(query, key, value, landmarks, mask=None, scale=None, gamma=0.1, normalize=False):
+    """With landmarks [batch, d, heads, head_dim]."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     batch, _, heads, _ = query.shape
@@ -47,11 +59,16 @@ def skyformer(query, key, value, landmark_indices, mask=None, scale=None, gamma=
     for b in range(batch):
         real = slice(None) if mask is None else np.asarray(mask[b])
         for h in range(heads):
-            rows = np.concatenate([query[b, :, h], key[b, :, h]])[np.asarray(landmark_indices[b])]
+            rows = np.asarray(landmarks[b], np.float64)[:, h]
             m = gaussian_kernel(rows, rows, scale) + gamma * np.eye(len(rows))
-            context = gaussian_kernel(rows, key[b, real, h], scale) @ value[b, real, h]
-            out[b, :, h] = gaussian_kernel(query[b, :, h], rows, scale) @ np.linalg.solve(
-                m, context
+            values = value[b, real, h]
+            values = np.concatenate([values, np.ones_like(values[:, :1])], axis=1)
+            context = np.linalg.solve(m, gaussian_kernel(rows, key[b, real, h], scale) @ values)
+            near = gaussian_kernel(query[b, :, h], rows, scale)
+            found = near @ context
+            sums = np.maximum(found[:, -1:], 1e-2 * (near @ np.abs(context[:, -1:])))
+            out[b, :, h] = (
+                found[:, :-1] / np.where(sums > 0, sums, 1) if normalize else found[:, :-1]
             )
     return out
 

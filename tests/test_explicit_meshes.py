@@ -33,6 +33,15 @@ CASES += [
     pytest.param(
         "nystromformer", {"num_landmarks": 6, "conv_kernel": np.ones((3, 2), np.float32)}, id="conv"
     ),
+    pytest.param(
+        "skyformer",
+        {
+            "landmarks": np.arange(64, dtype=np.float32).reshape(4, 2, 8) / 64,
+            "normalize": True,
+            "conv_kernel": np.ones((3, 2, 8), np.float32),
+        },
+        id="learned",
+    ),
 ]
 
 

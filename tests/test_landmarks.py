@@ -10,7 +10,7 @@ from test_attention import inputs, masks
 
 from skyformer_jax.attention import kernelized_attention, landmarks, skyformer_attention
 from skyformer_jax.attention.inputs import _take_flat_rows, _take_rows, take_rows
-from skyformer_jax.attention.skyformer import LANDMARKS
+from skyformer_jax.attention.landmark_choice import LANDMARKS
 
 all_kinds = pytest.mark.parametrize("kind", LANDMARKS)
 

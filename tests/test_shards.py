@@ -24,6 +24,14 @@ CASES = {
         "skyformer",
         {"landmark_indices": jnp.asarray(RNG.integers(0, 2 * LENGTH, (4, 9)))},
     ),
+    "skyformer, learned, with a convolution": (
+        "skyformer",
+        {
+            "landmarks": jnp.asarray(RNG.normal(size=(5, HEADS, HEAD_DIM)), jnp.float32),
+            "normalize": True,
+            "conv_kernel": jnp.asarray(RNG.normal(size=(3, HEADS, HEAD_DIM)), jnp.float32),
+        },
+    ),
     "nystromformer": ("nystromformer", {"num_landmarks": 7}),
     "nystromformer, convolution": (
         "nystromformer",

@@ -48,6 +48,60 @@ def test_equals_float64_reference(inverse, lengths):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_given_landmarks_equal_float64_reference(normalize):
+    """An array of landmarks, the same for all examples; rows divided by their sums or not."""
+    q, k, v = inputs(21, 34)
+    mask = masks(3, 34)
+    landmarks = np.random.default_rng(0).normal(size=(6, 2, 8)).astype(np.float32)
+    options = {"landmarks": landmarks, "normalize": normalize, "num_iterations": 10}
+    out = eager_skyformer_attention(q, k, v, mask=mask, **options)
+    expected = references.skyformer_from(q, k, v, 3 * [landmarks], mask, normalize=normalize)
+    np.testing.assert_allclose(out, expected, rtol=2e-4, atol=2e-4)
+    with pytest.raises(ValueError, match="heads and head_dim of query"):
+        eager_skyformer_attention(q, k, v, landmarks=landmarks[:, :1])
+    with pytest.raises(ValueError, match="option of the layers"):
+        eager_skyformer_attention(q, k, v, landmarks="learned")
+
+
+def test_normalized_rows_are_means_of_the_values():
+    """Of equal values the mean is that value, however many keys there are."""
+    q, k, v = inputs(20, 33)
+    mask = masks(3, 33)
+    same = jnp.broadcast_to(v[:, :1], v.shape)
+    some = mask.any(axis=1)[:, None, None, None]
+    expected = jnp.where(some, jnp.broadcast_to(v[:, :1], q.shape), 0)
+    options = {"landmark_indices": jnp.tile(jnp.arange(53), (3, 1)), "inverse": "cholesky"}
+    for out in (
+        kernelized_attention(q, k, same, mask=mask, normalize=True),
+        eager_skyformer_attention(q, k, same, mask=mask, normalize=True, **options),
+    ):
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    exact = kernelized_attention(q, k, v, mask=mask, normalize=True)
+    np.testing.assert_allclose(
+        exact, references.kernelized(q, k, v, mask, normalize=True), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_convolution_is_that_of_the_values(per_feature):
+    q, k, v = inputs(30, 30)
+    mask = masks(3, 30)
+    shape = (5, 2, 8) if per_feature else (5, 2)
+    kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    with_it, without = (
+        eager_skyformer_attention(q, k, v, mask=mask, conv_kernel=kernel)
+        for kernel in (kernel, None)
+    )
+    values = np.where(np.asarray(mask)[:, :, None, None], v, 0)
+    kernels = np.broadcast_to(kernel.reshape(*shape[:2], -1), (5, 2, 8))
+    for b, h, p in np.ndindex(3, 2, 8):
+        expected = np.convolve(values[b, :, h, p], kernels[::-1, h, p], mode="same")
+        np.testing.assert_allclose((with_it - without)[b, :, h, p], expected, atol=1e-4)
+    with pytest.raises(ValueError, match="q_length == kv_length"):
+        eager_skyformer_attention(q[:, 1:], k, v, conv_kernel=kernel)
+
+
 @both_inverses
 def test_residual_equals_float64_reference(inverse, monkeypatch):
     """Its mean over real rows; with few heads of keys; in blocks of rows; for no real row 0."""

@@ -26,6 +26,17 @@ LANDMARKS = [
 ]
 CASES = [pytest.param(name, SMALL.get(name, {}), id=name) for name in attention.NAMES]
 CASES += [pytest.param("nystromformer", {"conv_kernel": np.ones((3, 2), np.float32)}, id="conv")]
+CASES += [
+    pytest.param(
+        "skyformer",
+        {
+            "landmarks": np.ones((4, 2, 8), np.float32),
+            "normalize": True,
+            "conv_kernel": np.ones((3, 2, 8), np.float32),
+        },
+        id="learned",
+    )
+]
 
 
 def enable_x64(value):

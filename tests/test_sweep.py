@@ -200,7 +200,7 @@ def test_seeds_of_elsewhere_are_kept_if_of_the_same_setting(tmp_path):
 
 # What train.py does, as far as a sweep sees it, without the time that it takes.
 STUB = """
-import json, pathlib, shutil, signal, sys, time
+import json, os, pathlib, shutil, signal, sys, time
 workdir = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
 do = json.loads((workdir / "do.json").read_text())
 if do == "wait":
@@ -208,6 +208,7 @@ if do == "wait":
         print("stopped after step 3; saved.", file=sys.stderr)
         sys.exit(0)
     signal.signal(signal.SIGTERM, stop)
+    (workdir / "pid").write_text(str(os.getpid()))
     (workdir / "waiting").touch()
     while True:
         time.sleep(0.05)
@@ -264,6 +265,32 @@ def test_failures_are_recorded_and_tried_again(cells):
     row = cell_results.read_cell(cells[0])
     assert (row["status"], row["error"], row["attempts"]) == ("finished", None, 2)
     assert row["seconds"] >= rows[0]["seconds"]
+
+
+def test_cells_stand_still_while_paused(cells, tmp_path):
+    """None is started; a running one is stopped by the system, and goes on."""
+    tell(cells[0], "wait")
+    pause, signals, states = tmp_path / "pause", [], []
+
+    def state_of_waiting():
+        pid = (cells[0].workdir / "pid").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+
+    environments = workers.make_environments(1, [])
+    looks = workers.train_cells(cells[:2], environments, HERE, signals, idle=True, pause=pause)
+    for _ in looks:
+        if not (cells[0].workdir / "waiting").exists():
+            continue
+        if not states:
+            pause.touch()
+            states.append("asked")
+        elif states[-1] == "asked" and state_of_waiting() == "T":
+            states.append("stopped")
+            pause.unlink()
+        elif states[-1] == "stopped" and state_of_waiting() != "T":
+            states.append("going on")
+            signals.append(signal.SIGTERM)
+    assert states == ["asked", "stopped", "going on"]
 
 
 def test_a_signal_lets_the_running_cells_save(cells):

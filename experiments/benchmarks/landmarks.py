@@ -27,7 +27,8 @@ from experiments.records import Row, provenance, write_json
 from skyformer_jax import cli
 from skyformer_jax.attention.gaussian import gaussian_scores
 from skyformer_jax.attention.kernelized import kernelized_attention
-from skyformer_jax.attention.skyformer import LANDMARKS, skyformer_attention
+from skyformer_jax.attention.landmark_choice import LANDMARKS
+from skyformer_jax.attention.skyformer import skyformer_attention
 from skyformer_jax.progress import track
 
 _NUM_LANDMARKS = flags.DEFINE_list("num_landmarks", "16,32,64,128,256", "Which d to compare.")

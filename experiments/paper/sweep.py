@@ -7,6 +7,8 @@ Without flags it is the paper's table 1: five tasks, nine attentions, three seed
 
     --small            the reduced setting for a CPU (grid.py): some minutes a cell
     --devices=0,1,2,3  a GPU for each of four workers; --devices=0 --workers=3 shares one
+    --idle             at the lowest priority, beside other work; while a file DIR/pause exists, the
+                       running cells stand still, so that something can be timed
     --table            makes the table of what there is so far, and starts nothing
     --add              keeps the other seeds that --out has, trained elsewhere in this setting
     --slurm=sweep.sh   writes a script for sbatch, which trains each cell in a job of a cluster
@@ -51,6 +53,7 @@ _WORKERS = flags.DEFINE_integer(
 _DEVICES = flags.DEFINE_list(
     "devices", [], "GPUs, as CUDA_VISIBLE_DEVICES has them, dealt to the workers."
 )
+_IDLE = flags.DEFINE_bool("idle", False, "Train at the lowest priority, beside other work.")
 _TABLE = flags.DEFINE_bool("table", False, "Train nothing: write the table of what is finished.")
 _ADD = flags.DEFINE_bool("add", False, "Keep the cells of other seeds that --out has.")
 _CELL = flags.DEFINE_integer("cell", None, "Train this cell of the grid alone.", lower_bound=0)
@@ -96,7 +99,10 @@ def _train(
     before, total = count_steps()
     start, bar = time.monotonic(), open_bar(total, initial=before, unit=" steps", unit_scale=True)
     with contextlib.closing(bar) if bar else contextlib.nullcontext():
-        for ended in workers.train_cells(todo, environments, provenance, signals):
+        pause = Path(grid_flags.DIR.value) / "pause"
+        for ended in workers.train_cells(
+            todo, environments, provenance, signals, idle=_IDLE.value, pause=pause
+        ):
             for cell in ended:
                 rows[cell.workdir] = row = read_cell(cell)
                 done, total = count_steps()

@@ -47,7 +47,18 @@ def _is_held(workdir: Path) -> bool:
         return True
 
 
-def _start(cell: Cell, environment: dict[str, str]) -> _Attempt:
+def _lowest_priority(process: subprocess.Popen) -> None:
+    """Lets everything else on the machine go first.
+
+    Linux schedules sessions, not processes, against each other where it groups them (sched(7),
+    "The autogroup feature"): there a nice value counts within the session alone.
+    """
+    with contextlib.suppress(OSError):  # it has ended
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+        Path(f"/proc/{process.pid}/autogroup").write_text("19")
+
+
+def _start(cell: Cell, environment: dict[str, str], idle: bool) -> _Attempt:
     if _is_held(cell.workdir):
         say(f"{cell.workdir.name}: another process is training it; waiting for that to end")
         return _Attempt(cell, None, time.monotonic())
@@ -61,8 +72,11 @@ def _start(cell: Cell, environment: dict[str, str]) -> _Attempt:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
-            process_group=0,  # a terminal's Ctrl-C goes to the sweep alone, which passes it on once
+            # A terminal's Ctrl-C goes to the sweep alone, which passes it on once.
+            start_new_session=True,
         )
+    if idle:
+        _lowest_priority(process)
     return _Attempt(cell, process, time.monotonic(), log_start)
 
 
@@ -107,40 +121,63 @@ def _look(attempt: _Attempt, stopping: bool) -> str:
     return "again" if process.returncode and not stopping and _is_held(cell.workdir) else "over"
 
 
+def _send(attempt: _Attempt, number: int) -> None:
+    """Sends a signal to an attempt's process, if it has one of its own."""
+    if attempt.process is not None:
+        attempt.process.send_signal(number)
+
+
 def train_cells(
     cells: Sequence[Cell],
     environments: Sequence[dict[str, str]],
     provenance: dict[str, Any],
     signals: list[int],
+    *,
+    idle: bool = False,
+    pause: Path | None = None,
 ) -> Iterator[list[Cell]]:
     """Trains unfinished cells, one at a time in each environment.
 
     The first of the received signals stops the runs, as SIGTERM, once they have saved, and a
     further SIGINT stops them at once.
 
+    Args:
+      cells: the cells, in the order to train them in.
+      environments: of the workers.
+      provenance: of the record of each attempt.
+      signals: those received so far.
+      idle: trains at the lowest priority.
+      pause: while this file exists, the running cells stand still.
+
     Yields:
       From time to time, the cells that have ended since.
     """
     pending, at_work, passed_on = collections.deque(cells), {}, 0
+    paused = False
     while at_work or (pending and not signals):
         for worker, environment in enumerate(environments):
-            if pending and worker not in at_work and not signals:
-                at_work[worker] = _start(pending.popleft(), environment)
+            if pending and worker not in at_work and not signals and not paused:
+                at_work[worker] = _start(pending.popleft(), environment, idle)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+        asked = pause is not None and pause.exists() and not signals
+        if asked != paused:
+            paused = asked
+            say(f"paused, until {pause} is removed" if paused else "going on")
+            for attempt in at_work.values():
+                _send(attempt, signal.SIGSTOP if paused else signal.SIGCONT)
         if signals and not passed_on:
             say(f"{signal.Signals(signals[0]).name}: the running cells save and stop")
         # A scheduler may send SIGTERM repeatedly; a second one would keep train.py from saving.
         to_pass_on = signals[:1] + [n for n in signals[1:] if n == signal.SIGINT]
         for _ in to_pass_on[passed_on:]:
             for attempt in at_work.values():
-                if attempt.process is not None:
-                    attempt.process.send_signal(signal.SIGTERM)
+                _send(attempt, signal.SIGTERM)
         passed_on = len(to_pass_on)
         ended, stopping = [], bool(signals)
         for worker, attempt in list(at_work.items()):
             state = _look(attempt, stopping)
             if state == "again":
-                at_work[worker] = _start(attempt.cell, environments[worker])
+                at_work[worker] = _start(attempt.cell, environments[worker], idle)
             elif state == "over":
                 if attempt.process is not None:
                     _record(attempt, provenance, stopping)

@@ -191,10 +191,14 @@ def bigbird_attention(
 
 
 def bigbird_variables(
-    *, num_heads: int, head_dim: int, kv_length: int | None
+    *,
+    num_heads: int,
+    head_dim: int,
+    value_dim: int,
+    kv_length: int | None,
 ) -> dict[str, VariableSpec]:
     """The key of the random blocks, drawn once and kept, so that each layer has its own."""
-    del num_heads, head_dim, kv_length
+    del num_heads, head_dim, value_dim, kv_length
 
     def init(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return jax.random.bits(rng, shape, jnp.uint32)

@@ -26,9 +26,13 @@ from skyformer_jax.attention.gaussian_tiles import (
 )
 from skyformer_jax.attention.gaussian_tpu import tpu_gradients, tpu_value
 from skyformer_jax.attention.kernel_inputs import default_precision
-from skyformer_jax.attention.platforms import ROWS, SCALAR, Kernels, by_platform
-
-IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
+from skyformer_jax.attention.platforms import (
+    ROWS,
+    SCALAR,
+    Kernels,
+    by_platform,
+    check_implementation,
+)
 
 # Rows of a tile of scores along the longer and along the shorter of query and key, by platform. On
 # a CPU a tile then stays in the caches, which is measured (docs/speed.md). Accelerators want few,
@@ -106,10 +110,7 @@ def gaussian_attention(
     Raises:
       ValueError: for another implementation, or one that cannot honour the mask.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
-        )
+    check_implementation(implementation)
     masked = mask is not None or is_causal
     if implementation == "pallas" and masked:
         raise ValueError(

@@ -18,6 +18,7 @@ from skyformer_jax.attention.inputs import (
     hide_masked,
     zeros_like,
 )
+from skyformer_jax.attention.row_sums import over_row_sums, with_ones
 
 
 @functools.cache
@@ -95,12 +96,14 @@ def kernelized_attention(
     implementation: str = "auto",
     full_mask: jax.Array | None = None,
     is_causal: bool = False,
+    normalize: bool = False,
     axis_name: str | None = None,
 ) -> jax.Array:
     """Kernelized Attention: the Gaussian kernel in place of softmax, exact and quadratic.
 
     out_i = sum_j exp(-scale/2 ||q_i - k_j||^2) v_j over the real keys j (Chen et al., 2021,
-    equation 4). It is not normalised: the output grows with the number of keys near a query.
+    equation 4). By default it is not normalised: the output grows with the number of keys near a
+    query.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
@@ -113,6 +116,8 @@ def kernelized_attention(
       full_mask: bool, broadcastable to [batch, heads, q_length, kv_length], True where a key is a
         term of a query's sum. Beside the mask itself, memory stays linear in the length.
       is_causal: True lets the sum of query i end with key i.
+      normalize: divides each row by its sum, so that a query gets a mean of values weighted by the
+        kernel.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
         as long as the others', of query, key, value and mask; there can be no full_mask then, nor
         is_causal. Keys and values go round the devices once, and again for gradients; no device
@@ -131,6 +136,7 @@ def kernelized_attention(
     key, value = hide_masked(key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     check_not_negative(scale=scale)
+    value = with_ones(value, mask) if normalize else value
     if full_mask is not None:
         full_mask = check_full_mask(full_mask, query, key)
         # What stands at keys that no query has in its sum adds nothing, NaN included.
@@ -157,4 +163,4 @@ def kernelized_attention(
     else:
         ring_scale = jnp.asarray(scale, jnp.float32)
         out = _ring(axis_name, implementation)(query, key, value, ring_scale)
-    return out.astype(dtype)
+    return (over_row_sums(out) if normalize else out).astype(dtype)

@@ -136,6 +136,7 @@ def linformer_variables(
     *,
     num_heads: int,
     head_dim: int,
+    value_dim: int,
     kv_length: int | None,
     num_features: int = 128,
     sharing: str = "headwise",
@@ -145,6 +146,7 @@ def linformer_variables(
     Args:
       num_heads: number of heads.
       head_dim: unused; part of the common signature.
+      value_dim: likewise.
       kv_length: the greatest number of keys.
       num_features: k of the projections.
       sharing: "headwise" has one E and one F for all heads, "key-value" one E for both and for
@@ -153,7 +155,7 @@ def linformer_variables(
     Raises:
       ValueError: if kv_length is None or an option is out of range.
     """
-    del head_dim
+    del head_dim, value_dim
     if kv_length is None:
         raise ValueError("attention 'linformer' needs max_length, the greatest number of keys")
     if sharing not in SHARINGS:

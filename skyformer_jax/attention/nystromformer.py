@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
 from skyformer_jax.attention.common import attention_function
+from skyformer_jax.attention.convolution import conv_kernel_spec, convolve_values
 from skyformer_jax.attention.inputs import (
     check_at_least,
     hide,
@@ -111,39 +112,18 @@ def nystromformer_attention(
     if conv_kernel is not None:
         if query.shape[1] != key.shape[1]:
             raise ValueError("nystromformer's convolution needs q_length == kv_length")
-        out += _convolve(value, conv_kernel.astype(jnp.float32), axis_name)
+        out += convolve_values(value, conv_kernel.astype(jnp.float32), axis_name)
     return out.astype(dtype)
 
 
-def _convolve(value: jax.Array, kernel: jax.Array, axis_name: str | None) -> jax.Array:
-    """Depthwise convolution over the length: [batch, length, heads, head_dim], [size, heads]."""
-    if kernel.ndim != 2 or kernel.shape[0] % 2 == 0 or kernel.shape[1] != value.shape[2]:
-        raise ValueError(
-            f"conv_kernel must be [odd size, heads = {value.shape[2]}]; got {kernel.shape}"
-        )
-    features = value.reshape(*value.shape[:2], -1)
-    out = jax.lax.conv_general_dilated(
-        shards.with_halo(features, len(kernel) // 2, axis_name),
-        jnp.repeat(kernel, value.shape[3], axis=1)[:, None, :],
-        window_strides=(1,),
-        padding="VALID",
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        feature_group_count=features.shape[2],
-    )
-    return out.reshape(value.shape)
-
-
 def nystromformer_variables(
-    *, num_heads: int, head_dim: int, kv_length: int | None, conv_size: int = 0
+    *,
+    num_heads: int,
+    head_dim: int,
+    value_dim: int,
+    kv_length: int | None,
+    conv_size: int = 0,
 ) -> dict[str, VariableSpec]:
-    """The convolution's kernel, [conv_size, heads]; none where conv_size is 0.
-
-    It starts as Lecun-normal noise, which is the choice of the paper's code up to a constant.
-    """
-    del head_dim, kv_length
-    if conv_size == 0:
-        return {}
-    if conv_size < 0 or conv_size % 2 == 0:
-        raise ValueError(f"conv_size must be odd, or 0 for no convolution; got {conv_size}")
-    init = jax.nn.initializers.normal(conv_size**-0.5, jnp.float32)
-    return {"conv_kernel": VariableSpec((conv_size, num_heads), init, trained=True)}
+    """The convolution's kernel, [conv_size, heads]; none where conv_size is 0."""
+    del head_dim, value_dim, kv_length
+    return conv_kernel_spec(conv_size, num_heads)

@@ -139,10 +139,15 @@ def performer_attention(
 
 
 def performer_variables(
-    *, num_heads: int, head_dim: int, kv_length: int | None, num_features: int = 128
+    *,
+    num_heads: int,
+    head_dim: int,
+    value_dim: int,
+    kv_length: int | None,
+    num_features: int = 128,
 ) -> dict[str, VariableSpec]:
     """The directions, drawn once and kept; a call with an rng redraws them."""
-    del num_heads, kv_length
+    del num_heads, value_dim, kv_length
     check_at_least(1, num_features=num_features)
     shape = (num_features, head_dim)
     return {"projection": VariableSpec(shape, orthogonal_features, trained=False)}

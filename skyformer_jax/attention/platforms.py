@@ -8,11 +8,21 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
+
 # The axes of an array, a letter each: "b" batch, "h" heads, "." any other.
 ROWS = "b.h."  # [batch, length, heads, dim]
 ROW_SUMS = "bh."  # [batch, heads, length]
 MASK = "bh.."  # [batch or 1, heads or 1, q_length or 1, kv_length or 1]
 SCALAR = ""
+
+
+def check_implementation(implementation: str) -> None:
+    """Raises a ValueError for one that is not of IMPLEMENTATIONS."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
+        )
 
 
 class Kernels(NamedTuple):

@@ -239,10 +239,15 @@ def _attend_in_chunks(
 
 
 def reformer_variables(
-    *, num_heads: int, head_dim: int, kv_length: int | None, num_hashes: int = 2
+    *,
+    num_heads: int,
+    head_dim: int,
+    value_dim: int,
+    kv_length: int | None,
+    num_hashes: int = 2,
 ) -> dict[str, VariableSpec]:
     """The rotations, drawn once and kept; a call with an rng redraws them."""
-    del num_heads, kv_length
+    del num_heads, value_dim, kv_length
     check_at_least(1, num_hashes=num_hashes)
     shape = (num_hashes, head_dim, _KEPT_COLUMNS)
     return {"rotations": VariableSpec(shape, _draw_rotations, trained=False)}

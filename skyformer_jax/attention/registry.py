@@ -15,15 +15,15 @@ from skyformer_jax.attention.nystromformer import nystromformer_attention, nystr
 from skyformer_jax.attention.performer import performer_attention, performer_variables
 from skyformer_jax.attention.reformer import reformer_attention, reformer_variables
 from skyformer_jax.attention.residual import nystrom_residual
-from skyformer_jax.attention.skyformer import skyformer_attention
+from skyformer_jax.attention.skyformer import skyformer_attention, skyformer_variables
 from skyformer_jax.attention.softmax import softmax_attention, softmax_weights
 from skyformer_jax.attention.variables import VariableSpec
 
 
 def _no_variables(
-    *, num_heads: int, head_dim: int, kv_length: int | None
+    *, num_heads: int, head_dim: int, value_dim: int, kv_length: int | None
 ) -> dict[str, VariableSpec]:
-    del num_heads, head_dim, kv_length
+    del num_heads, head_dim, value_dim, kv_length
     return {}
 
 
@@ -49,7 +49,7 @@ class Attention(NamedTuple):
         that stream is given, None where nothing is random.
       shared_query_key: the queries are the keys too; the function takes key=None.
       variables: describes the arrays that a layer keeps for the function, {argument: VariableSpec},
-        from num_heads, head_dim, kv_length (None where the layer does not know it) and
+        from num_heads, head_dim, value_dim, kv_length (None where the layer does not know it) and
         variable_options.
       variable_options: the options of `variables` with their defaults.
     """
@@ -73,12 +73,15 @@ COMMON_OPTIONS: Mapping[str, Any] = MappingProxyType({"rng": None, "scale": None
 REGISTRY: Mapping[str, Attention] = {
     "softmax": Attention(
         softmax_attention,
+        options={"implementation": "auto"},
         weights=softmax_weights,
+        earlier_options={"implementation": "auto"},
         masks=("mask", "full_mask", "bias", "is_causal"),
     ),
     "kernelized": Attention(
         kernelized_attention,
-        options={"implementation": "auto"},
+        options={"implementation": "auto", "normalize": False},
+        earlier_options={"normalize": False},
         masks=("mask", "full_mask", "is_causal"),
         splittable=True,
     ),
@@ -92,12 +95,16 @@ REGISTRY: Mapping[str, Attention] = {
             "gamma": 0.1,
             "inverse": "schulz",
             "num_iterations": 6,
+            "normalize": False,
+            "conv_kernel": None,
             "implementation": "auto",
         },
-        earlier_options={"implementation": "auto"},
+        earlier_options={"implementation": "auto", "normalize": False, "conv_size": 0},
         masks=("mask", "query_mask"),
         splittable=True,
         stream="landmarks",
+        variables=skyformer_variables,
+        variable_options={"landmarks": "uniform", "num_landmarks": 128, "conv_size": 0},
     ),
     "nystromformer": Attention(
         nystromformer_attention,
@@ -207,7 +214,13 @@ def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def layer_variables(
-    name: str, options: Mapping[str, Any], *, num_heads: int, head_dim: int, kv_length: int | None
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    num_heads: int,
+    head_dim: int,
+    kv_length: int | None,
+    value_dim: int | None = None,
 ) -> dict[str, VariableSpec]:
     """Describes the arrays that a layer keeps for an attention.
 
@@ -217,6 +230,7 @@ def layer_variables(
       num_heads: number of heads.
       head_dim: features of each head.
       kv_length: the greatest number of keys; None if the layer does not know it.
+      value_dim: features of each head of the values; None means head_dim.
 
     Returns:
       {argument of the function: its description}.
@@ -227,19 +241,28 @@ def layer_variables(
     """
     _, variable_options = split_options(name, options)
     return REGISTRY[name].variables(
-        num_heads=num_heads, head_dim=head_dim, kv_length=kv_length, **variable_options
+        num_heads=num_heads,
+        head_dim=head_dim,
+        value_dim=value_dim or head_dim,
+        kv_length=kv_length,
+        **variable_options,
     )
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises a ValueError for an attention or an option that cannot work, computing nothing."""
     function_options, _ = split_options(name, options)
-    layer_variables(name, options, num_heads=1, head_dim=8, kv_length=4)
+    specs = layer_variables(name, options, num_heads=1, head_dim=8, kv_length=4)
     entry = REGISTRY[name]
     rows = jax.ShapeDtypeStruct((1, 4, 1, 8), jnp.float32)
+    learned = {
+        argument: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
+        for argument, spec in specs.items()
+        if spec.trained
+    }
 
-    def call(query: jax.Array, value: jax.Array) -> jax.Array:
+    def call(query: jax.Array, value: jax.Array, learned: dict[str, jax.Array]) -> jax.Array:
         key = None if entry.shared_query_key else query
-        return entry.function(query, key, value, **function_options)
+        return entry.function(query, key, value, **{**function_options, **learned})
 
-    jax.eval_shape(call, rows, rows)
+    jax.eval_shape(call, rows, rows, learned)

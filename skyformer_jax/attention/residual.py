@@ -22,12 +22,8 @@ from skyformer_jax.attention.inputs import (
     known_options,
     masks_or_all,
 )
-from skyformer_jax.attention.skyformer import (
-    check_skyformer_options,
-    concatenated,
-    find_landmarks,
-    solve_landmarks,
-)
+from skyformer_jax.attention.landmark_choice import concatenated, find_landmarks
+from skyformer_jax.attention.skyformer import check_skyformer_options, solve_landmarks
 
 _ROWS = 16_384  # of a block whose kernel with the landmarks is in memory
 
@@ -40,12 +36,14 @@ def nystrom_residual(
     rng: jax.Array | None = None,
     scale: jax.Array | float | None = None,
     num_landmarks: int = 128,
-    landmarks: str = "uniform",
+    landmarks: str | jax.Array = "uniform",
     landmark_indices: jax.Array | None = None,
     query_mask: jax.Array | None = None,
     gamma: jax.Array | float = 0.1,
     inverse: str = "schulz",
     num_iterations: int = 6,
+    normalize: bool = False,
+    conv_kernel: jax.Array | None = None,
     implementation: str = "auto",
     axis_name: str | None = None,
 ) -> jax.Array:
@@ -73,7 +71,9 @@ def nystrom_residual(
       gamma: likewise. A landmark itself keeps gamma / (1 + gamma) where it is alone.
       inverse: likewise.
       num_iterations: likewise.
-      implementation: unused, so that the options of skyformer_attention may be passed on.
+      normalize: unused, so that the options of skyformer_attention may be passed on.
+      conv_kernel: likewise.
+      implementation: likewise.
       axis_name: likewise.
 
     Returns:
@@ -82,7 +82,7 @@ def nystrom_residual(
     Raises:
       ValueError: if shapes do not fit, a mask is not boolean, or an option is out of range.
     """
-    del implementation
+    del normalize, conv_kernel, implementation
     query, key = floating_arrays(query, key)
     check_shapes(query, key, key)
     batch, _, heads, head_dim = query.shape
@@ -104,11 +104,10 @@ def nystrom_residual(
             key,
             masks,
             *arrays,
-            kind=landmarks,
             num_landmarks=num_landmarks,
             axis_name=axis_name,
         )
-        *_, scale, gamma = arrays
+        *_, scale, gamma, _ = arrays
         solve = functools.partial(solve_landmarks, inverse=inverse, num_iterations=num_iterations)
 
         def seen(rows: jax.Array, real: jax.Array) -> jax.Array:
@@ -124,7 +123,7 @@ def nystrom_residual(
 
     batch_axes, _, head_axes, _ = spec_of(query)
     masks = masks_or_all(query, key, mask, query_mask)
-    arrays = (query, key, masks, rng, landmark_indices, scale, gamma)
+    arrays = (query, key, masks, rng, landmark_indices, scale, gamma, landmarks)
     return on_automatic_axes(residual, (batch_axes, head_axes), *arrays)
 
 

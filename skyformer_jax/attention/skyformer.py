@@ -9,7 +9,6 @@ which G(Q, K) alone is not; that completion is what makes the Nystrom method sou
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,114 +19,28 @@ from skyformer_jax.attention.common import (
     on_automatic_axes,
     spec_of,
 )
+from skyformer_jax.attention.convolution import conv_kernel_spec, convolve_values
 from skyformer_jax.attention.gaussian import gaussian_attention, gaussian_scores
 from skyformer_jax.attention.inputs import (
     check_at_least,
     check_not_negative,
-    fixed_key,
     hide,
     hide_masked,
     masks_or_all,
-    take_rows,
 )
 from skyformer_jax.attention.inverses import matmul, schulz_inverse
-from skyformer_jax.attention.landmarks import (
-    kmeans_landmarks,
-    leverage_landmarks,
-    segment_means,
-    strided_landmarks,
-    uniform_landmarks,
-)
+from skyformer_jax.attention.landmark_choice import LANDMARKS, find_landmarks
+from skyformer_jax.attention.row_sums import over_row_sums, with_ones
+from skyformer_jax.attention.variables import VariableSpec
 
 INVERSES = ("schulz", "cholesky")
-LANDMARKS = ("uniform", "strided", "segment_means", "kmeans++", "leverage")
-
-
-def choose_landmarks(
-    kind: str,
-    rng: jax.Array | None,
-    rows: jax.Array,
-    masks: Sequence[jax.Array],
-    num_landmarks: int,
-    *,
-    scale: jax.Array | float,
-    gamma: jax.Array | float,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The landmarks of skyformer_attention, by the kinds it documents.
-
-    Args:
-      kind: of LANDMARKS.
-      rng: a jax.random key, or None.
-      rows: [batch, rows, heads, head_dim], finite everywhere: queries, then keys.
-      masks: bool [batch, q_length] and [batch, kv_length], the rows that count.
-      num_landmarks: d, at most the number of rows.
-      scale: the Gaussian kernel's inverse squared width.
-      gamma: what M has on its diagonal beside the kernel; "leverage" takes it as its least ridge.
-      axis_name: mesh axis over which queries and keys are split.
-
-    Returns:
-      [batch, d, heads, head_dim] and bool [batch, d], which of them count; the same on all devices.
-
-    Raises:
-      ValueError: if the rows are split and the kind needs all of them on one device.
-    """
-    candidates = jnp.concatenate(masks, axis=1)
-    running_counts, counts = shards.running_counts(masks, axis_name)
-    if kind == "segment_means":
-        num_segments = jnp.minimum(counts, num_landmarks)
-        means = segment_means(
-            rows.astype(jnp.float32),
-            candidates,
-            num_landmarks,
-            num_segments,
-            running_counts,
-            counts,
-            axis_name,
-        )
-        return means, jnp.arange(num_landmarks, dtype=jnp.int32)[None] < num_segments[:, None]
-    if kind == "uniform" and rng is not None:
-        positions = _positions(masks, axis_name)
-        indices, here = uniform_landmarks(rng, candidates, num_landmarks, positions, axis_name)
-    elif kind in ("uniform", "strided"):
-        indices, here = strided_landmarks(candidates, num_landmarks, running_counts, counts)
-    else:
-        if axis_name is not None:
-            raise ValueError(
-                f"landmarks={kind!r} needs the whole sequence on one device; where it is split, "
-                "choose uniform, strided or segment_means"
-            )
-        rng = fixed_key() if rng is None else rng
-        still = jax.lax.stop_gradient(rows.astype(jnp.float32))
-        if kind == "kmeans++":
-            indices, here = kmeans_landmarks(rng, still, candidates, num_landmarks)
-        else:
-            indices, here = leverage_landmarks(
-                rng, still, candidates, num_landmarks, scale=scale, ridge=gamma
-            )
-    return _gathered(rows, indices, here, axis_name)
-
-
-def _positions(masks: Sequence[jax.Array], axis_name: str | None) -> jax.Array:
-    """int32 [rows]: positions of this shard's queries and keys in the whole [queries; keys]."""
-    first, found = 0, []
-    for mask in masks:
-        found.append(first + shards.positions(mask.shape[1], axis_name))
-        first += mask.shape[1] * shards.num_shards(axis_name)
-    return jnp.concatenate(found)
-
-
-def _gathered(
-    rows: jax.Array, indices: jax.Array, here: jax.Array, axis_name: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """The landmarks, each from the device that holds it, and whether a device does."""
-    points = hide(take_rows(rows, indices).astype(jnp.float32), here)
-    valid = shards.psum(here.astype(jnp.int32), axis_name) > 0
-    return shards.psum(points, axis_name), valid
+_LEARNED = "learned"  # of the layers, which pass the array
+# The least sum of a row, as a part of the sum of its terms' absolute values.
+_LEAST_ROW_SUM = 1e-2
 
 
 def check_skyformer_options(
-    landmarks: str,
+    landmarks: str | jax.Array,
     num_landmarks: int,
     scale: jax.Array | float,
     gamma: jax.Array | float,
@@ -137,11 +50,17 @@ def check_skyformer_options(
     """Raises an error for an option that cannot work; traced numbers are not known."""
     if inverse not in INVERSES:
         raise ValueError(f"inverse must be one of {', '.join(INVERSES)}; got {inverse!r}")
-    if landmarks not in LANDMARKS:
+    if isinstance(landmarks, str) and landmarks == _LEARNED:
+        raise ValueError(
+            'landmarks="learned" is an option of the layers, which keep the landmarks; pass the '
+            "function an array [num_landmarks, heads, head_dim]"
+        )
+    if isinstance(landmarks, str) and landmarks not in LANDMARKS:
         raise ValueError(f"landmarks must be one of {', '.join(LANDMARKS)}; got {landmarks!r}")
     check_at_least(1, num_landmarks=num_landmarks, num_iterations=num_iterations)
     check_not_negative(scale=scale, gamma=gamma)
-    if landmarks == "leverage" and not isinstance(gamma, jax.core.Tracer) and gamma == 0:
+    drawn = landmarks if isinstance(landmarks, str) else ""
+    if drawn == "leverage" and not isinstance(gamma, jax.core.Tracer) and gamma == 0:
         raise ValueError(
             'landmarks="leverage" needs a gamma above 0, the least ridge of its scores'
         )
@@ -157,12 +76,14 @@ def skyformer_attention(
     rng: jax.Array | None = None,
     scale: jax.Array | float | None = None,
     num_landmarks: int = 128,
-    landmarks: str = "uniform",
+    landmarks: str | jax.Array = "uniform",
     landmark_indices: jax.Array | None = None,
     query_mask: jax.Array | None = None,
     gamma: jax.Array | float = 0.1,
     inverse: str = "schulz",
     num_iterations: int = 6,
+    normalize: bool = False,
+    conv_kernel: jax.Array | None = None,
     implementation: str = "auto",
     axis_name: str | None = None,
 ) -> jax.Array:
@@ -193,8 +114,11 @@ def skyformer_attention(
         - "leverage": by ridge leverage scores (Musco and Musco, 2017), the paper's next
           step; the cost of two more kernel matrices of rows x d and of some d x d eigenvalues.
 
-        The last two take a fixed key where rng is None. Draws by "uniform" and "leverage" are
-        others for another padded length.
+        "kmeans++" and "leverage" take a fixed key where rng is None. Draws by "uniform" and
+        "leverage" are others for another padded length.
+
+        Or an array [num_landmarks, heads, head_dim], the landmarks of all examples, which then do
+        not depend on the sequence; landmarks="learned" makes a layer learn them.
       landmark_indices: int [batch, d], rows of [query; key] (0..q_length-1 are queries) to use
         instead of num_landmarks chosen here; those at masked rows, and those that
         no row has, count for nothing.
@@ -204,6 +128,11 @@ def skyformer_attention(
       gamma: regularisation of the landmarks' kernel matrix.
       inverse: "schulz" (matrix products only) or "cholesky" (exact to rounding).
       num_iterations: of the Schulz iteration.
+      normalize: divides each row by its sum, which is approximated likewise, so that the output
+        does not grow with the number of keys near a query. A sum below a hundredth of the sum of
+        its terms' absolute values, as where no landmark is near, counts as that hundredth.
+      conv_kernel: float [size, heads] or [size, heads, head_dim], size odd; adds the convolution
+        of the values (0 at padding) with it, for self-attention only (Xiong et al., 2021).
       implementation: of the two Gaussian passes: "auto", "dense", "chunked" or "pallas", see
         gaussian.gaussian_attention.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
@@ -224,66 +153,55 @@ def skyformer_attention(
     dtype = value.dtype
     key, value = hide_masked(key, value, mask)
 
-    masks = masks_or_all(query, key, mask, query_mask)
     batch_axes, _, head_axes, _ = spec_of(query)
-    find = functools.partial(
-        find_landmarks, kind=landmarks, num_landmarks=num_landmarks, axis_name=axis_name
-    )
     specs = [(batch_axes, None, head_axes, None), (batch_axes, None)]
-    arrays = (query, key, masks, rng, landmark_indices, scale, gamma)
+    find = functools.partial(find_landmarks, num_landmarks=num_landmarks, axis_name=axis_name)
+    masks = masks_or_all(query, key, mask, query_mask)
+    arrays = (query, key, masks, rng, landmark_indices, scale, gamma, landmarks)
     points, valid = on_automatic_axes(find, specs, *arrays)
     passes = functools.partial(gaussian_attention, scale=scale, implementation=implementation)
-    context = shards.psum(passes(points, key, value), axis_name)
+    values = with_ones(value, mask) if normalize else value
+    context = shards.psum(passes(points, key, values), axis_name)
     solve = functools.partial(solve_landmarks, inverse=inverse, num_iterations=num_iterations)
     weights = on_automatic_axes(solve, specs[0], points, valid, context, scale, gamma)
-    return passes(query, points, weights).astype(dtype)
-
-
-def find_landmarks(
-    query: jax.Array,
-    key: jax.Array,
-    masks: tuple[jax.Array, jax.Array],
-    rng: jax.Array | None,
-    landmark_indices: jax.Array | None,
-    scale: jax.Array | float,
-    gamma: jax.Array | float,
-    *,
-    kind: str,
-    num_landmarks: int,
-    axis_name: str | None,
-) -> list[jax.Array]:
-    """The landmarks, float32 [batch, d, heads, head_dim], and bool [batch, d], which count."""
-    candidates = jnp.concatenate(masks, axis=1)
-    rows = hide(concatenated(query, key), candidates)
-    if landmark_indices is None:
-        num_landmarks = min(num_landmarks, rows.shape[1] * shards.num_shards(axis_name))
-        found = choose_landmarks(
-            kind, rng, rows, masks, num_landmarks, scale=scale, gamma=gamma, axis_name=axis_name
-        )
+    if normalize:
+        size = jnp.abs(jax.lax.stop_gradient(weights[..., -1:]))
+        sums = passes(query, points, jnp.concatenate([weights, size], axis=-1))
+        out = over_row_sums(sums[..., :-1], _LEAST_ROW_SUM * sums[..., -1:])
     else:
-        _check_indices(landmark_indices, len(query))
-        landmark_indices = landmark_indices.astype(jnp.int32)
-        positions = _positions(masks, axis_name)
-        indices = jnp.minimum(jnp.searchsorted(positions, landmark_indices), len(positions) - 1)
-        here = positions[indices] == landmark_indices
-        here &= jnp.take_along_axis(candidates, indices, axis=1)
-        found = _gathered(rows, indices, here, axis_name)
-    return list(found)
+        out = passes(query, points, weights)
+    if conv_kernel is not None:
+        if query.shape[1] != key.shape[1]:
+            raise ValueError("skyformer's convolution needs q_length == kv_length")
+        convolve = functools.partial(convolve_values, axis_name=axis_name)
+        kernel = conv_kernel.astype(jnp.float32)
+        out += on_automatic_axes(convolve, spec_of(out), value.astype(jnp.float32), kernel)
+    return out.astype(dtype)
 
 
-def concatenated(query: jax.Array, key: jax.Array) -> jax.Array:
-    """[query; key], of dtypes that may differ even where promotion is strict."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.concatenate([query, key], axis=1)
+def skyformer_variables(
+    *,
+    num_heads: int,
+    head_dim: int,
+    value_dim: int,
+    kv_length: int | None,
+    landmarks: str | jax.Array = "uniform",
+    num_landmarks: int = 128,
+    conv_size: int = 0,
+) -> dict[str, VariableSpec]:
+    """What a layer learns: the convolution's kernel, [conv_size, heads, value_dim], and landmarks.
 
-
-def _check_indices(indices: jax.Array, batch: int) -> None:
-    integers = jnp.issubdtype(indices.dtype, jnp.integer)
-    if not integers or indices.ndim != 2 or indices.shape[0] not in (1, batch):
-        raise ValueError(
-            f"landmark_indices must be int [batch = {batch}, num_landmarks]; "
-            f"got {indices.dtype} {indices.shape}"
-        )
+    There are landmarks, [num_landmarks, heads, head_dim], where landmarks="learned". They start as
+    normal noise of the variance of queries and keys at the start of a layer (dense_inits).
+    """
+    del kv_length
+    found = conv_kernel_spec(conv_size, num_heads, value_dim)
+    if isinstance(landmarks, str) and landmarks == _LEARNED:
+        check_at_least(1, num_landmarks=num_landmarks)
+        init = jax.nn.initializers.normal(3**-0.5, jnp.float32)
+        shape = (num_landmarks, num_heads, head_dim)
+        found["landmarks"] = VariableSpec(shape, init, trained=True)
+    return found
 
 
 def solve_landmarks(

@@ -31,16 +31,16 @@ from skyformer_jax.attention.platforms import (
     SCALAR,
     Kernels,
     by_platform,
+    check_implementation,
 )
+from skyformer_jax.attention.softmax_kernels import GRADIENTS, VALUE
 from skyformer_jax.attention.softmax_tiles import tiled_gradients, tiled_tangent, tiled_value
 
 # Rows of a tile of scores along the longer and along the shorter of query and key, by platform.
 _TILE = {"cpu": (1024, 128), "default": (8192, 1024)}
 
-# The kernels by platform, with the signatures of tiled_value and tiled_gradients but for the tile.
+# The axes of the first arguments of tiles and kernels.
 _ARRAYS = (ROWS, ROWS, ROWS, SCALAR)
-_VALUE: dict[str, Callable[..., Any]] = {}
-_GRADIENTS: dict[str, Callable[..., Any]] = {}
 
 # Scores of a head up to which storing them all for the gradient is faster than a second
 # computation, on two CPU cores.
@@ -59,6 +59,7 @@ def softmax_attention(
     full_mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     is_causal: bool = False,
+    implementation: str = "auto",
 ) -> jax.Array:
     """softmax(scale * Q K^T + bias) V, in memory linear in the length.
 
@@ -76,19 +77,39 @@ def softmax_attention(
         attend to a key.
       bias: added to the scores, broadcastable to their shape.
       is_causal: True lets query i attend to keys 0..i only.
+      implementation: which form computes it.
+
+        - "dense" is jax.nn.dot_product_attention, which holds all scores.
+        - "chunked" holds a tile of them at a time, and computes it anew for gradients. It takes no
+          bias.
+        - "pallas" is a kernel that holds none of them in memory, for NVIDIA GPUs; elsewhere it is
+          interpreted, slowly, to try it. It takes neither a full_mask nor a bias, nor float64.
+        - "auto" is dense for the smallest sizes and with a bias, and otherwise what is best on the
+          platform that the program is compiled for: "pallas" where there is one that takes the
+          arguments, else "chunked".
 
     Returns:
       [batch, q_length, heads, value_dim] in the dtype of value; zeros for a query that may attend
       to no key.
 
     Raises:
-      ValueError: if shapes do not fit or a mask is not boolean.
+      ValueError: if shapes do not fit, a mask is not boolean, the implementation is unknown, or it
+        does not take the arguments.
     """
     del rng
+    check_implementation(implementation)
+    wide = jnp.float64 in (query.dtype, key.dtype, value.dtype)
+    if implementation == "pallas" and (full_mask is not None or bias is not None or wide):
+        raise ValueError(
+            'implementation="pallas" takes no full_mask, no bias and no float64; choose "auto", '
+            '"chunked" or "dense" for them'
+        )
+    if implementation == "chunked" and bias is not None:
+        raise ValueError('implementation="chunked" takes no bias; choose "auto" or "dense" for it')
     key, value = hide_masked(key, value, mask)
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
-    few = query.shape[1] * key.shape[1] <= _DENSE_SCORES
-    if few or bias is not None:
+    few = implementation == "auto" and query.shape[1] * key.shape[1] <= _DENSE_SCORES
+    if few or implementation == "dense" or bias is not None:
         arrays = (query, key, value, mask, full_mask, bias, factor)
         dense = functools.partial(_dense, is_causal=is_causal)
         return on_automatic_axes(dense, out_spec(query, value), *arrays)
@@ -101,7 +122,12 @@ def softmax_attention(
         allowed = full_mask if allowed is None else allowed & full_mask
     # Gradients are traced later than the call, and are to be of the settings of the call.
     function = _without_scores(
-        factor, allowed is not None, is_causal, default_precision(), tuple(_TILE.items())
+        "chunked" if full_mask is not None or wide else implementation,
+        factor,
+        allowed is not None,
+        is_causal,
+        default_precision(),
+        tuple(_TILE.items()),
     )
     arrays = (query, key, value) if allowed is None else (query, key, value, allowed)
     return function(*arrays).astype(value.dtype)
@@ -109,6 +135,7 @@ def softmax_attention(
 
 @functools.cache
 def _without_scores(
+    implementation: str,
     scale: float,
     has_mask: bool,
     is_causal: bool,
@@ -120,6 +147,7 @@ def _without_scores(
     Tangents, and what derivatives of higher order differentiate, come from the tiles always.
 
     Args:
+      implementation: "auto", "chunked" or "pallas".
       scale: as in softmax_attention.
       has_mask: whether there is a mask.
       is_causal: as in softmax_attention.
@@ -149,20 +177,24 @@ def _without_scores(
         **options: Any,
     ) -> Callable[..., Any]:
         functions = {platform: with_scale(kernel) for platform, kernel in kernels.items()}
+        interpreted = implementation == "pallas" and bool(kernels)
         known = Kernels(functions, (*axes, *more), results)
         plain = functools.partial(with_scale(tiled), **options)
 
         def call(*arrays: jax.Array) -> Any:
             factor = jnp.asarray(scale, jnp.float32)
             arrays = (*arrays[:3], factor, *arrays[3:])
-            return by_platform(plain, precision, tiles, *arrays, kernels=known)
+            return by_platform(
+                plain, precision, tiles, *arrays, kernels=known, interpreted=interpreted
+            )
 
         return call
 
     rows = (ROWS,) * 3
-    value = on_platform(tiled_value, _VALUE, (), (ROWS, ROW_SUMS))
+    values, backward = ({}, {}) if implementation == "chunked" else (VALUE, GRADIENTS)
+    value = on_platform(tiled_value, values, (), (ROWS, ROW_SUMS))
     tangent = on_platform(tiled_tangent, {}, (), ROWS)
-    gradients = on_platform(tiled_gradients, _GRADIENTS, (ROWS, ROW_SUMS, ROWS), rows)
+    gradients = on_platform(tiled_gradients, backward, (ROWS, ROW_SUMS, ROWS), rows)
     whole = functools.partial(on_platform, kernels={}, more=(), skips=False)
 
     def anew(rule: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ MUTABLE_FIELDS = (
 )
 BACKENDS = ("shard_map", "pmap")
 NON_FINITE = ("stop", "skip")
-_SPLIT_LANDMARKS = ("uniform", "strided", "segment_means")
+_SPLIT_LANDMARKS = ("uniform", "strided", "segment_means", "learned")
 
 
 def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
@@ -94,6 +94,10 @@ def _check_model(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
     if model.positions == "sinusoidal" and model.width % 2:
         raise UserError(
             f"model.width must be even for model.positions=sinusoidal; got {model.width}"
+        )
+    if model.positions == "rotary" and model.head_dim % 2:
+        raise UserError(
+            f"model.head_dim must be even for model.positions=rotary; got {model.head_dim}"
         )
     for field, value in model.items():
         if type(value) is int:

@@ -48,7 +48,7 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
             "pooling": "mean",
             "dtype": "float32",  # or bfloat16: of activations; parameters stay float32
             "remat": False,  # compute blocks again in the backward pass, to save memory
-            "positions": "learned",  # or sinusoidal, without a table of max_length
+            "positions": "learned",  # or sinusoidal or rotary, without a table of max_length
         },
         "train": {
             "num_steps": 50_000,
@@ -59,6 +59,7 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
             "weight_decay": 0.0,
             "eval_every": 500,  # steps between validations, each followed by a checkpoint
             "log_every": 50,
+            "start_from": "",  # folder of a released checkpoint; its parameters, where they fit
             "non_finite": "stop",  # or skip: steps whose loss or gradients are not finite
             "statistics": False,  # log gradient norms and sizes of activations
         },
@@ -96,6 +97,7 @@ def added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     earlier = attention.REGISTRY[name].earlier_options
     return {
         "data.mask_zeros": False,
+        "train.start_from": "",
         # The source alone said it.
         "data.kind": tasks.of(config).first_kind(config["data"].get("source")),
         **{f"attention.{option}": value for option, value in earlier.items()},

@@ -97,7 +97,7 @@ def evaluate(
     compilation_cache.use_cache(config.compilation_cache)
     if data_dir:
         config.data.dir = data_dir
-    run = make_run(config, _mesh(config))
+    run = make_run(config, evaluation_mesh(config))
     evaluation = evaluate_run(
         run,
         workdir,
@@ -111,13 +111,14 @@ def evaluate(
         if show is not None:
             show(evaluation.result)
         if out is not None:
-            _write_out(out, split, evaluation.result)
+            write_out(out, split, evaluation.result)
         else:
             _write_or_say(workdir, evaluation)
     return evaluation.result
 
 
-def _write_out(out: str | Path, split: str, result: dict[str, Any]) -> None:
+def write_out(out: str | Path, split: str, result: dict[str, Any]) -> None:
+    """Writes a result to out, a JSON file, or a folder for eval_<split>.json."""
     path = expand(out)
     try:
         if str(out).endswith("/") or path.is_dir():  # a Path does not keep the former
@@ -140,7 +141,7 @@ def _write_or_say(workdir: Path, evaluation: Evaluation) -> None:
         )
 
 
-def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+def evaluation_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     """The mesh of training if these devices allow it, otherwise all of them along "data"."""
     try:
         return meshes.make_mesh(*configs.mesh_shape(config, jax.device_count()))
@@ -175,9 +176,9 @@ def evaluate_run(
             "examples": len(examples),
             "checkpoint": step,
             "validation": meta["validation"],
-            **_measure(run, predict_step, state, examples, landmark_draws, batch_size),
+            **measure(run, predict_step, state.variables, examples, landmark_draws, batch_size),
             "config_digest": results.config_digest(one.config),
-            "data": _describe_data(run, examples),
+            "data": describe_data(run, examples),
         }
         of_seeds[one.config.seed] = files[one.workdir / f"eval_{split}.json"] = result
     if len(seeds) > 1:
@@ -196,17 +197,17 @@ def _restore(run: Run, one: SeedRun, checkpoint: str) -> tuple[int, TrainState, 
     return step, state, meta
 
 
-def _measure(
+def measure(
     run: Run,
     predict_step: PredictStep,
-    state: TrainState,
+    variables: Any,
     examples: Examples,
     landmark_draws: int,
     batch_size: int | None,
 ) -> dict[str, Any]:
     """The figures of one model on a split."""
     start = time.perf_counter()
-    variables = jax.tree.map(lambda x: np.asarray(x)[None], state.variables)
+    variables = jax.tree.map(lambda x: np.asarray(x)[None], variables)
     variables = jax.device_put(variables, meshes.replicated(run.mesh))
     (logits,) = predict(run, predict_step, variables, examples, batch_size=batch_size)
     seconds = time.perf_counter() - start
@@ -248,7 +249,8 @@ def _measure(
     return figures
 
 
-def _describe_data(run: Run, examples: Examples) -> dict[str, Any]:
+def describe_data(run: Run, examples: Examples) -> dict[str, Any]:
+    """What the examples of a split are: the data set, where it came from, its checksum."""
     data = run.config.data
     builder = run.task.data_set(data.dir, source=data.source or None, kind=data.kind)
     return {**store.describe(builder), "checksum": examples.checksum()}

@@ -26,6 +26,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def training_seconds(workdir: Path, batch_size: int, last_step: int | None = None) -> float:
+    """The seconds that the steps of a run took, without compilation, validation and interruptions.
+
+    Args:
+      workdir: of the run.
+      batch_size: train.batch_size.
+      last_step: of the steps that count; None means all.
+    """
+    seconds, before = 0.0, 0
+    for entry in read_metrics(workdir / "metrics.jsonl"):
+        if entry["split"] == "train" and (last_step is None or entry["step"] <= last_step):
+            seconds += (entry["step"] - before) * batch_size / entry["examples_per_second"]
+            before = entry["step"]
+    return seconds
+
+
 class MetricsLog:
     """Appends metrics to metrics.jsonl and to TensorBoard events.
 

@@ -20,6 +20,7 @@ from skyformer_jax.training import mesh as meshes
 from skyformer_jax.training.logs import plot_learning_curve
 from skyformer_jax.training.optimizer import make_schedule
 from skyformer_jax.training.recorder import open_recorder
+from skyformer_jax.training.released import start_from
 from skyformer_jax.training.results import print_summary
 from skyformer_jax.training.run import Run, new_run
 from skyformer_jax.training.sharded_step import PredictStep, make_predict_step, make_train_step
@@ -162,7 +163,11 @@ def _restore_or_init(
         f"{num_parameters:,} parameters, {meshes.describe(run.mesh)}"
         + (f", {len(seeds)} seeds at once" if len(seeds) > 1 else "")
     )
-    return states, 0
+    if config.train.start_from:
+        states, kept = start_from(states, config.train.start_from)
+        new = f", new: {', '.join(kept)}" if kept else ""
+        say(f"the parameters are those of {config.train.start_from}{new}")
+    return jax.device_put(states, meshes.replicated(run.mesh)), 0
 
 
 def _change_of_schedule(run: Run, meta: dict[str, Any], step: int) -> str:

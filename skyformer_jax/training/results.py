@@ -81,6 +81,11 @@ def _lines_of_model(result: dict[str, Any]) -> list[str]:
     lines = [
         f"  {'accuracy':<28}{100 * result['accuracy']:6.2f} %   "
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f})",
+        *(
+            [f"  {'as released':<28}{100 * result['released']:6.2f} %"]
+            if "released" in result
+            else []
+        ),
         *_lines_of_floors_and_loss(result),
         f"  accuracy of each class      {classes}",
     ]

@@ -1,0 +1,38 @@
+"""Makes a released checkpoint of a finished run.
+
+    python -m experiments.release --workdir=runs/text-skyformer --out=checkpoints/text-skyformer
+
+The folder holds parameters.npz (arrays, read without pickle), config.json and result.json: the test
+result with the data's checksum, and how the model was trained.
+"""
+
+import jax
+from absl import flags
+
+from experiments.records import provenance
+from skyformer_jax import cli, training
+from skyformer_jax.files import expand
+from skyformer_jax.training import config as configs
+from skyformer_jax.training.logs import training_seconds
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the finished run.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
+
+
+def main() -> None:
+    """Makes the folder and says what is in it."""
+    workdir = expand(_WORKDIR.value)
+    batch_size = configs.read(workdir / "config.json").train.batch_size
+    trained = {
+        **provenance(jax.device_count()),
+        "seconds": round(training_seconds(workdir, batch_size)),
+    }
+    result = training.release(_WORKDIR.value, _OUT.value, trained)
+    print(
+        f"{_OUT.value}: {result['parameters']:,} parameters of step {result['step']}, "
+        f"test accuracy {100 * result['test']['accuracy']:.2f} %"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
