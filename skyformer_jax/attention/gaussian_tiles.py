@@ -62,11 +62,11 @@ def tiled_value(
             scores = _tile_scores(queries, _block(key, j, key_rows), scale, terms(i, j))
             return sums + scores @ _block(value, j, key_rows)
 
-        sums = loop(key.shape[1] // key_rows, by_key, zeros_like(queries, last=value_dim))
+        sums = loop(0, key.shape[1] // key_rows, by_key, zeros_like(queries, last=value_dim))
         return _put(out, sums, i)
 
     zeros = zeros_like(query, jnp.float32, last=value_dim)
-    out = loop(query.shape[1] // query_rows, by_query, zeros)
+    out = loop(0, query.shape[1] // query_rows, by_query, zeros)
     return out[:, :q_length]
 
 
@@ -110,12 +110,12 @@ def tiled_gradients(
 
         zeros = zeros_like(queries)
         w_keys, w_sums, d_key, d_value = loop(
-            key.shape[1] // key_rows, by_key, (zeros, zeros[..., :1], d_key, d_value)
+            0, key.shape[1] // key_rows, by_key, (zeros, zeros[..., :1], d_key, d_value)
         )
         return _put(d_query, scale * (w_keys - w_sums * queries), i), d_key, d_value
 
     zeros = tuple(zeros_like(x, jnp.float32) for x in (query, key, value))
-    d_query, d_key, d_value = loop(query.shape[1] // query_rows, by_query, zeros)
+    d_query, d_key, d_value = loop(0, query.shape[1] // query_rows, by_query, zeros)
     v, k = (x.astype(jnp.float32) for x in (value, key))
     d_key = scale * (d_key - (v * d_value).sum(axis=-1, keepdims=True) * k)
     return d_query[:, :q_length], d_key[:, :kv_length], d_value[:, :kv_length]
@@ -160,11 +160,11 @@ def tiled_tangent(
             scores = only(terms(i, j), kernel_values(half_distances, scale))
             return sums + (scores * d_exponent) @ v + scores @ d_v
 
-        sums = loop(key.shape[1] // key_rows, by_key, zeros_like(q, last=value_dim))
+        sums = loop(0, key.shape[1] // key_rows, by_key, zeros_like(q, last=value_dim))
         return _put(out, sums, i)
 
     zeros = zeros_like(query, jnp.float32, last=value_dim)
-    out = loop(query.shape[1] // query_rows, by_query, zeros)
+    out = loop(0, query.shape[1] // query_rows, by_query, zeros)
     return out[:, :q_length]
 
 

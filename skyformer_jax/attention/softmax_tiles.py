@@ -4,8 +4,9 @@ The value takes a running maximum and a running sum of each row of scores (Milak
 2018). Beside the output it returns the logarithm of each row's sum of exponentials, lse, from which
 derivatives compute the weights of a tile anew, P = exp(scores - lse) (Dao et al., 2022).
 
-Blocks are [batch, kv_heads, group, rows, head_dim] here, where the heads of a group share one of
-key and value; kernels for accelerators have the signatures of tiled_value and tiled_gradients.
+Where several heads of query share one of key and value, a group, a tile has rows of all of them,
+so that nothing is repeated. Kernels for accelerators have the signatures of tiled_value and
+tiled_gradients.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention.inputs import reshaped, zeros_like
-from skyformer_jax.attention.tiles import loop, pad, tile_rows
+from skyformer_jax.attention.tiles import even_rows, loop, pad
 
 
 def tiled_value(
@@ -49,38 +50,34 @@ def tiled_value(
     """
     tiles = _tiles(query, key, mask, tile, is_causal, skips)
     dtype = _dtype(query, key, value)
-    q = pad(_grouped(query, key.shape[2]), tiles.query_rows)
-    k, v = (pad(_grouped(x, key.shape[2]), tiles.key_rows) for x in (key, value))
-    least = jnp.finfo(dtype).min
+    q = scale * _split(query, key, tiles.query_rows, dtype)
+    k, v = (_split(x, key, tiles.key_rows, dtype) for x in (key, value))
 
     def by_query(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        out, lse = results
-        queries = scale * _block(q, i, tiles.query_rows, dtype)
+        queries = _block(q, i, tiles.query_rows)
 
         def by_key(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, mass, sums = carry
-            keys, values = (_block(x, j, tiles.key_rows, dtype)[:, :, 0] for x in (k, v))
-            scores = _scores(queries, keys, tiles.terms(i, j))
+            keys, values = (_block(x, j, tiles.key_rows) for x in (k, v))
+            scores = _only(queries @ _transposed(keys), tiles.terms(i, j), tiles.group)
             # The maximum only keeps exponentials in range: a constant to derivatives.
             new_top = jax.lax.stop_gradient(jnp.maximum(top, scores.max(axis=-1, keepdims=True)))
-            weights = jnp.exp(scores - new_top)
-            faded = jnp.exp(top - new_top)
+            weights, faded = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             mass = faded * mass + weights.sum(axis=-1, keepdims=True)
-            sums = faded * sums + jnp.einsum("bhgqk,bhkp->bhgqp", weights, values)
-            return new_top, mass, sums
+            return new_top, mass, faded * sums + weights @ values
 
         zeros = zeros_like(queries, last=1)
-        carry = (zeros + least, zeros, zeros_like(queries, last=value.shape[-1]))
-        top, mass, sums = loop(tiles.key_blocks(i), by_key, carry)
+        least = zeros + jnp.finfo(dtype).min
+        sums = zeros_like(queries, last=value.shape[-1])
+        top, mass, sums = loop(*tiles.keys_of(i), by_key, (least, zeros, sums))
         some = mass > 0
         mass = jnp.where(some, mass, 1)
-        lse_block = jnp.where(some, top + jnp.log(mass), jnp.inf)
-        return _put(out, sums / mass, i), _put(lse, lse_block, i)
+        blocks = sums / mass, jnp.where(some, top + jnp.log(mass), jnp.inf)
+        return tuple(_put(x, block, i) for x, block in zip(results, blocks, strict=True))
 
-    zeros = (zeros_like(q, dtype, last=value.shape[-1]), zeros_like(q, dtype, last=1))
-    out, lse = loop(tiles.query_blocks, by_query, zeros)
-    lse = jnp.moveaxis(_ungrouped(lse, query)[..., 0], 1, 2)
-    return _ungrouped(out, query), lse
+    zeros = (zeros_like(q, last=value.shape[-1]), zeros_like(q, last=1))
+    out, lse = loop(0, tiles.query_blocks, by_query, zeros)
+    return _joined(out, query), jnp.moveaxis(_joined(lse, query)[..., 0], 1, 2)
 
 
 def tiled_gradients(
@@ -119,41 +116,73 @@ def tiled_gradients(
     Returns:
       Arrays of the shapes of query, key and value, float32, or float64 if an array is.
     """
-    tiles = _tiles(query, key, mask, tile, is_causal, skips)
+    tiles = _tiles(query, key, mask, tile, is_causal, skips, keys_long=True)
     dtype = _dtype(query, key, value)
-    q, k, v, lse, d_o = _operands(tiles, query, key, value, lse, d_out)
-    o = pad(_grouped(out, key.shape[2]), tiles.query_rows)
+    means = (out.astype(dtype) * d_out.astype(dtype)).sum(axis=-1, keepdims=True)
+    q, d_o, means, sums = (
+        _split(x, key, tiles.query_rows, dtype)
+        for x in (query, d_out, means, jnp.moveaxis(lse, 1, 2)[..., None])
+    )
+    q = scale * q
+    k, v = (_split(x, key, tiles.key_rows, dtype) for x in (key, value))
 
-    def by_query(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def of_tile(i: Any, j: Any) -> tuple[jax.Array, ...]:
+        of_queries = (_block(x, i, tiles.query_rows) for x in (q, d_o, means, sums))
+        of_keys = (_block(x, j, tiles.key_rows) for x in (k, v))
+        return _tile_gradients(*of_queries, *of_keys, tiles.terms(i, j), tiles)
+
+    def by_key(j: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_query, d_key, d_value = gradients
-        queries, outs, d_outs, lses = (
-            _block(x, i, tiles.query_rows, dtype) for x in (q, o, d_o, lse)
-        )
-        queries = scale * queries
-        means = (outs * d_outs).sum(axis=-1, keepdims=True)
 
-        def by_key(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def by_query(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            d_query, d_keys, d_values = carry
+            d_queries, more_keys, more_values = of_tile(i, j)
+            return _add(d_query, d_queries, i), d_keys + more_keys, d_values + more_values
+
+        zeros = (zeros_like(_block(x, j, tiles.key_rows)) for x in (k, v))
+        d_query, *blocks = loop(*tiles.queries_of(j), by_query, (d_query, *zeros))
+        return d_query, _put(d_key, blocks[0], j), _put(d_value, blocks[1], j)
+
+    def by_query(i: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        d_query, d_key, d_value = gradients
+
+        def by_key(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             d_queries, d_key, d_value = carry
-            keys, values = (_block(x, j, tiles.key_rows, dtype)[:, :, 0] for x in (k, v))
-            weights = jnp.exp(_scores(queries, keys, tiles.terms(i, j)) - lses)
-            d_scores = weights * (jnp.einsum("bhgqp,bhkp->bhgqk", d_outs, values) - means)
-            d_keys = jnp.einsum("bhgqk,bhgqp->bhkp", d_scores, queries)
-            d_values = jnp.einsum("bhgqk,bhgqp->bhkp", weights, d_outs)
-            return (
-                d_queries + jnp.einsum("bhgqk,bhkp->bhgqp", d_scores, keys),
-                _add(d_key, d_keys[:, :, None], j),
-                _add(d_value, d_values[:, :, None], j),
-            )
+            more, d_keys, d_values = of_tile(i, j)
+            return d_queries + more, _add(d_key, d_keys, j), _add(d_value, d_values, j)
 
-        carry = (zeros_like(queries), d_key, d_value)
-        d_queries, d_key, d_value = loop(tiles.key_blocks(i), by_key, carry)
-        return _put(d_query, scale * d_queries, i), d_key, d_value
+        zeros = zeros_like(_block(q, i, tiles.query_rows))
+        d_queries, d_key, d_value = loop(*tiles.keys_of(i), by_key, (zeros, d_key, d_value))
+        return _put(d_query, d_queries, i), d_key, d_value
 
-    zeros = tuple(zeros_like(x, dtype) for x in (q, k, v))
-    gradients = loop(tiles.query_blocks, by_query, zeros)
-    pairs = zip(gradients, (query, key, value), strict=True)
-    d_query, d_key, d_value = (_ungrouped(x, like) for x, like in pairs)
-    return d_query, d_key, d_value
+    zeros = tuple(map(zeros_like, (q, k, v)))
+    if tiles.keys_long:
+        d_query, d_key, d_value = loop(0, tiles.key_blocks, by_key, zeros)
+    else:
+        d_query, d_key, d_value = loop(0, tiles.query_blocks, by_query, zeros)
+    return _joined(scale * d_query, query), _joined(d_key, key), _joined(d_value, value)
+
+
+def _tile_gradients(
+    query: jax.Array,
+    d_out: jax.Array,
+    means: jax.Array,
+    lse: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    terms: jax.Array | None,
+    tiles: "_Tiles",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """DS k, dS^T q and P^T d_out of a tile, which lies with its longer side in rows."""
+    if tiles.keys_long:
+        scores = _only(key @ _transposed(query), terms, tiles.group, axis=3)
+        weights = jnp.exp(scores - _transposed(lse))
+        d_scores = weights * (value @ _transposed(d_out) - _transposed(means))
+        return _transposed(d_scores) @ key, d_scores @ query, weights @ d_out
+    scores = _only(query @ _transposed(key), terms, tiles.group)
+    weights = jnp.exp(scores - lse)
+    d_scores = weights * (d_out @ _transposed(value) - means)
+    return d_scores @ key, _transposed(d_scores) @ query, _transposed(weights) @ d_out
 
 
 def tiled_tangent(
@@ -181,51 +210,60 @@ def tiled_tangent(
     """
     tiles = _tiles(query, key, mask, tile, is_causal, skips)
     dtype = _dtype(query, key, value)
-    q, k, v, lse, o = _operands(tiles, query, key, value, lse, out)
-    d_q = pad(_grouped(d_query, key.shape[2]), tiles.query_rows)
-    d_k, d_v = (pad(_grouped(x, key.shape[2]), tiles.key_rows) for x in (d_key, d_value))
+    q, d_q, o, sums = (
+        _split(x, key, tiles.query_rows, dtype)
+        for x in (query, d_query, out, jnp.moveaxis(lse, 1, 2)[..., None])
+    )
+    q, d_q = scale * q, scale * d_q
+    k, v, d_k, d_v = (_split(x, key, tiles.key_rows, dtype) for x in (key, value, d_key, d_value))
 
     def by_query(i: jax.Array, tangent: jax.Array) -> jax.Array:
-        queries, d_queries, outs, lses = (
-            _block(x, i, tiles.query_rows, dtype) for x in (q, d_q, o, lse)
-        )
-        queries, d_queries = scale * queries, scale * d_queries
+        queries, d_queries, outs, lses = (_block(x, i, tiles.query_rows) for x in (q, d_q, o, sums))
 
         def by_key(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            sums, mass = carry
+            moved, mass = carry
             keys, values, d_keys, d_values = (
-                _block(x, j, tiles.key_rows, dtype)[:, :, 0] for x in (k, v, d_k, d_v)
+                _block(x, j, tiles.key_rows) for x in (k, v, d_k, d_v)
             )
-            weights = jnp.exp(_scores(queries, keys, tiles.terms(i, j)) - lses)
-            d_scores = jnp.einsum("bhgqp,bhkp->bhgqk", d_queries, keys)
-            d_scores = weights * (d_scores + jnp.einsum("bhgqp,bhkp->bhgqk", queries, d_keys))
-            sums += jnp.einsum("bhgqk,bhkp->bhgqp", d_scores, values)
-            sums += jnp.einsum("bhgqk,bhkp->bhgqp", weights, d_values)
-            return sums, mass + d_scores.sum(axis=-1, keepdims=True)
+            scores = _only(queries @ _transposed(keys), tiles.terms(i, j), tiles.group)
+            weights = jnp.exp(scores - lses)
+            d_scores = d_queries @ _transposed(keys) + queries @ _transposed(d_keys)
+            d_scores = weights * d_scores
+            moved += d_scores @ values + weights @ d_values
+            return moved, mass + d_scores.sum(axis=-1, keepdims=True)
 
-        carry = (zeros_like(outs), zeros_like(lses))
-        sums, mass = loop(tiles.key_blocks(i), by_key, carry)
-        return _put(tangent, sums - mass * outs, i)
+        carry = zeros_like(outs), zeros_like(lses)
+        moved, mass = loop(*tiles.keys_of(i), by_key, carry)
+        return _put(tangent, moved - mass * outs, i)
 
-    tangent = loop(tiles.query_blocks, by_query, zeros_like(o, dtype))
-    return _ungrouped(tangent, query)
+    return _joined(loop(0, tiles.query_blocks, by_query, zeros_like(o)), query)
 
 
 class _Tiles(NamedTuple):
     """How the scores are divided.
 
     Attributes:
-      query_rows: of a tile.
+      group: heads of query that share one of key and value.
+      query_rows: of a tile, for each head of a group.
       key_rows: of a tile.
       query_blocks: how many there are.
-      key_blocks: for the index of a block of queries, how many blocks of keys it attends to.
-      terms: for the indices of a tile, bool that broadcasts to its scores, or None for all.
+      key_blocks: likewise.
+      keys_long: whether a tile is longer along the keys.
+      keys_of: for the index of a block of queries, the first and, exclusively, the last of the
+        blocks of keys that it attends to.
+      queries_of: for the index of a block of keys, likewise the blocks of queries that do.
+      terms: for the indices of a tile, bool [batch or 1, kv_heads or 1, group or 1, query_rows or
+        1, key_rows or 1], the scores that count, or None for all.
     """
 
+    group: int
     query_rows: int
     key_rows: int
     query_blocks: int
-    key_blocks: Callable[[Any], Any]
+    key_blocks: int
+    keys_long: bool
+    keys_of: Callable[[Any], tuple[Any, Any]]
+    queries_of: Callable[[Any], tuple[Any, Any]]
     terms: Callable[[Any, Any], jax.Array | None]
 
 
@@ -236,102 +274,143 @@ def _tiles(
     tile: tuple[int, int],
     is_causal: bool,
     skips: bool,
+    keys_long: bool = False,
 ) -> _Tiles:
+    """Divides the scores; keys_long decides where both sides are of one length."""
     q_length, kv_length, group = query.shape[1], key.shape[1], query.shape[2] // key.shape[2]
-    query_rows, key_rows = tile_rows(q_length, kv_length, tile)
-    sizes = (query_rows, key_rows)
+    if group * q_length != kv_length:
+        keys_long = group * q_length < kv_length
+    query_limit, key_limit = tile[::-1] if keys_long else tile
+    query_rows = even_rows(q_length, max(1, query_limit // group))
+    key_rows = even_rows(kv_length, key_limit)
     num_queries, num_keys = -(-q_length // query_rows), -(-kv_length // key_rows)
+    skips = skips and is_causal and (num_queries > 1 or num_keys > 1)
+
+    def keys_of(i: Any) -> tuple[Any, Any]:
+        stop = -(-((i + 1) * query_rows) // key_rows)
+        return 0, jnp.minimum(num_keys, stop) if skips else num_keys
+
+    def queries_of(j: Any) -> tuple[Any, Any]:
+        start = j * key_rows // query_rows
+        return jnp.minimum(num_queries, start) if skips else 0, num_queries
+
+    return _Tiles(
+        group,
+        query_rows,
+        key_rows,
+        num_queries,
+        num_keys,
+        keys_long,
+        keys_of,
+        queries_of,
+        _terms(mask, kv_length, key.shape[2], group, (query_rows, key_rows), is_causal),
+    )
+
+
+def _terms(
+    mask: jax.Array | None,
+    kv_length: int,
+    kv_heads: int,
+    group: int,
+    rows: tuple[int, int],
+    is_causal: bool,
+) -> Callable[[Any, Any], jax.Array | None]:
+    """See _Tiles; rows are those of a tile along query and along key."""
     if mask is not None:
-        heads = (1, 1) if mask.shape[1] == 1 else (key.shape[2], group)
-        mask = reshaped(
-            mask,
-            (mask.shape[0], *heads, *mask.shape[2:]),
-            lambda spec: (spec[0], spec[1], None, *spec[2:]),
+        heads = (1, 1) if mask.shape[1] == 1 else (kv_heads, group)
+        shape = (mask.shape[0], *heads, *mask.shape[2:])
+        mask = reshaped(mask, shape, lambda spec: (*spec[:2], None, *spec[2:]))
+        for axis in (3, 4):
+            mask = mask if mask.shape[axis] == 1 else pad(mask, rows[axis - 3], axis)
+
+    def of_tile(i: Any, j: Any) -> jax.Array | None:
+        terms = mask
+        if terms is not None:
+            for axis, index in ((3, i), (4, j)):
+                if terms.shape[axis] > 1:
+                    size = rows[axis - 3]
+                    terms = jax.lax.dynamic_slice_in_dim(terms, index * size, size, axis=axis)
+        queries, keys = (
+            index * size + jnp.arange(size, dtype=jnp.int32)
+            for index, size in zip((i, j), rows, strict=True)
         )
-        missing = [
-            (0, -mask.shape[axis] % rows if mask.shape[axis] > 1 else 0)
-            for axis, rows in zip((3, 4), sizes, strict=True)
-        ]
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), *missing))
-
-    def terms(i: Any, j: Any) -> jax.Array | None:
-        found = mask
-        if found is not None:
-            for axis, index, rows in zip((3, 4), (i, j), sizes, strict=True):
-                if found.shape[axis] > 1:
-                    found = jax.lax.dynamic_slice_in_dim(found, index * rows, rows, axis=axis)
-        keys = j * key_rows + jnp.arange(key_rows, dtype=jnp.int32)
-        if num_keys * key_rows > kv_length:
-            real = (keys < kv_length)[None, None, None, None, :]
-            found = real if found is None else found & real
+        more = []
+        if kv_length % rows[1]:
+            more.append(keys[None, :] < kv_length)
         if is_causal:
-            queries = i * query_rows + jnp.arange(query_rows, dtype=jnp.int32)
-            earlier = (queries[:, None] >= keys[None, :])[None, None, None]
-            found = earlier if found is None else found & earlier
-        return found
+            more.append(queries[:, None] >= keys[None, :])
+        for counted in more:
+            counted = counted[None, None, None]
+            terms = counted if terms is None else terms & counted
+        return terms
 
-    def key_blocks(i: Any) -> Any:
-        if not (is_causal and skips) or num_queries == 1 or num_keys == 1:
-            return num_keys
-        return jnp.minimum(num_keys, -(-((i + 1) * query_rows) // key_rows))
-
-    return _Tiles(query_rows, key_rows, num_queries, key_blocks, terms)
+    return of_tile
 
 
 def _dtype(*arrays: jax.Array) -> Any:
+    """The dtype of all computation."""
     return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
-def _operands(
-    tiles: _Tiles,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lse: jax.Array,
-    of_rows: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Query, key, value, lse and another array of the queries' rows, as they are cut to blocks."""
-    kv_heads = key.shape[2]
-    lse = jnp.moveaxis(lse, 1, 2)[..., None]
-    q, lse, of_rows = (pad(_grouped(x, kv_heads), tiles.query_rows) for x in (query, lse, of_rows))
-    k, v = (pad(_grouped(x, kv_heads), tiles.key_rows) for x in (key, value))
-    return q, k, v, lse, of_rows
+def _split(x: jax.Array, key: jax.Array, rows: int, dtype: Any) -> jax.Array:
+    """[batch, length, heads, dim] as [batch, kv_heads, group, length, dim], for blocks of rows.
 
-
-def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[batch, length, heads, dim] as [batch, length, kv_heads, group, dim]."""
+    Zeros are added to the length, up to a multiple of rows. A head's rows are then together in
+    memory, which the products are faster for.
+    """
     batch, length, heads, dim = x.shape
-    shape = (batch, length, kv_heads, heads // kv_heads, dim)
-    return reshaped(x, shape, lambda spec: (*spec[:3], None, spec[3]))
+    shape = (batch, length, key.shape[2], heads // key.shape[2], dim)
+    x = reshaped(x, shape, lambda spec: (*spec[:3], None, spec[3]))
+    return pad(jnp.moveaxis(x, 1, 3).astype(dtype), rows, axis=3)
 
 
-def _ungrouped(x: jax.Array, like: jax.Array) -> jax.Array:
-    """The inverse of _grouped, without what pads the length."""
-    shape = (*x.shape[:2], like.shape[2], x.shape[-1])
-    x = reshaped(x, shape, lambda spec: (*spec[:3], spec[4]))
-    return x[:, : like.shape[1]]
+def _joined(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of _split, of the length and heads of another array."""
+    x = jnp.moveaxis(x[:, :, :, : like.shape[1]], 3, 1)
+    shape = (*like.shape[:3], x.shape[-1])
+    return reshaped(x, shape, lambda spec: (*spec[:3], spec[4]))
 
 
-def _block(array: jax.Array, index: Any, rows: int, dtype: Any) -> jax.Array:
-    """Block index of [batch, length, kv_heads, group, dim]."""
-    block = jax.lax.dynamic_slice_in_dim(array, index * rows, rows, axis=1)
-    return jnp.moveaxis(block, 1, 3).astype(dtype)
+def _block(array: jax.Array, index: Any, rows: int) -> jax.Array:
+    """Block index of what _split returned, [batch, kv_heads, group * rows, dim]."""
+    block = jax.lax.dynamic_slice_in_dim(array, index * rows, rows, axis=3)
+    batch, kv_heads, group, _, dim = block.shape
+    return reshaped(
+        block, (batch, kv_heads, group * rows, dim), lambda spec: (*spec[:2], None, spec[4])
+    )
 
 
 def _put(array: jax.Array, block: jax.Array, index: Any) -> jax.Array:
     """The array with its block index replaced."""
-    rows = block.shape[3]
-    return jax.lax.dynamic_update_slice_in_dim(
-        array, jnp.moveaxis(block, 3, 1), index * rows, axis=1
-    )
+    rows = block.shape[2] // array.shape[2]
+    shape = (*array.shape[:3], rows, array.shape[4])
+    block = reshaped(block, shape, lambda spec: (*spec[:2], None, None, spec[3]))
+    return jax.lax.dynamic_update_slice_in_dim(array, block, index * rows, axis=3)
 
 
 def _add(array: jax.Array, block: jax.Array, index: Any) -> jax.Array:
     """The array with something added to its block index."""
-    return _put(array, _block(array, index, block.shape[3], array.dtype) + block, index)
+    rows = block.shape[2] // array.shape[2]
+    return _put(array, _block(array, index, rows) + block, index)
 
 
-def _scores(query: jax.Array, key: jax.Array, terms: jax.Array | None) -> jax.Array:
-    """Q . k for two blocks, -inf where terms is False."""
-    scores = jnp.einsum("bhgqp,bhkp->bhgqk", query, key)
-    return scores if terms is None else jnp.where(terms, scores, -jnp.inf)
+def _transposed(matrix: jax.Array) -> jax.Array:
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def _only(scores: jax.Array, terms: jax.Array | None, group: int, *, axis: int = 2) -> jax.Array:
+    """The scores that count, -inf in place of the others.
+
+    Args:
+      scores: [batch, kv_heads, group * query rows, key rows], or with the last two exchanged.
+      terms: see _Tiles.
+      group: likewise.
+      axis: that of the queries, 2 or 3.
+    """
+    if terms is None:
+        return scores
+    rows = scores.shape[axis] // group
+    shape = (*scores.shape[:axis], group, rows, *scores.shape[axis + 1 :])
+    split = reshaped(scores, shape, lambda spec: (*spec[:2], None, None, None))
+    split = jnp.where(jnp.moveaxis(terms, -1, 2) if axis == 3 else terms, split, -jnp.inf)
+    return reshaped(split, scores.shape, lambda spec: (*spec[:2], None, None))

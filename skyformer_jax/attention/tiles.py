@@ -1,7 +1,4 @@
-"""What the tiled forms of the primitives share: blocks of rows, and loops over them.
-
-Arrays are [batch, length, ...]; their blocks have the same axes and some of the rows.
-"""
+"""What the tiled forms of the primitives share: how many rows a tile has, and loops over tiles."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,29 +11,29 @@ def tile_rows(q_length: int, kv_length: int, tile: tuple[int, int]) -> tuple[int
     """Rows of a tile along query and along key."""
     long, short = tile
     if q_length < kv_length:
-        return _rows(q_length, short), _rows(kv_length, long)
-    return _rows(q_length, long), _rows(kv_length, short)
+        return even_rows(q_length, short), even_rows(kv_length, long)
+    return even_rows(q_length, long), even_rows(kv_length, short)
 
 
-def _rows(length: int, limit: int) -> int:
+def even_rows(length: int, limit: int) -> int:
     """Rows of each of the fewest equal blocks that hold length rows, limit being the most."""
     num_blocks = max(1, -(-length // limit))
     rows = -(-length // num_blocks)
     return max(1, rows if num_blocks == 1 else -(-rows // 8) * 8)
 
 
-def pad(array: jax.Array, rows: int) -> jax.Array:
-    """Zeros after axis 1, up to a multiple of rows."""
-    missing = -array.shape[1] % rows
-    widths = [(0, missing if axis == 1 else 0) for axis in range(array.ndim)]
+def pad(array: jax.Array, rows: int, axis: int = 1) -> jax.Array:
+    """Zeros after an axis, up to a multiple of rows."""
+    missing = -array.shape[axis] % rows
+    widths = [(0, missing if i == axis else 0) for i in range(array.ndim)]
     return jnp.pad(array, widths) if missing else array
 
 
-def loop(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Carry after body(0, carry), body(1, ...), ...; a loop only for more than one turn.
+def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Carry after body(start, carry), ..., body(stop - 1, carry); a loop for several turns only.
 
-    JAX can differentiate it backwards where count is an int, not where it is traced.
+    JAX can differentiate it backwards where start and stop are ints, not where they are traced.
     """
-    if not isinstance(count, int) or count > 1:
-        return jax.lax.fori_loop(0, count, body, carry)
-    return body(0, carry) if count else carry
+    if not (isinstance(start, int) and isinstance(stop, int)) or stop - start > 1:
+        return jax.lax.fori_loop(start, stop, body, carry)
+    return body(start, carry) if stop > start else carry
