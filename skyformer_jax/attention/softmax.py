@@ -43,8 +43,8 @@ _TILE = {"cpu": (1024, 128), "default": (8192, 1024)}
 # The axes of the first arguments of tiles and kernels.
 _ARRAYS = (ROWS, ROWS, ROWS, SCALAR)
 
-# Scores of a head up to which storing them all for the gradient is faster than a second
-# computation, on two CPU cores.
+# Scores of a head up to which all are stored: tiles gain less than a millisecond there, and take
+# longer to compile.
 _DENSE_SCORES = 128 * 128
 
 
@@ -114,9 +114,9 @@ def softmax_attention(
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
     few = implementation == "auto" and query.shape[1] * key.shape[1] <= _DENSE_SCORES
     if few or implementation == "dense" or bias is not None:
-        arrays = (query, key, value, mask, full_mask, bias, factor)
         dense = functools.partial(_dense, is_causal=is_causal)
-        return on_automatic_axes(dense, out_spec(query, value), *arrays)
+        more = mask, full_mask, bias, factor
+        return on_automatic_axes(dense, out_spec(query, value), query, key, value, *more)
     if isinstance(factor, jax.core.Tracer):
         # Its derivatives are those of a product.
         query = query.astype(jnp.float64 if wide else jnp.float32)
@@ -167,10 +167,8 @@ def _without_scores(
 
         def call(*arrays: jax.Array, **options: Any) -> Any:
             query, key, value, factor, *others = arrays
-            mask, *others = others if has_mask else (None, *others)
-            return function(
-                query, key, value, factor, mask, *others, is_causal=is_causal, **options
-            )
+            more = others if has_mask else (None, *others)
+            return function(query, key, value, factor, *more, is_causal=is_causal, **options)
 
         return call
 
