@@ -1,9 +1,10 @@
 """Softmax attention as Pallas kernels for TPUs, through Mosaic.
 
-As Dao et al. (2022) do it: a running maximum and sum, and for gradients P = exp(scale q k - lse) and
-dS = P (d_out v - delta) again, with delta = d_out out. See tpu_tiles for the layout, the grid and the
-precision. Queries pass by, keys stay. Both, and values, are measured from their means, which differences
-of scores do not notice: only the mean query's products with keys matter, which are taken in float32.
+As Dao et al. (2022) do it: a running maximum and sum, and for gradients P = exp(scale q k - lse)
+and dS = P (d_out v - delta) again, with delta = d_out out. See tpu_tiles for the layout, the grid
+and the precision. Queries pass by, keys stay. Both, and values, are measured from their means,
+which differences of scores do not notice: only the mean query's products with keys matter, which
+are taken in float32.
 """
 
 import functools
