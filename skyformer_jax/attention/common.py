@@ -1,6 +1,7 @@
 """What a call of any of the attention functions goes through around its own mathematics."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -86,7 +87,8 @@ def attention_function(
 
             if takes_explicit_axes:
                 # They know of divided batches and heads alone.
-                query, key, value = (_whole(x, (0, 2)) for x in (query, key, value))
+                query = _whole(query, (0, 2))
+                key, value = (_divided_as(x, query) for x in (key, value))
                 options |= {k: _whole(options[k], (0,)) for k in _MASKS & options.keys()}
                 return _resharded(attend(query, key, value, options), spec)
             return on_automatic_axes(attend, spec, query, key, value, options)
@@ -168,6 +170,20 @@ def _resharded(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
         return x
     mesh = jax.typeof(x).sharding.mesh
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _divided_as(x: jax.Array | None, query: jax.Array) -> jax.Array | None:
+    """Key or value, with batch and heads divided as those of query on explicit axes.
+
+    Its heads are repeated for those of query, where they are fewer and cannot be divided so.
+    """
+    if x is None or not (_explicit_axes(x) and _explicit_axes(query)):
+        return _whole(x, (0, 2))
+    batch, _, heads, _ = spec_of(query)
+    shape = jax.typeof(query).sharding.mesh.shape
+    if x.shape[2] % math.prod(shape[axis] for axis in _axes(heads)):
+        x = _repeated(x, query)
+    return _resharded(x, (batch, None, heads, None))
 
 
 def _zeros(query: jax.Array, value: jax.Array) -> jax.Array:

@@ -106,6 +106,31 @@ def hide(rows: jax.Array, real: jax.Array) -> jax.Array:
     return jnp.where(real[:, :, None, None], rows, 0)
 
 
+def hide_unseen(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    full_mask: jax.Array | None,
+    is_causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Key and value with 0 at keys that no query may attend to: what stands there, may be NaN.
+
+    Args:
+      query: [batch, q_length, heads, head_dim].
+      key: [batch, kv_length, kv_heads, head_dim].
+      value: [batch, kv_length, kv_heads, value_dim].
+      full_mask: what check_full_mask returned, or None.
+      is_causal: whether query i attends to keys 0..i only.
+    """
+    if full_mask is not None:
+        seen = jnp.broadcast_to(full_mask.any(axis=(1, 2)), key.shape[:2])
+        key, value = hide(key, seen), hide(value, seen)
+    if is_causal and key.shape[1] > query.shape[1]:
+        seen = (jnp.arange(key.shape[1]) < query.shape[1])[None]
+        key, value = hide(key, seen), hide(value, seen)
+    return key, value
+
+
 def equal_head_dims(
     query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

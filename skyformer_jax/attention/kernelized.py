@@ -14,8 +14,8 @@ from skyformer_jax.attention.gaussian import gaussian_attention
 from skyformer_jax.attention.inputs import (
     check_full_mask,
     check_not_negative,
-    hide,
     hide_masked,
+    hide_unseen,
     zeros_like,
 )
 from skyformer_jax.attention.row_sums import over_row_sums, with_ones
@@ -139,9 +139,8 @@ def kernelized_attention(
     value = with_ones(value, mask) if normalize else value
     if full_mask is not None:
         full_mask = check_full_mask(full_mask, query, key)
-        # What stands at keys that no query has in its sum adds nothing, NaN included.
-        some = jnp.broadcast_to(full_mask.any(axis=(1, 2)), key.shape[:2])
-        key, value = hide(key, some), hide(value, some)
+    key, value = hide_unseen(query, key, value, full_mask, is_causal)
+    if full_mask is not None:
         of_keys_alone = full_mask.shape[1:3] == (1, 1)
         shape = (*full_mask.shape[:3], key.shape[1])
         full_mask = None if of_keys_alone else jnp.broadcast_to(full_mask, shape)

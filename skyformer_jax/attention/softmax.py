@@ -20,6 +20,7 @@ from skyformer_jax.attention.inputs import (
     equal_head_dims,
     floating_arrays,
     hide_masked,
+    hide_unseen,
     known_options,
     with_all_axes,
 )
@@ -107,6 +108,9 @@ def softmax_attention(
     if implementation == "chunked" and bias is not None:
         raise ValueError('implementation="chunked" takes no bias; choose "auto" or "dense" for it')
     key, value = hide_masked(key, value, mask)
+    if full_mask is not None:
+        full_mask = check_full_mask(full_mask, query, key)
+    key, value = hide_unseen(query, key, value, full_mask, is_causal)
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
     few = implementation == "auto" and query.shape[1] * key.shape[1] <= _DENSE_SCORES
     if few or implementation == "dense" or bias is not None:
@@ -115,14 +119,15 @@ def softmax_attention(
         return on_automatic_axes(dense, out_spec(query, value), *arrays)
     if isinstance(factor, jax.core.Tracer):
         # Its derivatives are those of a product.
-        query, factor = query.astype(jnp.float32) * factor, 1.0
+        query = query.astype(jnp.float64 if wide else jnp.float32)
+        query, factor = query * factor.astype(query.dtype), 1.0
     allowed = None if mask is None else mask[:, None, None, :]
     if full_mask is not None:
-        full_mask = check_full_mask(full_mask, query, key)
         allowed = full_mask if allowed is None else allowed & full_mask
+    masks_keys = allowed is None or allowed.shape[1:] == (1, 1, key.shape[1])
     # Gradients are traced later than the call, and are to be of the settings of the call.
     function = _without_scores(
-        "chunked" if full_mask is not None or wide else implementation,
+        implementation if masks_keys and not wide else "chunked",
         factor,
         allowed is not None,
         is_causal,

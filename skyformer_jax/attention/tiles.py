@@ -1,10 +1,12 @@
-"""What the tiled forms of the primitives share: how many rows a tile has, and loops over tiles."""
+"""How scores are divided into tiles, and loops over these, for the tiled forms in plain JAX."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from skyformer_jax.attention.inputs import reshaped
 
 
 def tile_rows(q_length: int, kv_length: int, tile: tuple[int, int]) -> tuple[int, int]:
@@ -37,3 +39,114 @@ def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], carry: Any) -> 
     if not (isinstance(start, int) and isinstance(stop, int)) or stop - start > 1:
         return jax.lax.fori_loop(start, stop, body, carry)
     return body(start, carry) if stop > start else carry
+
+
+class Tiles(NamedTuple):
+    """How the scores are divided.
+
+    Attributes:
+      group: heads of query that share one of key and value.
+      query_rows: of a tile, for each head of a group.
+      key_rows: of a tile.
+      query_blocks: how many there are.
+      key_blocks: likewise.
+      keys_long: whether a tile is longer along the keys.
+      keys_of: for the index of a block of queries, the first and, exclusively, the last of the
+        blocks of keys that it attends to.
+      queries_of: for the index of a block of keys, likewise the blocks of queries that do.
+      terms: for the indices of a tile, bool [batch or 1, kv_heads or 1, group or 1, query_rows or
+        1, key_rows or 1], the scores that count, or None for all.
+    """
+
+    group: int
+    query_rows: int
+    key_rows: int
+    query_blocks: int
+    key_blocks: int
+    keys_long: bool
+    keys_of: Callable[[Any], tuple[Any, Any]]
+    queries_of: Callable[[Any], tuple[Any, Any]]
+    terms: Callable[[Any, Any], jax.Array | None]
+
+
+def divide(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array | None,
+    tile: tuple[int, int],
+    is_causal: bool,
+    skips: bool,
+    keys_long: bool = False,
+) -> Tiles:
+    """Divides the scores of softmax attention; see softmax_tiles.tiled_value for the arguments.
+
+    keys_long decides how a tile lies where queries, of all heads of a group, are as many as keys.
+    """
+    q_length, kv_length, group = query.shape[1], key.shape[1], query.shape[2] // key.shape[2]
+    if group * q_length != kv_length:
+        keys_long = group * q_length < kv_length
+    query_limit, key_limit = tile[::-1] if keys_long else tile
+    query_rows = even_rows(q_length, max(1, query_limit // group))
+    key_rows = even_rows(kv_length, key_limit)
+    num_queries, num_keys = -(-q_length // query_rows), -(-kv_length // key_rows)
+    skips = skips and is_causal and (num_queries > 1 or num_keys > 1)
+
+    def keys_of(i: Any) -> tuple[Any, Any]:
+        stop = -(-((i + 1) * query_rows) // key_rows)
+        return 0, jnp.minimum(num_keys, stop) if skips else num_keys
+
+    def queries_of(j: Any) -> tuple[Any, Any]:
+        start = j * key_rows // query_rows
+        return jnp.minimum(num_queries, start) if skips else 0, num_queries
+
+    return Tiles(
+        group,
+        query_rows,
+        key_rows,
+        num_queries,
+        num_keys,
+        keys_long,
+        keys_of,
+        queries_of,
+        _terms(mask, kv_length, key.shape[2], group, (query_rows, key_rows), is_causal),
+    )
+
+
+def _terms(
+    mask: jax.Array | None,
+    kv_length: int,
+    kv_heads: int,
+    group: int,
+    rows: tuple[int, int],
+    is_causal: bool,
+) -> Callable[[Any, Any], jax.Array | None]:
+    """See Tiles; rows are those of a tile along query and along key."""
+    if mask is not None:
+        heads = (1, 1) if mask.shape[1] == 1 else (kv_heads, group)
+        shape = (mask.shape[0], *heads, *mask.shape[2:])
+        mask = reshaped(mask, shape, lambda spec: (*spec[:2], None, *spec[2:]))
+        for axis in (3, 4):
+            mask = mask if mask.shape[axis] == 1 else pad(mask, rows[axis - 3], axis)
+
+    def of_tile(i: Any, j: Any) -> jax.Array | None:
+        terms = mask
+        if terms is not None:
+            for axis, index in ((3, i), (4, j)):
+                if terms.shape[axis] > 1:
+                    size = rows[axis - 3]
+                    terms = jax.lax.dynamic_slice_in_dim(terms, index * size, size, axis=axis)
+        queries, keys = (
+            index * size + jnp.arange(size, dtype=jnp.int32)
+            for index, size in zip((i, j), rows, strict=True)
+        )
+        more = []
+        if kv_length % rows[1]:
+            more.append(keys[None, :] < kv_length)
+        if is_causal:
+            more.append(queries[:, None] >= keys[None, :])
+        for counted in more:
+            counted = counted[None, None, None]
+            terms = counted if terms is None else terms & counted
+        return terms
+
+    return of_tile
