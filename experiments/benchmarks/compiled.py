@@ -60,6 +60,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _MESH = flags.DEFINE_list("mesh", ["-1", "1"], "Devices along data and along seq; -1: the rest.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Default: the config's.")
 _STOCK = flags.DEFINE_bool("stock", False, "Softmax by JAX's own kernel for TPUs.")
+_SCHEDULES = flags.DEFINE_bool(
+    "schedules", False, "Also state what the compiler schedules for kernels on TPUs; slower."
+)
 _HLO = flags.DEFINE_string("hlo", None, "File for the compiled text.")
 _TABLE = flags.DEFINE_bool("table", False, "Compile the rows of the table instead of one config.")
 _OUT = common_flags.out("results/compiled.json")
@@ -295,7 +298,8 @@ def main() -> None:
     cases = table(platform, topology) if _TABLE.value else []
     with tempfile.TemporaryDirectory() as folder:
         schedules = Path(folder)
-        write_schedules_to(schedules)
+        if _SCHEDULES.value:
+            write_schedules_to(schedules)
         devices = described_devices(platform, topology)
         jobs = [(_config_of(case), case) for case in cases]
         if not _TABLE.value:
@@ -307,7 +311,8 @@ def main() -> None:
 
         for config, case in jobs:
             with stock_softmax() if case.stock else contextlib.nullcontext():
-                row, text = compile_step(config, devices, case.data, case.seq, scheduled)
+                asked = scheduled if _SCHEDULES.value else None
+                row, text = compile_step(config, devices, case.data, case.seq, asked)
             if case.stock:
                 row["attention"] += ", stock splash attention"
             facts = provenance(1)
