@@ -14,7 +14,7 @@ from skyformer_jax.attention import gaussian_tpu, softmax_tpu, tpu_tiles
 
 # Relative error of output and gradients: of float32 arrays under "highest", in one pass of
 # bfloat16, and of bfloat16 arrays.
-TOLERANCE = {"float32": 2e-5, "one pass": 8e-3, "bfloat16": 3e-3}
+TOLERANCE = {"float32": 2e-5, "one pass": 6e-3, "bfloat16": 3e-3}
 # q_length, kv_length, head_dim, standard deviation, offset of all points, masks, causality.
 CASES = [
     (200, 130, 32, 1, 0, False, False),

@@ -7,20 +7,25 @@
 XLA's own compilers run on a CPU: for TPUs with libtpu (pip install ".[aot]"), for NVIDIA GPUs with
 JAX's CUDA wheels (docs/compiled.md). The step is the very one that train.py would run, on a mesh of
 data x seq of the topology's devices. Nothing is executed, so nothing is measured: cycles are XLA's
-estimates for TPUs, at the clock that is printed, with loops as often as they turn; a kernel of ours
-has none, and a model over the device's peaks stands beside them (docs/compiled.md). Bytes are what
-passes main memory by the compiled text, and what the devices send each other is counted.
+estimates for TPUs, at the clock that is printed, with loops as often as they turn; a kernel has
+none, and beside them stand a model over the device's peaks and, for TPUs, the cycles that the
+compiler schedules for it (docs/compiled.md). Bytes are what passes main memory by the compiled
+text, and what the devices send each other is counted.
 
---table compiles the rows of docs/compiled.md that are for the platform and the topology, one after
-another. --hlo writes the compiled text. --out takes the place of an earlier row of the same step.
+--stock computes softmax by JAX's own kernel for TPUs. --table compiles the rows of docs/compiled.md
+that are for the platform and the topology, one after another. --hlo writes the compiled text. --out
+takes the place of an earlier row of the same step.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import math
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +37,11 @@ from ml_collections import config_flags
 
 from experiments.benchmarks import common_flags
 from experiments.benchmarks.collectives import collectives
-from experiments.benchmarks.hlo import parse
-from experiments.benchmarks.program_costs import PEAKS, costs
+from experiments.benchmarks.hlo import Program, parse
+from experiments.benchmarks.program_costs import PEAKS, costs, is_kernel
+from experiments.benchmarks.stock_attention import stock_softmax
 from experiments.benchmarks.timing import abstract_batch, attempt, lower_train_step, memory
+from experiments.benchmarks.tpu_schedule import scheduled_cycles, write_schedules_to
 from experiments.records import Row, provenance, read_json, write_json
 from skyformer_jax import attention, cli
 from skyformer_jax.errors import UserError
@@ -52,6 +59,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _MESH = flags.DEFINE_list("mesh", ["-1", "1"], "Devices along data and along seq; -1: the rest.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Default: the config's.")
+_STOCK = flags.DEFINE_bool("stock", False, "Softmax by JAX's own kernel for TPUs.")
 _HLO = flags.DEFINE_string("hlo", None, "File for the compiled text.")
 _TABLE = flags.DEFINE_bool("table", False, "Compile the rows of the table instead of one config.")
 _OUT = common_flags.out("results/compiled.json")
@@ -68,12 +76,14 @@ class Case:
       data: devices along data.
       seq: devices along seq.
       changes: of the config, by dotted names.
+      stock: whether softmax attention is by JAX's own kernel for TPUs.
     """
 
     config: str
     data: int
     seq: int
     changes: dict[str, Any]
+    stock: bool = False
 
 
 def table(platform: str, topology: str) -> list[Case]:
@@ -82,6 +92,7 @@ def table(platform: str, topology: str) -> list[Case]:
     one_document = {"train.batch_size": 1, "model.positions": "sinusoidal"}
     cases = {
         ("tpu", "v5e:2x4"): [Case(text + name, 8, 1, {}) for name in attention.NAMES]
+        + [Case(text + "softmax", 8, 1, {}, stock=True)]
         + [Case(text + name, 2, 4, {}) for name in attention.SPLITTABLE]
         + [Case(text + "skyformer", 1, 1, {"train.batch_size": 8})],
         ("tpu", "v5e:16x16"): [
@@ -149,9 +160,20 @@ def _config_of(case: Case) -> ml_collections.ConfigDict:
 
 
 def compile_step(
-    config: ml_collections.ConfigDict, devices: list[jax.Device], data: int, seq: int
+    config: ml_collections.ConfigDict,
+    devices: list[jax.Device],
+    data: int,
+    seq: int,
+    scheduled: Callable[[Program], Mapping[str, int]] | None = None,
 ) -> tuple[Row, str]:
     """Compiles a training step for the first data x seq devices.
+
+    Args:
+      config: the step's.
+      devices: to compile for.
+      data: devices along data.
+      seq: devices along seq.
+      scheduled: the cycles that the compiler has just scheduled, by kernel.
 
     Returns:
       Its row, and the compiled text. Of a step that XLA refuses, the row has skipped, the reason.
@@ -188,7 +210,9 @@ def compile_step(
     if program is None:
         return row | seconds | {"skipped": reason}, ""
     text = program.as_text()
-    found = costs(parse(text), peaks) | {"collectives": collectives(text)}
+    parsed = parse(text)
+    of_kernels = None if scheduled is None else scheduled(parsed)
+    found = costs(parsed, peaks, of_kernels) | {"collectives": collectives(text)}
     return row | seconds | memory(program) | found, text
 
 
@@ -200,7 +224,8 @@ def as_text(row: Row) -> str:
     )
     if "skipped" in row:
         return title + row["skipped"]
-    modelled = sum(kernel["modelled_cycles"] for kernel in row["kernels"].values())
+    kernels = row["kernels"].values()
+    modelled = sum(kernel["modelled_cycles"] for kernel in kernels)
     lines = [
         f"{title}compiled in {row['compile_seconds']:.0f} s",
         f"  {row['bytes_through_memory'] / 1e6:,.1f} MB through memory, "
@@ -209,19 +234,25 @@ def as_text(row: Row) -> str:
         f"{len(row['loops'])} loops",
     ]
     if row["estimated_cycles"]:
-        cycles = row["estimated_cycles"] + modelled
-        lines.append(
-            f"  {row['estimated_cycles'] / 1e6:.2f} M cycles by XLA, {modelled / 1e6:.2f} M of "
-            f"kernels by their own estimates: {1e3 * cycles / row['hertz']:.2f} ms"
-        )
+        of_kernels = [(modelled, "by a model")]
+        if kernels and all("scheduled_cycles" in kernel for kernel in kernels):
+            scheduled = sum(kernel["scheduled_cycles"] for kernel in kernels)
+            of_kernels.append((scheduled, "as scheduled"))
+        lines += [
+            f"  {row['estimated_cycles'] / 1e6:.2f} M cycles by XLA and {cycles / 1e6:.2f} M of "
+            f"kernels {how}: {1e3 * (row['estimated_cycles'] + cycles) / row['hertz']:.2f} ms"
+            for cycles, how in of_kernels
+        ]
     elif modelled and row["hertz"]:
         seconds = modelled / row["hertz"]
         lines.append(
             f"  {modelled / 1e6:.2f} M cycles of kernels by a model: {1e3 * seconds:.2f} ms"
         )
     for name, kernel in row["kernels"].items():
-        said = f"{kernel['modelled_cycles'] / 1e3:,.0f} k cycles"
+        said = f"{kernel['modelled_cycles'] / 1e3:,.0f} k cycles by a model"
         said = said if kernel["estimated"] else "without an estimate"
+        if "scheduled_cycles" in kernel:
+            said += f", {kernel['scheduled_cycles'] / 1e3:,.0f} k as scheduled"
         lines.append(f"  kernel {name}: {kernel['runs']} times, {said}")
     for kind, sent in row["collectives"].items():
         lines.append(f"  {kind}: {sent['count']}, {sent['bytes']:,} bytes")
@@ -235,7 +266,8 @@ def as_text(row: Row) -> str:
 
 def _put(path: Path, row: Row) -> None:
     """Writes the row to the file, in the place of an earlier one of the same step."""
-    same = ("platform", "topology", "config", "changes", "data", "seq", "batch_size", "length")
+    same = ("platform", "topology", "config", "attention", "changes", "data", "seq")
+    same += ("batch_size", "length")
     what = "training steps compiled ahead of time, nothing executed; cycles are XLA's estimates"
     rows = read_json(path)["rows"] if path.exists() else []
     row = {**row, "changes": dict(row["changes"])}
@@ -261,30 +293,47 @@ def main() -> None:
     if not _TABLE.value and _CONFIG.value is None:
         raise UserError("give --config=configs/FILE.py:ATTENTION, or --table")
     cases = table(platform, topology) if _TABLE.value else []
-    devices = described_devices(platform, topology)
-    jobs = [(_config_of(case), case) for case in cases]
-    if not _TABLE.value:
-        changes = {} if _BATCH_SIZE.value is None else {"train.batch_size": _BATCH_SIZE.value}
-        config = _CONFIG.value.copy_and_resolve_references()
-        config.update_from_flattened_dict(changes)
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        overridden = config_flags.get_override_values(flags.FLAGS["config"])
-        jobs = [(config, Case(name, *_mesh_shape(len(devices)), {**overridden, **changes}))]
-    for config, case in jobs:
-        row, text = compile_step(config, devices, case.data, case.seq)
-        facts = provenance(1)
-        row = {
-            "platform": platform,
-            "topology": topology,
-            "config": case.config,
-            "changes": case.changes,
-            **{field: facts[field] for field in ("commit", "versions")},
-            **row,
-        }
-        say(as_text(row))
-        _put(Path(_OUT.value), row)
-        if _HLO.value:
-            Path(_HLO.value).write_text(text)
+    with tempfile.TemporaryDirectory() as folder:
+        schedules = Path(folder)
+        write_schedules_to(schedules)
+        devices = described_devices(platform, topology)
+        jobs = [(_config_of(case), case) for case in cases]
+        if not _TABLE.value:
+            jobs = [_job_of_flags(len(devices))]
+
+        def scheduled(program: Program) -> Mapping[str, int]:
+            kernels = [one.name for one, *_ in program.executed() if is_kernel(one)]
+            return scheduled_cycles(schedules, kernels)
+
+        for config, case in jobs:
+            with stock_softmax() if case.stock else contextlib.nullcontext():
+                row, text = compile_step(config, devices, case.data, case.seq, scheduled)
+            if case.stock:
+                row["attention"] += ", stock splash attention"
+            facts = provenance(1)
+            row = {
+                "platform": platform,
+                "topology": topology,
+                "config": case.config,
+                "changes": case.changes,
+                **{field: facts[field] for field in ("commit", "versions")},
+                **row,
+            }
+            say(as_text(row))
+            _put(Path(_OUT.value), row)
+            if _HLO.value:
+                Path(_HLO.value).write_text(text)
+
+
+def _job_of_flags(num_devices: int) -> tuple[ml_collections.ConfigDict, Case]:
+    changes = {} if _BATCH_SIZE.value is None else {"train.batch_size": _BATCH_SIZE.value}
+    config = _CONFIG.value.copy_and_resolve_references()
+    if _STOCK.value and (config.attention.name != "softmax" or _PLATFORM.value != "tpu"):
+        raise UserError("--stock is for the attention softmax and --platform=tpu")
+    config.update_from_flattened_dict(changes)
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    changes = {**config_flags.get_override_values(flags.FLAGS["config"]), **changes}
+    return config, Case(name, *_mesh_shape(num_devices), changes, _STOCK.value)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def _fusion_traffic(program: Program, one: Instruction, types: Mapping[str, str]
 def kernel_name(one: Instruction) -> str:
     """The name that a kernel was given."""
     path = one.op_name.removesuffix("/pallas_call")
-    return re.sub(r"[.\d]+$", "", path.split("/")[-1])
+    return re.sub(r"[.\d]+$", "", path.split("/")[-1] or one.name)
 
 
 def kernel_work(program: Program, one: Instruction, types: Mapping[str, str]) -> dict[str, int]:
@@ -218,15 +218,20 @@ def kernel_work(program: Program, one: Instruction, types: Mapping[str, str]) ->
     }
 
 
-def costs(program: Program, peaks: Peaks | None) -> Row:
+def costs(program: Program, peaks: Peaks | None, scheduled: Mapping[str, int] | None = None) -> Row:
     """What a program does in one execution.
+
+    Args:
+      program: of a compiled text.
+      peaks: of the device.
+      scheduled: cycles by the name of a kernel's instruction, of tpu_schedule.
 
     Returns:
       runs, of instructions by themselves; loops, their number of turns each; bytes_through_memory;
       estimated_cycles, XLA's, which TPU programs have; kernels: for each name runs,
       modelled_cycles, its kernel_work over the peaks, whichever part takes longest, and estimated,
-      whether that is known; and by_purpose, with runs, bytes and cycles, the kernels' modelled
-      ones, most bytes or cycles first.
+      whether that is known, and scheduled_cycles, if they are; and by_purpose, with runs, bytes
+      and cycles, of kernels those scheduled or else modelled, most bytes or cycles first.
     """
     types = {one.name: one.type for body in program.computations.values() for one in body}
     total: collections.Counter = collections.Counter()
@@ -255,6 +260,9 @@ def costs(program: Program, peaks: Peaks | None) -> Row:
             kernels[name].update({"runs": times, "modelled_cycles": modelled})
             kernels[name]["estimated"] = int(bool(known_work))
             work["cycles"] = modelled
+            if scheduled and one.name in scheduled:
+                work["cycles"] = times * scheduled[one.name]
+                kernels[name].update({"scheduled_cycles": work["cycles"]})
         by[purpose(program, one)].update(work)
     loops = [
         program.trips(one)

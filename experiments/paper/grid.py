@@ -25,6 +25,7 @@ CONFIGS = tuple(sorted(path.stem for path in ROOT.glob("configs/*.py") if path.s
 NOT_SETTING = (*configs.MUTABLE_FIELDS, "data.source", "seed")
 # A config that is reduced by itself, and what it is a reduction of.
 _FULL = {"quickstart": "listops"}
+_FULL_VARIANTS = ("paper", "fast")  # of the full task
 _SHORTER = tuple(
     f"{config}:{setting}"
     for config, settings in {
@@ -126,7 +127,9 @@ def _make_cell(
         raise UserError("--set cannot set attention.name, seed or num_seeds: each cell has its own")
     configs.check(config, num_devices=1)
     get_full = importlib.import_module(f"configs.{_FULL.get(config_name, config_name)}").get_config
-    full = setting_of(configs.to_dict(get_full(name if variant == "paper" else attention_name)))
+    full = setting_of(
+        configs.to_dict(get_full(name if variant in _FULL_VARIANTS else attention_name))
+    )
     asked = configs.stored(config)
     here = setting_of(asked)
     return Cell(

@@ -13,7 +13,7 @@ CONFIGS = flags.DEFINE_list(
 )
 ATTENTIONS = flags.DEFINE_list("attentions", list(attention.NAMES), "Which.")
 SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Numbers.")
-VARIANT = flags.DEFINE_string("variant", "", "Of the configs: paper or small.")
+VARIANT = flags.DEFINE_string("variant", "", "Of the configs: paper, fast or small.")
 SMALL = flags.DEFINE_bool(
     "small", False, "The reduced setting for a CPU: the variant small, still shorter."
 )

@@ -22,8 +22,9 @@ them instead of starting them twice. Exit status: 0, 1 if a cell failed, 128 + s
 
 Writes --out anew after each cell: what was asked for, "cells" with status (failed is tried again
 next time, refused is not), departures ({field: [full setting, here]}, empty if the run is not a
-reduced one; variant "paper" is a full setting of its own), what eval_test.json has, seconds of wall
-time of all attempts and the last one's provenance; and a "summary" over the finished cells.
+reduced one; variants "paper" and "fast" are full settings of their own), what eval_test.json has,
+seconds of wall time of all attempts and the last one's provenance; and a "summary" over the
+finished cells.
 """
 
 import contextlib

@@ -126,9 +126,10 @@ def _scores(x: jax.Array, y: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _value_kernel(
-    _: Any, scale_ref: Any, centre_ref: Any, query_ref: Any, key_ref: Any, value_ref: Any, out_ref: Any,
-    *, how: Operands,
+    first_ref: Any, scale_ref: Any, centre_ref: Any,
+    query_ref: Any, key_ref: Any, value_ref: Any, out_ref: Any, *, how: Operands
 ) -> None:  # fmt: skip
+    del first_ref
     query, key = (points(ref, centre_ref, how) for ref in (query_ref, key_ref))
     scores = _scores(query, key, scale_ref[...]).astype(how.dtype)
     out = matmul(value_ref[0].astype(how.dtype), scores, 1, 0)
@@ -136,14 +137,16 @@ def _value_kernel(
 
 
 def _gradients_kernel(
-    _: Any, scale_ref: Any, centre_ref: Any, x_ref: Any, of_x_ref: Any, y_ref: Any, of_y_ref: Any,
+    first_ref: Any, scale_ref: Any, centre_ref: Any,
+    x_ref: Any, of_x_ref: Any, y_ref: Any, of_y_ref: Any,
     *results: Any, how: Operands, keys_stay: bool,
 ) -> None:  # fmt: skip
     """W y - (W 1) x for what passes, W^T x - (W^T 1) y for what stays, and S^T d_out.
 
     Of x are d_out, and of y values, if keys stay; otherwise the other way round.
     """
-    *results, x_sums, y_sums = results
+    del first_ref
+    *results, x_sums, y_sums = results  # type: ignore[assignment]
     d_x_ref, d_value_ref, d_y_ref = results if not keys_stay else (results[0], *results[:0:-1])
     i, j = pl.program_id(1), pl.program_id(2)
     is_first_x, is_first_y = i == 0, j == 0

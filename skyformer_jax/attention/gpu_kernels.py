@@ -24,8 +24,8 @@ from jax.experimental.pallas import triton
 
 from skyformer_jax.attention.kernel_inputs import takes_one_pass, varying_alike
 
-# Programs that fill a device: two for each multiprocessor of an H100.
-_PROGRAMS = 264
+# Warps that fill a device: eight for each multiprocessor of an H100.
+_WARPS = 8 * 132
 # Blocks of columns that a part has at least. Each part writes a result of its own, which is read
 # again: that is to be little beside the columns. The axes that jax.vmap maps give more programs,
 # which are not known here.
@@ -177,7 +177,7 @@ def _grid(
     num_rows = min(row_limit, _power_of_2(length))
     num_columns = min(column_limit, _power_of_2(columns[0].shape[1]))
     row_blocks, column_blocks = -(-length // num_rows), -(-columns[0].shape[1] // num_columns)
-    wanted = _power_of_2(_PROGRAMS // (row_blocks * batch * heads), least=1)
+    wanted = _power_of_2(_WARPS // (num_warps * row_blocks * batch * heads), least=1)
     turns = -(-column_blocks // max(1, min(column_blocks // _LEAST_TURNS, wanted)))
     return num_rows, num_columns, row_blocks, -(-column_blocks // turns), turns, num_warps
 

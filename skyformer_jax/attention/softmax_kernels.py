@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from skyformer_jax.attention import softmax_gpu
+from skyformer_jax.attention import softmax_gpu, softmax_tpu
 from skyformer_jax.attention.common import repeat_heads
 
 
@@ -60,7 +60,9 @@ def _of_keys(mask: jax.Array | None, key: jax.Array) -> jax.Array | None:
 
 VALUE: Mapping[str, Callable[..., Any]] = {
     "cuda": functools.partial(_value, softmax_gpu.gpu_value),
+    "tpu": functools.partial(_value, softmax_tpu.tpu_value),
 }
 GRADIENTS: Mapping[str, Callable[..., Any]] = {
     "cuda": functools.partial(_gradients, softmax_gpu.gpu_gradients),
+    "tpu": functools.partial(_gradients, softmax_tpu.tpu_gradients),
 }

@@ -1,9 +1,10 @@
 """Softmax attention as Pallas kernels for TPUs, through Mosaic.
 
-As Dao et al. (2022) do it: a running maximum and sum, and for gradients P = exp(scale q k - lse) and
-dS = P (d_out v - delta) again, with delta = d_out out. See tpu_tiles for the layout, the grid and the
-precision. Queries pass by, keys stay. Both, and values, are measured from their means, which differences
-of scores do not notice: only the mean query's products with keys matter, which are taken in float32.
+As Dao et al. (2022) do it: a running maximum and sum, and for gradients P = exp(scale q k - lse)
+and dS = P (d_out v - delta) again, with delta = d_out out. See tpu_tiles for the layout, the grid
+and the precision. Queries pass by, keys stay. Both, and values, are measured from their means,
+which differences of scores do not notice: only the mean query's products with keys matter, which
+are taken in float32.
 """
 
 import functools
@@ -166,19 +167,19 @@ def _restriction(key: jax.Array, mask: jax.Array | None, y: Sizes) -> jax.Array:
     return filled[:, None]
 
 
-def _exponents(
-    query: jax.Array,
-    key: jax.Array,
-    restriction: jax.Array,
+def _of_keys(
+    restriction_ref: Any,
+    key_ref: Any,
+    key_mean_ref: Any,
+    query_mean_ref: Any,
     scale: jax.Array,
-    query_mean: jax.Array,
     how: Operands,
 ) -> jax.Array:
-    """scale log2(e) q k + restriction, [keys, queries], of points [dim, rows]."""
-    if how.centred:
-        products = (query_mean * key.astype(jnp.float32)).sum(axis=0, keepdims=True)
-        restriction = restriction + scale * products
-    return scale * matmul(key, query, 0, 0) + column(restriction)
+    """[1, keys]: what is added to the exponents of a key, whatever the query."""
+    if not how.centred:
+        return restriction_ref[0]
+    key = key_ref[0].astype(jnp.float32) - key_mean_ref[0]  # not rounded: the mean may be large
+    return restriction_ref[0] + scale * (query_mean_ref[0] * key).sum(axis=0, keepdims=True)
 
 
 def _causal(exponents: jax.Array, behind: jax.Array) -> jax.Array:
@@ -218,7 +219,8 @@ def _value_kernel(
         query = points(query_ref, query_mean_ref, how)
         key = points(key_ref, key_mean_ref, how)
         value = points(value_ref, value_mean_ref, how)
-        exponents = _exponents(query, key, restriction_ref[0], scale, query_mean_ref[0], how)
+        of_keys = _of_keys(restriction_ref, key_ref, key_mean_ref, query_mean_ref, scale, how)
+        exponents = scale * matmul(key, query, 0, 0) + column(of_keys)
         if is_causal:
             exponents = _causal(exponents, behind)
         before = maxima[...]
@@ -271,7 +273,8 @@ def _gradients_kernel(
         d_out, out = d_out_ref[0].astype(how.dtype), out_ref[0]
         if how.centred:
             out -= value_mean_ref[0]
-        exponents = _exponents(query, key, restriction_ref[0], scale, query_mean_ref[0], how)
+        of_keys = _of_keys(restriction_ref, key_ref, key_mean_ref, query_mean_ref, scale, how)
+        exponents = scale * matmul(key, query, 0, 0) + column(of_keys)
         if is_causal:
             exponents = _causal(exponents, behind)
         lse = lse_ref[0] - _by_mean_key(query_ref, key_mean_ref, scale, how)

@@ -1,0 +1,131 @@
+r"""What was tried to find the recipes of the variants "fast", and what each run reached, and when.
+
+    python -m experiments.paper.recipes --runs='runs/recipes/*'
+
+Reads workdirs of train.py, finished or not, and writes a row for each: how its setting departs from
+the paper's, the validation accuracies with the seconds that the steps up to each took, the test
+accuracy if it was evaluated, and how many seconds it took to reach, on validation, the test
+accuracy that the paper printed. Rows of other workdirs that --out has stay. Draws the curves.
+"""
+
+import glob
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+
+from experiments.palette import line_style
+from experiments.paper import published
+from experiments.paper.grid import setting_of
+from experiments.records import Row, provenance, read_json, replacing, write_json
+from skyformer_jax import cli
+from skyformer_jax.errors import UserError
+from skyformer_jax.training import config as configs
+from skyformer_jax.training.logs import read_metrics, training_seconds
+
+_RUNS = flags.DEFINE_string("runs", None, "Pattern of the workdirs.", required=True)
+_OUT = flags.DEFINE_string("out", "results/recipes.json", "File to write, and its picture.")
+
+
+def row_of(workdir: Path) -> Row:
+    """What a run was, and what it reached.
+
+    Raises:
+      UserError: if the folder is no workdir.
+    """
+    config = configs.read(workdir / "config.json")
+    train = config.train
+    curve = [
+        (
+            entry["step"],
+            round(training_seconds(workdir, train.batch_size, entry["step"]), 1),
+            entry["accuracy"],
+        )
+        for entry in read_metrics(workdir / "metrics.jsonl")
+        if entry["split"] == "validation"
+    ]
+    paper = published.ACCURACY[config.attention.name].get(config.task)
+    reached = [seconds for _, seconds, accuracy in curve if paper and 100 * accuracy >= paper]
+    sweep, tested = workdir / "sweep.json", workdir / "eval_test.json"
+    return {
+        "run": workdir.name,
+        "config": config.task,
+        "attention": config.attention.name,
+        "seed": config.seed,
+        "departures": _departures(config),
+        "num_steps": train.num_steps,
+        "batch_size": train.batch_size,
+        "curve": curve,
+        "best_validation": max((accuracy for *_, accuracy in curve), default=None),
+        "test": read_json(tested)["accuracy"] if tested.exists() else None,
+        "paper": paper,
+        "paper_hours": published.HOURS[config.attention.name].get(config.task),
+        "seconds_to_paper": reached[0] if reached else None,
+        "provenance": read_json(sweep)["provenance"] if sweep.exists() else None,
+    }
+
+
+def _departures(config: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """{field: (paper's setting, here)}."""
+    get_config = importlib.import_module(f"configs.{config.task}").get_config
+    full = setting_of(configs.to_dict(get_config(config.attention.name)))
+    here = setting_of(configs.to_dict(config))
+    return {
+        field: (full.get(field), here.get(field))
+        for field in sorted(full.keys() | here.keys())
+        if full.get(field) != here.get(field)
+    }
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """The validation curves against the minutes of the steps, a panel for each task."""
+    from matplotlib.figure import Figure  # imported late: it is slow to load
+
+    names = list(dict.fromkeys(row["config"] for row in rows))
+    figure = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        of_task = [row for row in rows if row["config"] == name and row["curve"]]
+        for row in of_task:
+            _, seconds, accuracies = zip(*row["curve"], strict=True)
+            axis.plot(
+                [s / 60 for s in seconds],
+                [100 * a for a in accuracies],
+                label=row["run"],
+                **line_style(row["attention"]),
+            )
+        for attention in dict.fromkeys(row["attention"] for row in of_task):
+            paper = published.ACCURACY[attention][name]
+            axis.axhline(paper, ls="--", lw=1, color=line_style(attention)["color"])
+        axis.set(xlabel="minutes of training", ylabel="validation accuracy, %", title=name)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
+
+
+def main() -> None:
+    """Writes the JSON and the picture, and prints a line for each run."""
+    workdirs = [Path(name) for name in sorted(glob.glob(_RUNS.value))]
+    workdirs = [workdir for workdir in workdirs if (workdir / "config.json").exists()]
+    if not workdirs:
+        raise UserError(f"--runs={_RUNS.value} matches no workdir of train.py")
+    out = Path(_OUT.value)
+    earlier = read_json(out)["rows"] if out.exists() else []
+    rows = [row_of(workdir) for workdir in workdirs]
+    names = {row["run"] for row in rows}
+    rows = [row for row in earlier if row["run"] not in names] + rows
+    what = "runs of full-length tasks by other recipes than the paper's; seconds are of the steps"
+    write_json(out, {"what": what, **provenance(jax.device_count()), "rows": rows})
+    plot(rows, out.with_suffix(".png"))
+    for row in rows:
+        best, test = (
+            f"{100 * x:.2f} %" if x else "-" for x in (row["best_validation"], row["test"])
+        )
+        print(f"{row['run']:40} validation {best:>8} test {test:>8} (paper {row['paper']})")
+
+
+if __name__ == "__main__":
+    cli.run(main)

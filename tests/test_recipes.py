@@ -1,0 +1,24 @@
+"""The table of recipes, of a workdir as train.py leaves it."""
+
+import json
+
+from experiments.paper import recipes
+from experiments.paper.grid import parse_config
+from skyformer_jax.training import config as configs
+
+
+def test_a_row_says_what_a_run_reached_and_when(tmp_path):
+    config = parse_config(["--config=configs/text.py:skyformer,fast", "--config.seed=3"])
+    (tmp_path / "config.json").write_text(json.dumps(configs.stored(config)))
+    entries = []
+    for step, accuracy in ((100, 0.6), (200, 0.65), (300, 0.64)):
+        train = {"step": step, "split": "train", "examples_per_second": 32.0}
+        entries += [train, {"step": step, "split": "validation", "accuracy": accuracy}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    row = recipes.row_of(tmp_path)
+    assert row["curve"] == [(100, 50.0, 0.6), (200, 100.0, 0.65), (300, 150.0, 0.64)]
+    assert (row["best_validation"], row["test"]) == (0.65, None)
+    assert (row["paper"], row["seconds_to_paper"]) == (64.7, 100.0)
+    assert row["departures"]["train.learning_rate"] == (1e-4, 1e-3)
+    recipes.plot([row], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
