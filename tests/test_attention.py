@@ -400,7 +400,13 @@ def test_the_registry_says_what_the_function_takes(name):
     assert {k: v.default for k, v in arguments.items() if k in entry.variable_options} == (
         entry.variable_options
     )
-    assert set(arguments) == {"num_heads", "head_dim", "kv_length", *entry.variable_options}
+    assert set(arguments) == {
+        "num_heads",
+        "head_dim",
+        "value_dim",
+        "kv_length",
+        *entry.variable_options,
+    }
     q, k, v = inputs(6, 5)
     if entry.self_attention_only and not entry.shared_query_key:
         with pytest.raises(ValueError, match="itself"):

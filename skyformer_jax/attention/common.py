@@ -172,8 +172,8 @@ def _resharded(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def _divided_as(x: jax.Array | None, query: jax.Array) -> jax.Array | None:
-    """Key or value, with batch and heads divided as those of query on explicit axes.
+def _divided_as(x: Any, query: jax.Array) -> Any:
+    """Key or value, or None, with batch and heads divided as those of query on explicit axes.
 
     Its heads are repeated for those of query, where they are fewer and cannot be divided so.
     """

@@ -128,7 +128,7 @@ def tiled_gradients(
     def of_tile(i: Any, j: Any) -> tuple[jax.Array, ...]:
         of_queries = (_block(x, i, tiles.query_rows) for x in (q, d_o, means, sums))
         of_keys = (_block(x, j, tiles.key_rows) for x in (k, v))
-        return _tile_gradients(*of_queries, *of_keys, tiles.terms(i, j), tiles)
+        return _tile_gradients(*of_queries, *of_keys, terms=tiles.terms(i, j), tiles=tiles)
 
     def by_key(j: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_query, d_key, d_value = gradients
@@ -169,6 +169,7 @@ def _tile_gradients(
     lse: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    *,
     terms: jax.Array | None,
     tiles: Tiles,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
