@@ -161,6 +161,37 @@ def check_full_mask(full_mask: jax.Array, query: jax.Array, key: jax.Array) -> j
     return with_all_axes("full_mask", full_mask, shape)
 
 
+def check_causal(
+    name: str,
+    query: jax.Array,
+    key: jax.Array,
+    is_causal: bool,
+    segment_ids: jax.Array | None,
+) -> None:
+    """Raises a ValueError unless an attention by prefix sums can honour a causal request."""
+    if not is_causal:
+        raise ValueError(
+            f"{name} takes segment_ids for causal attention alone; give is_causal=True"
+        )
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"causal {name} attends from a sequence to itself: q_length must equal kv_length; got "
+            f"{query.shape[1]} and {key.shape[1]}"
+        )
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, query, key)
+
+
+def check_segment_ids(segment_ids: jax.Array, query: jax.Array, key: jax.Array) -> None:
+    """Raises a ValueError unless segment_ids are int [batch, length] of queries and keys."""
+    integers = jnp.issubdtype(segment_ids.dtype, jnp.integer)
+    if not integers or segment_ids.shape != query.shape[:2] or query.shape[1] != key.shape[1]:
+        raise ValueError(
+            "segment_ids must be int [batch, length] of queries and keys of one length; got "
+            f"{segment_ids.dtype} {segment_ids.shape} for query {query.shape} and key {key.shape}"
+        )
+
+
 def zeros_like(x: jax.Array, dtype: Any = None, *, last: int | None = None) -> jax.Array:
     """Zeros of the shape and the sharding of x, on meshes with explicit axes too.
 
