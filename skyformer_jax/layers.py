@@ -14,7 +14,7 @@ from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_variables, shard
 from skyformer_jax.attention.common import on_automatic_axes, spec_of
 from skyformer_jax.attention.decoding import DECODABLE, decode, init_decoding
 from skyformer_jax.attention.inputs import check_mask
-from skyformer_jax.attention.rotary import rotate
+from skyformer_jax.attention.rotary import positions_in_segments, rotate
 
 
 def dense_inits(fan_in: int) -> dict[str, Any]:
@@ -66,10 +66,24 @@ def sow_statistic(module: nn.Module, name: str, value: jax.Array) -> None:
 
 
 def with_rotary_positions(
-    x: jax.Array, axis_name: str | None = None, first: jax.Array | int = 0
+    x: jax.Array,
+    axis_name: str | None = None,
+    first: jax.Array | int = 0,
+    segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """Queries or keys [batch, length, heads, head_dim], rotated by their positions from first."""
-    positions = first + shards.positions(x.shape[1], axis_name)
+    """Queries or keys [batch, length, heads, head_dim], rotated by their positions.
+
+    These count from first, or within each segment from 0.
+
+    Raises:
+      ValueError: for segments of a sequence that is divided over devices.
+    """
+    if segment_ids is None:
+        positions = first + shards.positions(x.shape[1], axis_name)
+    elif axis_name is not None:
+        raise ValueError("rotary positions within segments need the whole sequence on one device")
+    else:
+        positions = positions_in_segments(segment_ids)
     return on_automatic_axes(rotate, spec_of(x), x, positions)
 
 
@@ -138,7 +152,8 @@ class MultiHeadAttention(nn.Module):
       value_head_dim: features of each head of the values; None means head_dim.
       dtype: dtype of the projections and their results; parameters and the attention's own
         computation stay float32.
-      rotary: rotates queries and keys by their positions (Su et al., 2021).
+      rotary: rotates queries and keys by their positions (Su et al., 2021), which count from the
+        first of each segment.
       is_causal: position i attends to positions 0..i only. For softmax, kernelized and performer,
         and for skyformer with landmarks="learned".
       decode: attends causally from the positions of a call to these and all of earlier calls, by
@@ -238,8 +253,9 @@ class MultiHeadAttention(nn.Module):
         cache = self._cache(query, value, options) if self.decode else None
         if self.rotary:
             first = 0 if cache is None else cache.value["index"]
-            query = with_rotary_positions(query, self.axis_name, first)
-            key = None if key is None else with_rotary_positions(key, self.axis_name, first)
+            where = (self.axis_name, first, segment_ids)
+            query = with_rotary_positions(query, *where)
+            key = None if key is None else with_rotary_positions(key, *where)
         if cache is not None and not self.is_initializing():
             assert key is not None  # no causal attention shares queries and keys
             decoded = without(options, "is_causal")

@@ -42,7 +42,8 @@ class MultiHeadAttention(nnx.Module):
         query heads share them. None means num_heads. Reformer, whose queries are its keys, has
         fewer heads of values alone.
       value_head_dim: features of each head of the values; None means head_dim.
-      rotary: rotates queries and keys by their positions (Su et al., 2021).
+      rotary: rotates queries and keys by their positions (Su et al., 2021), which count from the
+        first of each segment.
       is_causal: position i attends to positions 0..i only. For softmax, kernelized and performer,
         and for skyformer with landmarks="learned".
       dtype: dtype of the projections and their results; None means that of inputs and parameters.
@@ -185,8 +186,9 @@ class MultiHeadAttention(nnx.Module):
         state: Any = None if cache is None else cache.get_value()
         if self.rotary:
             first = 0 if state is None else state["index"]
-            query = with_rotary_positions(query, first=first)
-            key = None if key is None else with_rotary_positions(key, first=first)
+            where = (None, first, segment_ids)
+            query = with_rotary_positions(query, *where)
+            key = None if key is None else with_rotary_positions(key, *where)
         options = self._arrays(redrawn=rng is not None)
         if cache is not None:
             assert key is not None  # no causal attention shares queries and keys
