@@ -14,6 +14,8 @@ STYLES = {
     "reformer": ("#CC79A7", "P"),
     "bigbird": ("#8B6F3E", "h"),
     # Other implementations of three of them, which experiments/benchmarks/ measures.
+    "softmax-dense": ("#444444", "p"),
+    "softmax-chunked": ("#777777", "d"),
     "kernelized-dense": ("#5B2A86", "*"),
     "kernelized-chunked": ("#9F86B8", "1"),
     "skyformer-chunked": ("#F0A06A", "2"),

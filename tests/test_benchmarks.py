@@ -14,6 +14,7 @@ from absl import flags
 from scripts import import_script
 
 from experiments.benchmarks import attention_cells, common_flags
+from experiments.benchmarks.accelerator import numbers
 from experiments.benchmarks.attention_cells import Settings
 from skyformer_jax.errors import UserError
 
@@ -194,6 +195,25 @@ def test_accelerator_command_trains_and_goes_on(tmp_path):
     assert f"test {100 * row['test']['accuracy']:.2f} %" in shown
     again, _ = _accelerator(tmp_path, *flags, "--minutes=60")
     assert again["training"]["rows"] == [{**row, "seconds": 0.0}]
+
+
+def test_training_leaves_a_kernel_that_fails_or_is_wrong():
+    """Each attention's by itself; what was not reached, or has no forms, is not said."""
+
+    def row(attention, errors=None, dtype="float32"):
+        found = {"skipped": "XlaRuntimeError"} if errors is None else {"errors": errors}
+        return {"attention": attention, "dtype": dtype, **found}
+
+    good, bad = {"out": 1e-3, "d_key": 2e-3}, {"out": 1e-3, "d_key": 0.3}
+    rows = [row("softmax", bad), row("softmax", good), row("skyformer", good), row("kernelized")]
+    rows += [row("skyformer", bad, "bfloat16"), row("flash"), row("bigbird", bad)]
+    assert numbers.implementations(rows) == {
+        "softmax": "chunked",
+        "skyformer": "auto",
+        "kernelized": "chunked",
+    }
+    not_a_number = {"out": 1e-3, "d_key": float("nan")}
+    assert numbers.implementations([row("skyformer", not_a_number)]) == {"skyformer": "chunked"}
 
 
 def test_a_section_whose_process_dies_costs_itself_alone(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.benchmarks.collectives import collectives
 from experiments.benchmarks.hlo import elements, num_bytes, parse
-from experiments.benchmarks.program_costs import PEAKS, costs
+from experiments.benchmarks.program_costs import PEAKS, costs, kernel_work
 from skyformer_jax import attention
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +113,35 @@ def test_costs_by_hand():
     assert by["gathers and scatters"] == {"runs": 7, "bytes": 7 * (16 + 4 + 16), "cycles": 350}
     assert by["other products"] == {"runs": 1, "bytes": 8 * 4 * 4, "cycles": 1000}
     assert by["kernels"]["bytes"] == 8 * 4 * 4
+
+
+def test_kernels_for_gpus_by_hand():
+    """Their own estimates are not in the text: pairs of 3 x 64 queries and 2 x 3 x 16 keys."""
+    arrays = {"s": "1", "c": "3,1,2,8", "q": "3,64,2,8", "g": "3,64,2,4", "k": "3,16,2,8"}
+    arrays |= {"v": "3,16,2,4"}
+    lines = [f"  %{name} = f32[{sizes}]{{0}} parameter(0)" for name, sizes in arrays.items()]
+    call = (
+        "  ROOT %r = f32[1,3,64,2,8]{0} custom-call(%s, %c, %q, %g, %k, %v), "
+        'custom_call_target="__gpu$xla.gpu.triton", '
+        'metadata={op_name="jit(f)/gaussian_dq/pallas_call"}'
+    )
+    text = "\n".join(["ENTRY %main (s: f32[1]) -> f32[1] {", *lines, call, "}"])
+    program = parse(text)
+    types = {one.name: one.type for one in program.computations["main"]}
+    (one,) = (one for one in program.computations["main"] if one.opcode == "custom-call")
+    pairs, moved = 3 * 2 * 64 * 16, 4 * (1 + 48 + 2 * 3072 + 1536 + 768 + 384)
+    work = kernel_work(program, one, types)
+    assert work == {
+        "operations": 2 * 2 * (2 * 8 + 4) * pairs,
+        "exponentials": pairs,
+        "bytes": moved,
+    }
+    row = costs(program, PEAKS["NVIDIA H100 80GB HBM3"])
+    assert row["kernels"]["gaussian_dq"] == {
+        "runs": 1,
+        "modelled_cycles": max(-(-pairs // (132 * 16)), round(moved * 1.98 / 3352 + 0.5)),
+        "estimated": 1,
+    }
 
 
 def test_types():

@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from skyformer_jax.attention import gaussian_tpu
+from skyformer_jax.attention import gaussian_tpu, tpu_tiles
 from skyformer_jax.attention.gaussian import gaussian_attention
 from skyformer_jax.attention.gaussian_gpu import gpu_gradients, gpu_value
 from skyformer_jax.attention.gaussian_tpu import tpu_gradients, tpu_value
@@ -121,8 +121,8 @@ def test_dtypes_may_differ(platform):
 
 def test_more_than_stays_at_a_time(monkeypatch):
     """On TPUs the shorter side stays in parts; both ways round."""
-    monkeypatch.setattr(gaussian_tpu, "_STAYING", 128)
-    monkeypatch.setattr(gaussian_tpu, "_PART", 256)
+    monkeypatch.setattr(tpu_tiles, "_TILE_OF_LONG_PRODUCTS", 128)
+    monkeypatch.setattr(tpu_tiles, "PART", 256)
     for lengths in ((700, 600), (600, 700)):
         qkvg = arrays(*lengths, 8, batch=1)
         with jax.default_matmul_precision("highest"):

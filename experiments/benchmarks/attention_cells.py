@@ -27,6 +27,7 @@ from skyformer_jax.attention import (
     kernelized_attention,
     layer_variables,
     skyformer_attention,
+    softmax_attention,
 )
 from skyformer_jax.progress import say
 
@@ -80,7 +81,9 @@ class Settings:
 EXTRAS: dict[str, Callable[..., jax.Array]] = {
     # Softmax attention by cuDNN, which holds no scores; for GPUs, in 16 bits.
     "flash": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
-    # Kernelized attention that holds all scores, and in tiles without a kernel.
+    # The exact ones that hold all scores, and in tiles without a kernel.
+    "softmax-dense": functools.partial(softmax_attention, implementation="dense"),
+    "softmax-chunked": functools.partial(softmax_attention, implementation="chunked"),
     "kernelized-dense": functools.partial(kernelized_attention, implementation="dense"),
     "kernelized-chunked": functools.partial(kernelized_attention, implementation="chunked"),
     "skyformer-chunked": functools.partial(skyformer_attention, implementation="chunked"),

@@ -8,7 +8,7 @@ XLA's own compilers run on a CPU: for TPUs with libtpu (pip install ".[aot]"), f
 JAX's CUDA wheels (docs/compiled.md). The step is the very one that train.py would run, on a mesh of
 data x seq of the topology's devices. Nothing is executed, so nothing is measured: cycles are XLA's
 estimates for TPUs, at the clock that is printed, with loops as often as they turn; a kernel of ours
-has none, and its own cost estimate over the device's peaks stands beside them. Bytes are what
+has none, and a model over the device's peaks stands beside them (docs/compiled.md). Bytes are what
 passes main memory by the compiled text, and what the devices send each other is counted.
 
 --table compiles the rows of docs/compiled.md that are for the platform and the topology, one after
@@ -214,9 +214,15 @@ def as_text(row: Row) -> str:
             f"  {row['estimated_cycles'] / 1e6:.2f} M cycles by XLA, {modelled / 1e6:.2f} M of "
             f"kernels by their own estimates: {1e3 * cycles / row['hertz']:.2f} ms"
         )
+    elif modelled and row["hertz"]:
+        seconds = modelled / row["hertz"]
+        lines.append(
+            f"  {modelled / 1e6:.2f} M cycles of kernels by a model: {1e3 * seconds:.2f} ms"
+        )
     for name, kernel in row["kernels"].items():
-        said = "" if kernel["estimated"] else ", without an estimate of its own"
-        lines.append(f"  kernel {name}: {kernel['runs']} times{said}")
+        said = f"{kernel['modelled_cycles'] / 1e3:,.0f} k cycles"
+        said = said if kernel["estimated"] else "without an estimate"
+        lines.append(f"  kernel {name}: {kernel['runs']} times, {said}")
     for kind, sent in row["collectives"].items():
         lines.append(f"  {kind}: {sent['count']}, {sent['bytes']:,} bytes")
     for purpose, work in row["by_purpose"].items():

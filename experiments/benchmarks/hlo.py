@@ -163,6 +163,12 @@ def elements(result: str) -> list[str]:
     return [one for one in found if one]
 
 
+def sizes(result: str) -> str:
+    """What stands between the brackets of an array's type: 2,3 for f32[2,3]{1,0}."""
+    found = _ARRAY.search(result)
+    return found[2] if found else ""
+
+
 def num_bytes(result: str, *, in_memory: bool = False) -> int:
     """Bytes of all arrays in a type.
 

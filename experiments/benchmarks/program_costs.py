@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from experiments.benchmarks.hlo import Instruction, Program, elements, num_bytes
+from experiments.benchmarks.hlo import Instruction, Program, elements, num_bytes, sizes
 from experiments.records import Row
 
 
@@ -26,8 +26,35 @@ class Peaks(NamedTuple):
     bytes: float
 
 
-# By device_kind. Products are in one pass of bfloat16; float32 at the highest precision takes six,
-# which a kernel's own estimate has to count. A TPU core computes 1,024 numbers at a time.
+class GpuKernel(NamedTuple):
+    """What a kernel of ours for GPUs does, whose estimate JAX's Triton back end drops.
+
+    Attributes:
+      query: number of its operand [..., length, heads, head_dim].
+      key: likewise.
+      value: likewise.
+      products: for each pair of a query and a key, sums over head_dim, and over value_dim.
+    """
+
+    query: int
+    key: int
+    value: int
+    products: tuple[int, int]
+
+
+# By name. Each takes one exponential for a pair.
+GPU_KERNELS = {
+    "gaussian": GpuKernel(2, 3, 4, (1, 1)),
+    "gaussian_dq": GpuKernel(2, 4, 5, (2, 1)),
+    "gaussian_dkv": GpuKernel(4, 2, 3, (2, 2)),
+    "softmax": GpuKernel(3, 4, 5, (1, 1)),
+    "softmax_dq": GpuKernel(3, 7, 8, (2, 1)),
+    "softmax_dkv": GpuKernel(6, 3, 4, (2, 2)),
+}
+
+# By device_kind. Products are in one pass of bfloat16; TF32 counts as two, and float32 at the
+# highest precision takes six, which a kernel's own estimate has to count. A TPU core computes 1,024
+# numbers at a time.
 PEAKS = {
     "TPU v5 lite": Peaks(1.5e9, 197e12 / 1.5e9, 1024, 819e9 / 1.5e9),
     "NVIDIA H100 80GB HBM3": Peaks(1.98e9, 989e12 / 1.98e9, 132 * 16, 3352e9 / 1.98e9),
@@ -154,20 +181,41 @@ def _fusion_traffic(program: Program, one: Instruction, types: Mapping[str, str]
     return read + sum(written(*pair) for pair in zip(names, results, strict=True))
 
 
-def kernel_cycles(one: Instruction, peaks: Peaks | None) -> float:
-    """The model of a kernel: its own cost estimate over the peaks, whichever part takes longest.
+def kernel_name(one: Instruction) -> str:
+    """The name that a kernel was given."""
+    path = one.op_name.removesuffix("/pallas_call")
+    return re.sub(r"[.\d]+$", "", path.split("/")[-1])
 
-    It is 0 for a kernel that estimates nothing, and where the device has no peaks.
+
+def kernel_work(program: Program, one: Instruction, types: Mapping[str, str]) -> dict[str, int]:
+    """Operations, exponentials and bytes of a kernel; empty where nobody says.
+
+    They are the kernel's own estimate, as XLA for TPUs has it in the text, or what GPU_KERNELS says
+    for its operands, float32 ones multiplied in one pass of TF32.
+
+    Args:
+      program: has the kernel.
+      one: the kernel.
+      types: of all instructions by name.
     """
-    found = _ESTIMATE.search(one.text)
-    if not found or peaks is None:
-        return 0.0
-    work = {name: int(number) for name, number in _ESTIMATED.findall(found[1])}
-    return max(
-        work.get("flops", 0) / peaks.operations,
-        work.get("transcendentals", 0) / peaks.exponentials,
-        work.get("bytes_accessed", 0) / peaks.bytes,
-    )
+    if found := _ESTIMATE.search(one.text):
+        work = {name: int(number) for name, number in _ESTIMATED.findall(found[1])}
+        names = {"operations": "flops", "exponentials": "transcendentals"}
+        names["bytes"] = "bytes_accessed"
+        return {name: work.get(theirs, 0) for name, theirs in names.items()}
+    kernel = GPU_KERNELS.get(kernel_name(one))
+    if kernel is None or "triton" not in one.text:
+        return {}
+    operands = [types.get(one.operands[i], "") for i in kernel[:3]]
+    query, key, value = (list(map(int, sizes(x).split(","))) for x in operands)
+    pairs = math.prod(key[:-1]) * query[-3]
+    passes = 1 if all(x.startswith("bf16") for x in operands) else 2
+    sums = kernel.products[0] * key[-1] + kernel.products[1] * value[-1]
+    return {
+        "operations": 2 * sums * pairs * passes,
+        "exponentials": pairs,
+        "bytes": traffic(program, one, types),
+    }
 
 
 def costs(program: Program, peaks: Peaks | None) -> Row:
@@ -176,8 +224,9 @@ def costs(program: Program, peaks: Peaks | None) -> Row:
     Returns:
       runs, of instructions by themselves; loops, their number of turns each; bytes_through_memory;
       estimated_cycles, XLA's, which TPU programs have; kernels: for each name runs,
-      modelled_cycles, and estimated, whether the kernel says what it does; and by_purpose, with
-      runs, bytes and cycles, the kernels' modelled ones, most bytes or cycles first.
+      modelled_cycles, its kernel_work over the peaks, whichever part takes longest, and estimated,
+      whether that is known; and by_purpose, with runs, bytes and cycles, the kernels' modelled
+      ones, most bytes or cycles first.
     """
     types = {one.name: one.type for body in program.computations.values() for one in body}
     total: collections.Counter = collections.Counter()
@@ -192,10 +241,19 @@ def costs(program: Program, peaks: Peaks | None) -> Row:
         work = {"runs": times, "bytes": moved, "cycles": cycles}
         total.update({**work, "in_unknown_loops": 0 if known else 1})
         if is_kernel(one):
-            modelled = times * math.ceil(kernel_cycles(one, peaks))
-            name = re.sub(r"[.\d]+$", "", one.op_name.removesuffix("/pallas_call").split("/")[-1])
+            name, known_work = kernel_name(one), kernel_work(program, one, types)
+            # Whichever part takes longest.
+            longest = (
+                max(
+                    (number / getattr(peaks, part) for part, number in known_work.items()),
+                    default=0,
+                )
+                if peaks
+                else 0
+            )
+            modelled = times * math.ceil(longest)
             kernels[name].update({"runs": times, "modelled_cycles": modelled})
-            kernels[name]["estimated"] = int("cost_estimate" in one.text)
+            kernels[name]["estimated"] = int(bool(known_work))
             work["cycles"] = modelled
         by[purpose(program, one)].update(work)
     loops = [

@@ -30,47 +30,63 @@ class _Rule(NamedTuple):
 
 
 def with_rules(
-    value: Callable[..., jax.Array],
+    value: Callable[..., Any],
     tangent: Callable[..., jax.Array],
     gradients: Callable[..., Arrays],
     plain_gradients: Callable[..., Arrays] | None = None,
+    plain_tangent: Callable[..., jax.Array] | None = None,
 ) -> Callable[..., jax.Array]:
     """A function with rules for its derivatives, of all modes and orders.
 
     Only derivatives of second and higher order differentiate a rule.
 
     Args:
-      value: of floating arrays, and of others that have no derivatives; the function.
+      value: of floating arrays, and of others that have no derivatives; the function. It may return
+        a tuple instead, of the output and of other results that spare the rules a computation. The
+        rules then take this tuple's arrays as well, after those of the function. They are constants
+        to derivatives of higher order, so what JAX differentiates must compute them anew.
       tangent: of those arrays and, linearly, the tangents of the floating ones; the output's
         tangent. JAX can differentiate it.
       gradients: of those arrays and, linearly, the output's gradient; those of the floating ones,
         of their dtypes.
-      plain_gradients: the same, where JAX cannot differentiate gradients.
+      plain_tangent: the same as tangent, where JAX cannot differentiate that as it should.
+      plain_gradients: likewise for gradients.
 
     Returns:
-      The function of the same arrays.
+      The function of the same arrays, to the output alone.
     """
 
-    def tangents(*arrays: jax.Array) -> Arrays:
-        return (tangent(*arrays),)
+    def in_tuple(tangent: Callable[..., jax.Array]) -> Callable[..., Arrays]:
+        return lambda *arrays: (tangent(*arrays),)
 
-    forward = _Rule(tangents, tangents)
+    def all_results(*arrays: jax.Array) -> Arrays:
+        results = value(*arrays)
+        return results if isinstance(results, tuple) else (results,)
+
+    forward = _Rule(in_tuple(tangent), in_tuple(plain_tangent or tangent))
     backward = _Rule(gradients, plain_gradients or gradients)
 
-    def jvp(primals: Arrays, dots: Arrays) -> tuple[jax.Array, jax.Array]:
+    def jvp(primals: Arrays, dots: Arrays) -> tuple[Arrays, Arrays]:
         floating = [
             dot
             for x, dot in zip(primals, dots, strict=True)
             if jnp.issubdtype(x.dtype, jnp.floating)
         ]
+        results = with_jvp(*primals)
+        known = tuple(map(jax.lax.stop_gradient, results)) if len(results) > 1 else ()
         (out_dot,) = _linear.bind(
-            *primals, *floating, rule=forward, transposed=backward, num_residuals=len(primals)
+            *primals,
+            *known,
+            *floating,
+            rule=forward,
+            transposed=backward,
+            num_residuals=len(primals) + len(known),
         )
-        return with_jvp(*primals), out_dot
+        return results, (out_dot, *map(jnp.zeros_like, results[1:]))
 
-    with_jvp = jax.custom_jvp(value)
+    with_jvp = jax.custom_jvp(all_results)
     with_jvp.defjvp(jvp)
-    return with_jvp
+    return lambda *arrays: with_jvp(*arrays)[0]
 
 
 # The primitive: rule.fast(*arrays), linear in all but the first num_residuals of them.

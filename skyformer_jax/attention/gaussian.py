@@ -9,14 +9,11 @@ and a kernel for accelerators. gaussian_attention chooses.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from skyformer_jax.attention.derivatives import with_rules
 from skyformer_jax.attention.gaussian_gpu import gpu_gradients, gpu_value
@@ -29,8 +26,13 @@ from skyformer_jax.attention.gaussian_tiles import (
 )
 from skyformer_jax.attention.gaussian_tpu import tpu_gradients, tpu_value
 from skyformer_jax.attention.kernel_inputs import default_precision
-
-IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
+from skyformer_jax.attention.platforms import (
+    ROWS,
+    SCALAR,
+    Kernels,
+    by_platform,
+    check_implementation,
+)
 
 # Rows of a tile of scores along the longer and along the shorter of query and key, by platform. On
 # a CPU a tile then stays in the caches, which is measured (docs/speed.md). Accelerators want few,
@@ -38,8 +40,11 @@ IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
 _TILE = {"cpu": (1024, 128), "default": (8192, 1024)}
 
 # The kernels by platform.
-_VALUE = {"cuda": gpu_value, "tpu": tpu_value}
-_GRADIENTS = {"cuda": gpu_gradients, "tpu": tpu_gradients}
+_ARRAYS = (ROWS, ROWS, ROWS, SCALAR)
+_VALUE = Kernels({"cuda": gpu_value, "tpu": tpu_value}, _ARRAYS, ROWS)
+_GRADIENTS = Kernels(
+    {"cuda": gpu_gradients, "tpu": tpu_gradients}, (*_ARRAYS, ROWS), (ROWS, ROWS, ROWS)
+)
 
 # Scores of a head up to which storing them all for the gradient is faster than a second
 # computation, on two CPU cores.
@@ -105,10 +110,7 @@ def gaussian_attention(
     Raises:
       ValueError: for another implementation, or one that cannot honour the mask.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
-        )
+    check_implementation(implementation)
     masked = mask is not None or is_causal
     if implementation == "pallas" and masked:
         raise ValueError(
@@ -164,7 +166,7 @@ def _without_scores(
         return tiled(*arrays[:4], *more, tile=tile, is_causal=is_causal)
 
     value, tangent, gradients = (
-        functools.partial(_by_platform, functools.partial(chunked, tiled), precision, tiles)
+        functools.partial(by_platform, functools.partial(chunked, tiled), precision, tiles)
         for tiled in (tiled_value, tiled_tangent, tiled_gradients)
     )
 
@@ -181,33 +183,6 @@ def _without_scores(
 
     value_by_kernel = functools.partial(value, kernels=_VALUE, interpreted=interpreted)
     return with_rules(value_by_kernel, tangent, by_kernel, all_gradients)
-
-
-def _by_platform(
-    tiled: Callable[..., Any],
-    precision: str | None,
-    tiles: tuple[tuple[str, tuple[int, int]], ...],
-    *arrays: jax.Array,
-    kernels: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
-    interpreted: bool = False,
-) -> Any:
-    """Calls what is right on the platform that the program is compiled for.
-
-    Args:
-      tiled: a function of arrays and a tile.
-      precision: see _without_scores.
-      tiles: likewise.
-      *arrays: the arrays.
-      kernels: those that do the same, by platform.
-      interpreted: whether that of GPUs is interpreted elsewhere, instead of calling tiled.
-    """
-    calls = {platform: functools.partial(tiled, tile=tile) for platform, tile in tiles}
-    for platform, kernel in kernels.items():
-        calls[platform] = functools.partial(_on_each_device, kernel)
-    if interpreted:
-        calls["cpu"] = calls["default"] = functools.partial(calls["cuda"], interpret=True)
-    with jax.default_matmul_precision(precision):
-        return jax.lax.platform_dependent(*arrays, **calls)
 
 
 def _with_scale(
@@ -230,35 +205,3 @@ def _with_scale(
     arrays = (query, key, value, scale)
     all_gradients = (*gradients, d_scale / (2 * scale))
     return tuple(g.astype(x.dtype) for g, x in zip(all_gradients, arrays, strict=True))
-
-
-def _on_each_device(function: Callable[..., Any], *arrays: jax.Array, **options: Any) -> Any:
-    """Calls a kernel on every device's part, where a mesh with explicit axes divides the arrays.
-
-    Args:
-      function: of arrays [batch, length, heads, dim] and scalars; returns such arrays.
-      *arrays: its arguments. The first one's division of batch and heads is that of all.
-      **options: of the function.
-    """
-    function = functools.partial(function, **options)
-    sharding = jax.typeof(arrays[0]).sharding
-    batch, _, heads, _ = sharding.spec if len(sharding.spec) == 4 else (None,) * 4
-    if batch is None and heads is None:
-        return function(*arrays)
-    spec = P(batch, None, heads, None)
-    names = {
-        name for axes in (batch, heads) for name in (axes if isinstance(axes, tuple) else [axes])
-    }
-    in_specs = tuple(spec if x.ndim == 4 else P() for x in arrays)
-    arrays = tuple(
-        jax.sharding.reshard(x, NamedSharding(sharding.mesh, s))
-        for x, s in zip(arrays, in_specs, strict=True)
-    )
-    return jax.shard_map(
-        function,
-        mesh=sharding.mesh,
-        in_specs=in_specs,
-        out_specs=spec,
-        axis_names=names - {None},
-        check_vma=False,
-    )(*arrays)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention.inputs import zeros_like
+from skyformer_jax.attention.tiles import loop, pad, tile_rows
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -48,10 +49,10 @@ def tiled_value(
       float32 [batch, q_length, heads, value_dim].
     """
     q_length, value_dim = query.shape[1], value.shape[-1]
-    query_rows, key_rows = _tile_rows(q_length, key.shape[1], tile)
+    query_rows, key_rows = tile_rows(q_length, key.shape[1], tile)
     # Padded values and, in gradients, padded d_out are 0: such rows add nothing.
-    query = _pad(query, query_rows)
-    key, value = _pad(key, key_rows), _pad(value, key_rows)
+    query = pad(query, query_rows)
+    key, value = pad(key, key_rows), pad(value, key_rows)
     terms = _terms(mask, query_rows, key_rows, is_causal)
 
     def by_query(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -61,11 +62,11 @@ def tiled_value(
             scores = _tile_scores(queries, _block(key, j, key_rows), scale, terms(i, j))
             return sums + scores @ _block(value, j, key_rows)
 
-        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(queries, last=value_dim))
+        sums = loop(0, key.shape[1] // key_rows, by_key, zeros_like(queries, last=value_dim))
         return _put(out, sums, i)
 
     zeros = zeros_like(query, jnp.float32, last=value_dim)
-    out = _loop(query.shape[1] // query_rows, by_query, zeros)
+    out = loop(0, query.shape[1] // query_rows, by_query, zeros)
     return out[:, :q_length]
 
 
@@ -90,9 +91,9 @@ def tiled_gradients(
       float32 arrays of the shapes of query, key and value.
     """
     q_length, kv_length = query.shape[1], key.shape[1]
-    query_rows, key_rows = _tile_rows(q_length, kv_length, tile)
-    query, d_out = _pad(query, query_rows), _pad(d_out, query_rows)
-    key, value = _pad(key, key_rows), _pad(value, key_rows)
+    query_rows, key_rows = tile_rows(q_length, kv_length, tile)
+    query, d_out = pad(query, query_rows), pad(d_out, query_rows)
+    key, value = pad(key, key_rows), pad(value, key_rows)
     terms = _terms(mask, query_rows, key_rows, is_causal)
 
     def by_query(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -108,13 +109,13 @@ def tiled_gradients(
             return w_keys + w_k, w_sums + w_1, _add(d_key, wt_q, j), _add(d_value, st_d_out, j)
 
         zeros = zeros_like(queries)
-        w_keys, w_sums, d_key, d_value = _loop(
-            key.shape[1] // key_rows, by_key, (zeros, zeros[..., :1], d_key, d_value)
+        w_keys, w_sums, d_key, d_value = loop(
+            0, key.shape[1] // key_rows, by_key, (zeros, zeros[..., :1], d_key, d_value)
         )
         return _put(d_query, scale * (w_keys - w_sums * queries), i), d_key, d_value
 
     zeros = tuple(zeros_like(x, jnp.float32) for x in (query, key, value))
-    d_query, d_key, d_value = _loop(query.shape[1] // query_rows, by_query, zeros)
+    d_query, d_key, d_value = loop(0, query.shape[1] // query_rows, by_query, zeros)
     v, k = (x.astype(jnp.float32) for x in (value, key))
     d_key = scale * (d_key - (v * d_value).sum(axis=-1, keepdims=True) * k)
     return d_query[:, :q_length], d_key[:, :kv_length], d_value[:, :kv_length]
@@ -143,10 +144,10 @@ def tiled_tangent(
       float32 [batch, q_length, heads, value_dim].
     """
     q_length, value_dim = query.shape[1], value.shape[-1]
-    query_rows, key_rows = _tile_rows(q_length, key.shape[1], tile)
+    query_rows, key_rows = tile_rows(q_length, key.shape[1], tile)
     terms = _terms(mask, query_rows, key_rows, is_causal)
-    query, d_query = (_pad(x, query_rows) for x in (query, d_query))
-    key, value, d_key, d_value = (_pad(x, key_rows) for x in (key, value, d_key, d_value))
+    query, d_query = (pad(x, query_rows) for x in (query, d_query))
+    key, value, d_key, d_value = (pad(x, key_rows) for x in (key, value, d_key, d_value))
 
     def by_query(i: jax.Array, out: jax.Array) -> jax.Array:
         q, d_q = (_block(x, i, query_rows) for x in (query, d_query))
@@ -159,33 +160,12 @@ def tiled_tangent(
             scores = only(terms(i, j), kernel_values(half_distances, scale))
             return sums + (scores * d_exponent) @ v + scores @ d_v
 
-        sums = _loop(key.shape[1] // key_rows, by_key, zeros_like(q, last=value_dim))
+        sums = loop(0, key.shape[1] // key_rows, by_key, zeros_like(q, last=value_dim))
         return _put(out, sums, i)
 
     zeros = zeros_like(query, jnp.float32, last=value_dim)
-    out = _loop(query.shape[1] // query_rows, by_query, zeros)
+    out = loop(0, query.shape[1] // query_rows, by_query, zeros)
     return out[:, :q_length]
-
-
-def _tile_rows(q_length: int, kv_length: int, tile: tuple[int, int]) -> tuple[int, int]:
-    """Rows of a tile along query and along key."""
-    long, short = tile
-    if q_length < kv_length:
-        return _rows(q_length, short), _rows(kv_length, long)
-    return _rows(q_length, long), _rows(kv_length, short)
-
-
-def _rows(length: int, limit: int) -> int:
-    """Rows of each of the fewest equal blocks that hold length rows, limit being the most."""
-    num_blocks = max(1, -(-length // limit))
-    rows = -(-length // num_blocks)
-    return max(1, rows if num_blocks == 1 else -(-rows // 8) * 8)
-
-
-def _pad(array: jax.Array, rows: int) -> jax.Array:
-    """Zeros after axis 1, up to a multiple of rows."""
-    missing = -array.shape[1] % rows
-    return jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else array
 
 
 def _block(array: jax.Array, index: jax.Array | int, rows: int) -> jax.Array:
@@ -238,13 +218,6 @@ def _terms(
 def only(terms: jax.Array | None, scores: jax.Array) -> jax.Array:
     """The scores that count, 0 in place of the others."""
     return scores if terms is None else jnp.where(terms, scores, 0)
-
-
-def _loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Carry after body(0, carry), body(1, ...), ...; a loop only for more than one turn."""
-    if count > 1:
-        return jax.lax.fori_loop(0, count, body, carry)
-    return body(0, carry) if count else carry
 
 
 def _transposed(matrix: jax.Array) -> jax.Array:

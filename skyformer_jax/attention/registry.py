@@ -73,7 +73,9 @@ COMMON_OPTIONS: Mapping[str, Any] = MappingProxyType({"rng": None, "scale": None
 REGISTRY: Mapping[str, Attention] = {
     "softmax": Attention(
         softmax_attention,
+        options={"implementation": "auto"},
         weights=softmax_weights,
+        earlier_options={"implementation": "auto"},
         masks=("mask", "full_mask", "bias", "is_causal"),
     ),
     "kernelized": Attention(

@@ -1,12 +1,20 @@
 """Softmax attention, the exact baseline (Vaswani et al., 2017, equation 1)."""
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
-from skyformer_jax.attention.common import attention_function, repeat_heads
+from skyformer_jax.attention.common import (
+    attention_function,
+    on_automatic_axes,
+    out_spec,
+    repeat_heads,
+)
+from skyformer_jax.attention.derivatives import with_rules
 from skyformer_jax.attention.inputs import (
     check_full_mask,
     equal_head_dims,
@@ -15,9 +23,31 @@ from skyformer_jax.attention.inputs import (
     known_options,
     with_all_axes,
 )
+from skyformer_jax.attention.kernel_inputs import default_precision
+from skyformer_jax.attention.platforms import (
+    MASK,
+    ROW_SUMS,
+    ROWS,
+    SCALAR,
+    Kernels,
+    by_platform,
+    check_implementation,
+)
+from skyformer_jax.attention.softmax_kernels import GRADIENTS, VALUE
+from skyformer_jax.attention.softmax_tiles import tiled_gradients, tiled_tangent, tiled_value
+
+# Rows of a tile of scores along the longer and along the shorter of query and key, by platform.
+_TILE = {"cpu": (1024, 128), "default": (8192, 1024)}
+
+# The axes of the first arguments of tiles and kernels.
+_ARRAYS = (ROWS, ROWS, ROWS, SCALAR)
+
+# Scores of a head up to which storing them all for the gradient is faster than a second
+# computation, on two CPU cores.
+_DENSE_SCORES = 128 * 128
 
 
-@attention_function(takes_groups=True)
+@attention_function(takes_groups=True, takes_explicit_axes=True)
 def softmax_attention(
     query: jax.Array,
     key: jax.Array,
@@ -29,8 +59,12 @@ def softmax_attention(
     full_mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     is_causal: bool = False,
+    implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(scale * Q K^T + bias) V, by jax.nn.dot_product_attention.
+    """softmax(scale * Q K^T + bias) V, in memory linear in the length.
+
+    Scores are computed tile by tile, and again for gradients, unless they are few, or there is a
+    bias: jax.nn.dot_product_attention then holds them all.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
@@ -43,19 +77,166 @@ def softmax_attention(
         attend to a key.
       bias: added to the scores, broadcastable to their shape.
       is_causal: True lets query i attend to keys 0..i only.
+      implementation: which form computes it.
+
+        - "dense" is jax.nn.dot_product_attention, which holds all scores.
+        - "chunked" holds a tile of them at a time, and computes it anew for gradients. It takes no
+          bias.
+        - "pallas" is a kernel that holds none of them in memory, for NVIDIA GPUs; elsewhere it is
+          interpreted, slowly, to try it. It takes neither a full_mask nor a bias, nor float64.
+        - "auto" is dense for the smallest sizes and with a bias, and otherwise what is best on the
+          platform that the program is compiled for: "pallas" where there is one that takes the
+          arguments, else "chunked".
 
     Returns:
       [batch, q_length, heads, value_dim] in the dtype of value; zeros for a query that may attend
       to no key.
 
     Raises:
-      ValueError: if shapes do not fit or a mask is not boolean.
+      ValueError: if shapes do not fit, a mask is not boolean, the implementation is unknown, or it
+        does not take the arguments.
     """
     del rng
+    check_implementation(implementation)
+    wide = jnp.float64 in (query.dtype, key.dtype, value.dtype)
+    if implementation == "pallas" and (full_mask is not None or bias is not None or wide):
+        raise ValueError(
+            'implementation="pallas" takes no full_mask, no bias and no float64; choose "auto", '
+            '"chunked" or "dense" for them'
+        )
+    if implementation == "chunked" and bias is not None:
+        raise ValueError('implementation="chunked" takes no bias; choose "auto" or "dense" for it')
     key, value = hide_masked(key, value, mask)
+    factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
+    few = implementation == "auto" and query.shape[1] * key.shape[1] <= _DENSE_SCORES
+    if few or implementation == "dense" or bias is not None:
+        arrays = (query, key, value, mask, full_mask, bias, factor)
+        dense = functools.partial(_dense, is_causal=is_causal)
+        return on_automatic_axes(dense, out_spec(query, value), *arrays)
+    if isinstance(factor, jax.core.Tracer):
+        # Its derivatives are those of a product.
+        query, factor = query.astype(jnp.float32) * factor, 1.0
+    allowed = None if mask is None else mask[:, None, None, :]
+    if full_mask is not None:
+        full_mask = check_full_mask(full_mask, query, key)
+        allowed = full_mask if allowed is None else allowed & full_mask
+    # Gradients are traced later than the call, and are to be of the settings of the call.
+    function = _without_scores(
+        "chunked" if full_mask is not None or wide else implementation,
+        factor,
+        allowed is not None,
+        is_causal,
+        default_precision(),
+        tuple(_TILE.items()),
+    )
+    arrays = (query, key, value) if allowed is None else (query, key, value, allowed)
+    return function(*arrays).astype(value.dtype)
+
+
+@functools.cache
+def _without_scores(
+    implementation: str,
+    scale: float,
+    has_mask: bool,
+    is_causal: bool,
+    precision: str | None,
+    tiles: tuple[tuple[str, tuple[int, int]], ...],
+) -> Callable[..., jax.Array]:
+    """Softmax attention of query, key, value and, perhaps, mask, without holding all scores.
+
+    Tangents, and what derivatives of higher order differentiate, come from the tiles always.
+
+    Args:
+      implementation: "auto", "chunked" or "pallas".
+      scale: as in softmax_attention.
+      has_mask: whether there is a mask.
+      is_causal: as in softmax_attention.
+      precision: of products, as jax.default_matmul_precision has it.
+      tiles: items of _TILE.
+    """
+    num_arrays = 4 if has_mask else 3
+    axes = _ARRAYS + (MASK,) * has_mask
+
+    def with_scale(function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the arrays as they are stored, from one that takes a scale and a mask."""
+
+        def call(*arrays: jax.Array, **options: Any) -> Any:
+            query, key, value, factor, *others = arrays
+            mask, *others = others if has_mask else (None, *others)
+            return function(
+                query, key, value, factor, mask, *others, is_causal=is_causal, **options
+            )
+
+        return call
+
+    def on_platform(
+        tiled: Callable[..., Any],
+        kernels: Mapping[str, Callable[..., Any]],
+        more: tuple[str, ...],
+        results: Any,
+        **options: Any,
+    ) -> Callable[..., Any]:
+        functions = {platform: with_scale(kernel) for platform, kernel in kernels.items()}
+        interpreted = implementation == "pallas" and bool(kernels)
+        known = Kernels(functions, (*axes, *more), results)
+        plain = functools.partial(with_scale(tiled), **options)
+
+        def call(*arrays: jax.Array) -> Any:
+            factor = jnp.asarray(scale, jnp.float32)
+            arrays = (*arrays[:3], factor, *arrays[3:])
+            return by_platform(
+                plain, precision, tiles, *arrays, kernels=known, interpreted=interpreted
+            )
+
+        return call
+
+    rows = (ROWS,) * 3
+    values, backward = ({}, {}) if implementation == "chunked" else (VALUE, GRADIENTS)
+    value = on_platform(tiled_value, values, (), (ROWS, ROW_SUMS))
+    tangent = on_platform(tiled_tangent, {}, (), ROWS)
+    gradients = on_platform(tiled_gradients, backward, (ROWS, ROW_SUMS, ROWS), rows)
+    whole = functools.partial(on_platform, kernels={}, more=(), skips=False)
+
+    def anew(rule: Callable[..., Any]) -> Callable[..., Any]:
+        """The rule, where out and lse are functions of the arrays as well."""
+        value = whole(tiled_value, results=())
+
+        def call(*arrays: jax.Array) -> Any:
+            given = arrays[:num_arrays]
+            return rule(*given, *value(*given), *arrays[num_arrays + 2 :])
+
+        return call
+
+    def of_their_dtypes(rule: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arrays: jax.Array) -> Any:
+            found = rule(*arrays)
+            return tuple(g.astype(x.dtype) for g, x in zip(found, arrays[:3], strict=True))
+
+        return call
+
+    return with_rules(
+        value,
+        tangent,
+        of_their_dtypes(gradients),
+        plain_tangent=anew(whole(tiled_tangent, results=())),
+        plain_gradients=of_their_dtypes(anew(whole(tiled_gradients, results=()))),
+    )
+
+
+def _dense(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    full_mask: jax.Array | None,
+    bias: jax.Array | None,
+    scale: Any,
+    *,
+    is_causal: bool,
+) -> jax.Array:
+    """softmax_attention by jax.nn.dot_product_attention."""
     allowed, bias = _restrictions(query, key, mask, full_mask, bias, is_causal)
     dtype, value_dim = _common_dtype(query, key, value), value.shape[-1]
-    factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, values = equal_head_dims(query, key, value)
     # JAX's own function mixes bfloat16 and float32, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
@@ -65,7 +246,7 @@ def softmax_attention(
             values.astype(dtype),
             bias=bias,
             mask=allowed,
-            scale=factor,
+            scale=scale,
         )[..., :value_dim]
     if allowed is not None:
         # A row without any key would otherwise be the plain mean over the padding.

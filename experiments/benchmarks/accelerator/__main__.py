@@ -37,7 +37,7 @@ import jax
 from absl import flags
 
 from experiments.benchmarks import common_flags
-from experiments.benchmarks.accelerator import sections
+from experiments.benchmarks.accelerator import numbers, sections
 from experiments.benchmarks.accelerator.settings import Settings
 from experiments.benchmarks.accelerator.training_runs import source_of
 from experiments.records import provenance, read_json, write_json
@@ -49,8 +49,6 @@ from skyformer_jax.progress import say
 _GRACE = 40
 # The share of the minutes after which a section ends, if it has not ended by itself.
 ENDS = {"numbers": 0.12, "gaussian": 0.17, "attention": 0.31, "steps": 0.45, "training": 1.0}
-# The relative error from which on the kernels count as wrong, so that runs use XLA's form.
-_WRONG = 0.02
 
 _MINUTES = flags.DEFINE_float("minutes", 15, "Time for everything.", lower_bound=0)
 _SECTIONS = flags.DEFINE_list("sections", list(ENDS), "Sections to run, of those above.")
@@ -73,7 +71,7 @@ _SOURCE = flags.DEFINE_string("source", "", "Folder with aclImdb and cifar-10-ba
 _SECTION = flags.DEFINE_string("section", "", "Runs this section in this very process.")
 _SECONDS = flags.DEFINE_float("seconds", 0, "Time of that section.")
 _RATES = flags.DEFINE_string("rates", "{}", "Its steps per second by CONFIG:ATTENTION, as JSON.")
-_IMPLEMENTATION = flags.DEFINE_string("implementation", "auto", "Its form of the Gaussian kernel.")
+_IMPLEMENTATIONS = flags.DEFINE_string("implementations", "{}", "Its forms by attention, as JSON.")
 
 
 def _run_here() -> None:
@@ -84,7 +82,7 @@ def _run_here() -> None:
         runs=tuple(_RUNS.value),
         num_seeds=_NUM_SEEDS.value,
         rates=json.loads(_RATES.value),
-        implementation=_IMPLEMENTATION.value,
+        implementations=json.loads(_IMPLEMENTATIONS.value),
         later_seconds=60 * _MORE_MINUTES.value,
         run_dir=Path(_RUN_DIR.value),
         data_dir=_DATA_DIR.value,
@@ -104,7 +102,8 @@ def _run_section(name: str, seconds: float, result: dict[str, Any]) -> dict[str,
         f"--seconds={seconds}",
         f"--rates={json.dumps(_rates(result))}",
     ]
-    command.append(f"--implementation={_implementation(result)}")
+    implementations = numbers.implementations(result.get("numbers", {}).get("rows", ()))
+    command.append(f"--implementations={json.dumps(implementations)}")
     start = time.monotonic()
     say(f"{name}: {seconds:.0f} s")
     environment = dict(os.environ)
@@ -133,17 +132,6 @@ def _rates(result: dict[str, Any]) -> dict[str, float]:
         for row in result.get("steps", {}).get("rows", ())
         if row["num_seeds"] == _NUM_SEEDS.value and "steps_per_second" in row
     }
-
-
-def _implementation(result: dict[str, Any]) -> str:
-    """The form of the Gaussian kernel to train with: XLA's if the kernels failed or are wrong."""
-    checked = [
-        row
-        for row in result.get("numbers", {}).get("rows", ())
-        if row["attention"] == "skyformer" and row["dtype"] == "float32"
-    ]
-    right = all(max(row.get("errors", {"": 1}).values()) < _WRONG for row in checked)
-    return "auto" if right else "chunked"
 
 
 def _prepare_data() -> list[subprocess.Popen]:

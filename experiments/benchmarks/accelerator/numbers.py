@@ -12,6 +12,7 @@ CPU were compiled at once.
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,9 +22,12 @@ import numpy as np
 from experiments.benchmarks import attention_cells
 from experiments.benchmarks.timing import attempt
 from experiments.records import Row
+from skyformer_jax.attention import REGISTRY
 from skyformer_jax.progress import say
 
 _BATCH = 2
+# The relative error from which on a kernel counts as wrong.
+_WRONG = 0.02
 _NAMES = ("out", "d_query", "d_key", "d_value")
 # Standard deviation of queries and keys about a mean, and how far the mean lies from zero, both in
 # every component. A trained layer has such means.
@@ -131,6 +135,24 @@ def check(length: int, deadline: float) -> Iterator[Row]:
             row |= {"skipped": reason} if reason else {"errors": errors}
             say(_line(row))
             yield row
+
+
+def implementations(rows: Sequence[Row]) -> dict[str, str]:
+    """The form of each attention to train with, by what check found in float32.
+
+    Returns:
+      For the attentions that have forms: "auto", or XLA's, "chunked", where the kernels failed or
+      are wrong. Those that were not reached are left out.
+    """
+    found: dict[str, str] = {}
+    for row in rows:
+        name = row["attention"]
+        if row["dtype"] != "float32" or name not in REGISTRY:
+            continue
+        if "implementation" in REGISTRY[name].options:
+            right = all(error < _WRONG for error in row.get("errors", {"": math.inf}).values())
+            found[name] = "auto" if right and found.get(name, "auto") == "auto" else "chunked"
+    return found
 
 
 def _line(row: Row) -> str:

@@ -17,7 +17,7 @@ from experiments.benchmarks.timing import measure_steps
 from experiments.paper import published
 from experiments.records import Row
 from skyformer_jax import attention
-from skyformer_jax.attention.gaussian import IMPLEMENTATIONS
+from skyformer_jax.attention.platforms import IMPLEMENTATIONS
 
 Found = Iterator[dict[str, Any]]
 

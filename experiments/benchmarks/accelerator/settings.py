@@ -15,7 +15,7 @@ class Settings:
       runs: CONFIG:ATTENTION[,VARIANT] of the runs to train, in this order.
       num_seeds: models that a run trains at once.
       rates: measured steps per second with num_seeds models, by CONFIG:ATTENTION.
-      implementation: of the Gaussian kernel, for the attentions that have it.
+      implementations: by attention, where it is not to be the default.
       later_seconds: time that later calls will have for the runs.
       run_dir: folder of the runs.
       data_dir: where prepared data sets lie or are put.
@@ -27,7 +27,7 @@ class Settings:
     runs: tuple[str, ...]
     num_seeds: int
     rates: Mapping[str, float]
-    implementation: str
+    implementations: Mapping[str, str]
     later_seconds: float
     run_dir: Path
     data_dir: str

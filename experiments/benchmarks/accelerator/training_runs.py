@@ -13,7 +13,6 @@ from typing import Any
 from experiments.benchmarks.accelerator.settings import Settings
 from experiments.paper import published
 from experiments.records import Row, read_json
-from skyformer_jax import attention
 from skyformer_jax.progress import say
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -49,9 +48,8 @@ def _overrides(run: str, num_steps: int, settings: Settings) -> dict[str, Any]:
     task = run.partition(":")[0]
     every = num_steps // 2 if settings.small else _EVAL_EVERY
     name = run.partition(":")[2].partition(",")[0] or "skyformer"
-    has_forms = "implementation" in attention.default_options(name)
     return {
-        "attention.implementation": settings.implementation if has_forms else None,
+        "attention.implementation": settings.implementations.get(name),
         "num_seeds": settings.num_seeds,
         "train.num_steps": num_steps,
         "train.eval_every": every,
