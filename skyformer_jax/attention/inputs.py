@@ -192,6 +192,32 @@ def check_segment_ids(segment_ids: jax.Array, query: jax.Array, key: jax.Array) 
         )
 
 
+def within_segments(
+    full_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+    query: jax.Array,
+    key: jax.Array,
+) -> jax.Array | None:
+    """A full_mask that keeps queries to the keys of their own segment; None without either.
+
+    Args:
+      full_mask: broadcastable to [batch, heads, q_length, kv_length], or None.
+      segment_ids: int [batch, length], or None.
+      query: [batch, q_length, heads, head_dim].
+      key: [batch, kv_length, kv_heads, head_dim].
+
+    Raises:
+      ValueError: if their shapes do not fit.
+    """
+    if full_mask is not None:
+        full_mask = check_full_mask(full_mask, query, key)
+    if segment_ids is None:
+        return full_mask
+    check_segment_ids(segment_ids, query, key)
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same if full_mask is None else same & full_mask
+
+
 def zeros_like(x: jax.Array, dtype: Any = None, *, last: int | None = None) -> jax.Array:
     """Zeros of the shape and the sharding of x, on meshes with explicit axes too.
 

@@ -76,13 +76,13 @@ REGISTRY: Mapping[str, Attention] = {
         options={"implementation": "auto"},
         weights=softmax_weights,
         earlier_options={"implementation": "auto"},
-        masks=("mask", "full_mask", "bias", "is_causal"),
+        masks=("mask", "full_mask", "bias", "is_causal", "segment_ids"),
     ),
     "kernelized": Attention(
         kernelized_attention,
         options={"implementation": "auto", "normalize": False},
         earlier_options={"normalize": False},
-        masks=("mask", "full_mask", "is_causal"),
+        masks=("mask", "full_mask", "is_causal", "segment_ids"),
         splittable=True,
     ),
     "skyformer": Attention(

@@ -174,7 +174,7 @@ def _exponents(
     query_mean: jax.Array,
     how: Operands,
 ) -> jax.Array:
-    """scale log2(e) q k + restriction, [keys, queries], of points [dim, rows]."""
+    """Scale log2(e) q k + restriction, [keys, queries], of points [dim, rows]."""
     if how.centred:
         products = (query_mean * key.astype(jnp.float32)).sum(axis=0, keepdims=True)
         restriction = restriction + scale * products

@@ -146,7 +146,8 @@ def by_tiles(
     def spec(array: jax.Array, rows: int, at: Callable[..., Any]) -> pl.BlockSpec:
         shared = size // array.shape[0]
         return pl.BlockSpec(
-            (1, array.shape[1], rows), lambda n, i, j: (jax.lax.div(n, np.int32(shared)), 0, at(i, j))
+            (1, array.shape[1], rows),
+            lambda n, i, j: (jax.lax.div(n, np.int32(shared)), 0, at(i, j)),
         )
 
     def result(dim: int, length: int) -> jax.ShapeDtypeStruct:
@@ -178,7 +179,9 @@ def by_tiles(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
-        cost_estimate=_cost([*constants, *passing], staying, results, x, y, contracted, produced, how),
+        cost_estimate=_cost(
+            [*constants, *passing], staying, results, x, y, contracted, produced, how
+        ),
         interpret=interpret,
         name=name,
     )
