@@ -1,5 +1,6 @@
 """Flax linen modules around the attention functions."""
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_variables, shards, split_options
 from skyformer_jax.attention.common import on_automatic_axes, spec_of
+from skyformer_jax.attention.decoding import DECODABLE, decode, init_decoding
 from skyformer_jax.attention.inputs import check_mask
-from skyformer_jax.attention.rotary import rotate
+from skyformer_jax.attention.rotary import positions_in_segments, rotate
 
 
 def dense_inits(fan_in: int) -> dict[str, Any]:
@@ -63,10 +65,37 @@ def sow_statistic(module: nn.Module, name: str, value: jax.Array) -> None:
     module.sow("statistics", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
 
-def with_rotary_positions(x: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """Queries or keys [batch, length, heads, head_dim], rotated by their positions in x."""
-    positions = shards.positions(x.shape[1], axis_name)
+def with_rotary_positions(
+    x: jax.Array,
+    axis_name: str | None = None,
+    first: jax.Array | int = 0,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """Queries or keys [batch, length, heads, head_dim], rotated by their positions.
+
+    These count from first, or within each segment from 0.
+
+    Raises:
+      ValueError: for segments of a sequence that is divided over devices.
+    """
+    if segment_ids is None:
+        positions = first + shards.positions(x.shape[1], axis_name)
+    elif axis_name is not None:
+        raise ValueError("rotary positions within segments need the whole sequence on one device")
+    else:
+        positions = positions_in_segments(segment_ids)
     return on_automatic_axes(rotate, spec_of(x), x, positions)
+
+
+def check_causal_layer(attention: str) -> None:
+    """Raises a ValueError for an attention that has no causal form."""
+    if attention not in DECODABLE:
+        raise ValueError(f"{attention} is not causal; those that are: {', '.join(DECODABLE)}")
+
+
+def without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The options but one."""
+    return {k: v for k, v in options.items() if k != name}
 
 
 def projected_heads(
@@ -123,7 +152,14 @@ class MultiHeadAttention(nn.Module):
       value_head_dim: features of each head of the values; None means head_dim.
       dtype: dtype of the projections and their results; parameters and the attention's own
         computation stay float32.
-      rotary: rotates queries and keys by their positions (Su et al., 2021).
+      rotary: rotates queries and keys by their positions (Su et al., 2021), which count from the
+        first of each segment.
+      is_causal: position i attends to positions 0..i only. For softmax, kernelized and performer,
+        and for skyformer with landmarks="learned".
+      decode: attends causally from the positions of a call to these and all of earlier calls, by
+        what the collection "cache" keeps of them, which apply has to get and to return
+        (mutable=["cache"]). init makes it, for as many positions as its inputs have (softmax and
+        kernelized; the others' has no limit).
       axis_name: name of a mesh axis, within jax.shard_map, over which the sequence is split: inputs
         and mask are then this device's shard of it. For the attentions of SPLITTABLE; not for init.
     """
@@ -137,6 +173,8 @@ class MultiHeadAttention(nn.Module):
     num_kv_heads: int | None = None
     value_head_dim: int | None = None
     rotary: bool = False
+    is_causal: bool = False
+    decode: bool = False
 
     def __post_init__(self) -> None:
         """Freezes the options, since a dict would keep the module from being hashed."""
@@ -150,6 +188,7 @@ class MultiHeadAttention(nn.Module):
         inputs_kv: jax.Array | None = None,
         *,
         mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Projects, attends, and projects back to the width of inputs_q.
 
@@ -159,6 +198,8 @@ class MultiHeadAttention(nn.Module):
             Linformer with the greatest kv_length that it will see.
           mask: bool [batch, kv_length], True at real tokens. Masked inputs, even NaN, never affect
             the output at real positions, nor any gradient.
+          segment_ids: int [batch, length], for causal attention: positions of one segment, which
+            are consecutive, attend to that segment alone.
 
         Returns:
           [batch, q_length, width].
@@ -199,17 +240,31 @@ class MultiHeadAttention(nn.Module):
         query = project("query", inputs_q)
         key = None if entry.shared_query_key else project("key", inputs_kv)
         value = project("value", inputs_kv)
-        if self.rotary:
-            query = with_rotary_positions(query, self.axis_name)
-            key = None if key is None else with_rotary_positions(key, self.axis_name)
         # What the layer keeps stands for options that ask it to, such as landmarks="learned".
         options = {
-            "mask": mask,
-            "rng": rng,
             **function_options,
             **self._kept_variables(kv_length, redraw=rng is not None),
         }
-        out = entry.function(query, key, value, **options)
+        if self.is_causal or self.decode:
+            check_causal_layer(self.attention)
+            options["is_causal"] = True
+            if segment_ids is not None:
+                options["segment_ids"] = segment_ids
+        cache = self._cache(query, value, options) if self.decode else None
+        if self.rotary:
+            first = 0 if cache is None else cache.value["index"]
+            where = (self.axis_name, first, segment_ids)
+            query = with_rotary_positions(query, *where)
+            key = None if key is None else with_rotary_positions(key, *where)
+        if cache is not None and not self.is_initializing():
+            assert key is not None  # no causal attention shares queries and keys
+            decoded = without(options, "is_causal")
+            out, cache.value = decode(
+                self.attention, cache.value, query, key, value, mask=mask, **decoded
+            )
+        else:
+            options = {"mask": mask, "rng": rng, **options}
+            out = entry.function(query, key, value, **options)
         if entry.residual and keeps_statistics(self):
             sow_statistic(self, "residual", entry.residual(query, key, **options))
         return nn.DenseGeneral(
@@ -219,6 +274,23 @@ class MultiHeadAttention(nn.Module):
             name="out",
             **dense_inits(self.num_heads * value_head_dim),
         )(out)
+
+    def _cache(self, query: jax.Array, value: jax.Array, options: Mapping[str, Any]) -> nn.Variable:
+        """The variable that holds the state of decoding."""
+        batch, length, heads, head_dim = query.shape
+        start = functools.partial(
+            init_decoding,
+            self.attention,
+            batch=batch,
+            heads=heads,
+            head_dim=head_dim,
+            kv_heads=value.shape[2],
+            value_dim=value.shape[-1],
+            max_length=length,
+            dtype=value.dtype,
+            **without(options, "is_causal"),
+        )
+        return self.variable("cache", "state", start)
 
     def _kept_variables(self, kv_length: int, *, redraw: bool) -> dict[str, jax.Array]:
         """The arrays that this layer keeps for its attention, without those that are redrawn."""

@@ -41,9 +41,13 @@ class EncoderBlock(nn.Module):
     deterministic: bool
     axis_name: str | None
     rotary: bool = False
+    is_causal: bool = False
+    decode: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
         """X [batch, length, width], mask bool [batch, length] -> [batch, length, width]."""
         dtype = jnp.dtype(self.dtype)
 
@@ -61,8 +65,10 @@ class EncoderBlock(nn.Module):
             dtype,
             self.axis_name,
             rotary=self.rotary,
+            is_causal=self.is_causal,
+            decode=self.decode,
             name="attention_layer",
-        )(y, mask=mask)
+        )(y, mask=mask, segment_ids=segment_ids)
         x = x + drop(y)
         y = LayerNorm(dtype, name="mlp_norm")(x)
 

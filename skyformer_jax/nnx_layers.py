@@ -9,7 +9,9 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, layer_variables, split_options
+from skyformer_jax.attention.decoding import decode, init_decoding
 from skyformer_jax.layers import (
+    check_causal_layer,
     dense_inits,
     hide_padding,
     projected_heads,
@@ -40,7 +42,10 @@ class MultiHeadAttention(nnx.Module):
         query heads share them. None means num_heads. Reformer, whose queries are its keys, has
         fewer heads of values alone.
       value_head_dim: features of each head of the values; None means head_dim.
-      rotary: rotates queries and keys by their positions (Su et al., 2021).
+      rotary: rotates queries and keys by their positions (Su et al., 2021), which count from the
+        first of each segment.
+      is_causal: position i attends to positions 0..i only. For softmax, kernelized and performer,
+        and for skyformer with landmarks="learned".
       dtype: dtype of the projections and their results; None means that of inputs and parameters.
         The attention's own computation stays float32.
       param_dtype: dtype of the projections' parameters.
@@ -63,12 +68,17 @@ class MultiHeadAttention(nnx.Module):
         num_kv_heads: int | None = None,
         value_head_dim: int | None = None,
         rotary: bool = False,
+        is_causal: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.attention = attention
-        self.rotary = rotary
+        if is_causal:
+            check_causal_layer(attention)
+        self.rotary, self.is_causal, self.decode = rotary, is_causal, False
+        self._shapes = (num_heads, num_kv_heads, head_dim, value_head_dim or head_dim)
+        self.cache: nnx.Cache | None = nnx.data(None)
         # Frozen, so that the graph of the module is hashable.
         self._options: FrozenDict[str, Any] = FrozenDict(split_options(attention, options or {})[0])
         value_head_dim = value_head_dim or head_dim
@@ -98,12 +108,50 @@ class MultiHeadAttention(nnx.Module):
             kind = nnx.Param if spec.trained else Fixed
             setattr(self, name, kind(spec.init(rngs.params(), spec.shape)))
 
+    def init_cache(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> None:
+        """Begins decoding: from here on each call attends from its positions to all so far.
+
+        It sets `decode`; with `decode` set to False the module attends as before.
+
+        Args:
+          batch: number of sequences.
+          max_length: the most positions, which softmax and kernelized keep the keys and values of.
+          dtype: of these.
+        """
+        check_causal_layer(self.attention)
+        heads, kv_heads, head_dim, value_dim = self._shapes
+        state = init_decoding(
+            self.attention,
+            batch=batch,
+            heads=heads,
+            head_dim=head_dim,
+            kv_heads=kv_heads,
+            value_dim=value_dim,
+            max_length=max_length,
+            dtype=dtype,
+            **self._arrays(redrawn=False),
+        )
+        self.cache, self.decode = nnx.Cache(state), True
+
+    def _arrays(self, *, redrawn: bool) -> dict[str, Any]:
+        """The options, and the arrays that the module keeps, but for those drawn anew."""
+        # What the layer keeps stands for options that ask it to, such as landmarks="learned".
+        return {
+            **self._options,
+            **{
+                name: getattr(self, name)[...]
+                for name, trained in self._trained.items()
+                if trained or not redrawn
+            },
+        }
+
     def __call__(
         self,
         inputs_q: jax.Array,
         inputs_kv: jax.Array | None = None,
         *,
         mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """Projects, attends, and projects back to in_features.
@@ -113,6 +161,8 @@ class MultiHeadAttention(nnx.Module):
           inputs_kv: [batch, kv_length, in_features]; None means inputs_q (self-attention).
           mask: bool [batch, kv_length], True at real tokens. Masked inputs, even NaN, never affect
             the output at real positions, nor any gradient.
+          segment_ids: int [batch, length], for causal attention: positions of one segment, which
+            are consecutive, attend to that segment alone.
           rngs: with a stream "landmarks" or "features" to draw by; None is deterministic.
 
         Returns:
@@ -129,24 +179,24 @@ class MultiHeadAttention(nnx.Module):
         rng = None
         if rngs is not None and entry.stream is not None and entry.stream in rngs:
             rng = rngs[entry.stream]()
-        arrays = {
-            name: getattr(self, name)[...]
-            for name, trained in self._trained.items()
-            if trained or rng is None
-        }
-        query, key = self.query(inputs_q), None
+        query, key, value = self.query(inputs_q), None, self.value(inputs_kv)
         if not entry.shared_query_key:
             key = self.key(inputs_kv)
+        cache = self.cache if self.decode else None
+        state: Any = None if cache is None else cache.get_value()
         if self.rotary:
-            query = with_rotary_positions(query)
-            key = None if key is None else with_rotary_positions(key)
-        out = entry.function(
-            query,
-            key,
-            self.value(inputs_kv),
-            mask=mask,
-            rng=rng,
-            # What the layer keeps stands for options that ask it to, such as landmarks="learned".
-            **{**self._options, **arrays},
-        )
-        return self.out(out)
+            first = 0 if state is None else state["index"]
+            where = (None, first, segment_ids)
+            query = with_rotary_positions(query, *where)
+            key = None if key is None else with_rotary_positions(key, *where)
+        options = self._arrays(redrawn=rng is not None)
+        if cache is not None:
+            assert key is not None  # no causal attention shares queries and keys
+            out, state = decode(self.attention, state, query, key, value, mask=mask, **options)
+            cache.set_value(state)
+            return self.out(out)
+        if self.is_causal:
+            options["is_causal"] = True
+        if segment_ids is not None:
+            options["segment_ids"] = segment_ids
+        return self.out(entry.function(query, key, value, mask=mask, rng=rng, **options))

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import text
+from experiments.benchmarks.collectives import collectives
 from experiments.benchmarks.compiled import compile_step, described_devices
 from experiments.benchmarks.hlo import parse
 from experiments.benchmarks.program_costs import PEAKS, costs
@@ -41,12 +42,32 @@ def step(devices: list, length: int) -> dict:
     return compile_step(config, devices, 2, 4)[0]
 
 
+def causal(devices: list, length: int) -> dict:
+    """What causal Skyformer sends with its gradients, its sequence over eight devices."""
+    mesh = jax.sharding.Mesh(devices, ("seq",))
+    landmarks = jnp.arange(2048, dtype=jnp.float32).reshape(32, 2, 32) / 2048
+
+    def gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        def loss(*arrays: jax.Array) -> jax.Array:
+            options = {"landmarks": landmarks, "is_causal": True, "axis_name": "seq"}
+            return jnp.sin(attention.skyformer_attention(*arrays, **options)).sum()
+
+        return jax.grad(loss, (0, 1, 2))(*arrays)
+
+    along = P(None, "seq")
+    split = jax.shard_map(gradients, mesh=mesh, in_specs=along, out_specs=along, check_vma=False)
+    sharding = NamedSharding(mesh, along)
+    rows = jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32, sharding=sharding)
+    return collectives(jax.jit(split).lower(rows, rows, rows).compile().as_text())
+
+
 devices = described_devices("tpu", "v5e:2x4")
 one = jax.sharding.Mesh(devices[:1], ("data",))
 print(
     json.dumps(
         {
             "attentions": {name: gradients(name, one) for name in attention.NAMES},
+            "causal": [causal(devices, length) for length in (4096, 16384)],
             "steps": list(map(functools.partial(step, devices), (4096, 8192))),
         }
     )

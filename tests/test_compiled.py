@@ -180,3 +180,9 @@ def test_what_skyformer_sends_does_not_grow_with_the_length_on_tpus(compiled):
     assert short["collectives"] == long["collectives"]
     assert not short["loops"] and not long["loops"]
     assert short["estimated_cycles"] < long["estimated_cycles"] < 1_500_000
+
+
+def test_what_causal_skyformer_sends_does_not_grow_with_the_length_on_tpus(compiled):
+    short, long = compiled["causal"]
+    assert short == long
+    assert 0 < sum(x["bytes"] for x in long.values()) < 1_000_000

@@ -134,7 +134,7 @@ def test_models_are_hashable_and_name_what_is_wrong():
     tokens = jnp.ones((2, 48), int)
     for change, of_call, mask, message in (
         ({"pooling": "max"}, tokens, tokens > 0, "pooling must be one of mean, cls, padded_mean"),
-        ({"positions": "rotary"}, tokens, tokens > 0, "positions must be one of learned, sinu"),
+        ({"positions": "relative"}, tokens, tokens > 0, "positions must be one of learned, sinu"),
         ({"width": 7, "positions": "sinusoidal"}, tokens, tokens > 0, "an even width; got 7"),
         ({}, tokens, tokens, "mask must be bool, of the shape"),
         ({}, tokens, tokens[:1] > 0, "mask must be bool, of the shape"),

@@ -57,6 +57,22 @@ def test_what_skyformer_sends_does_not_grow_with_the_length():
     assert set(sent) == {"all-reduce", "all-gather"}
 
 
+def causal_skyformer(*arrays):
+    """With its own landmarks for both heads, and a convolution of three positions."""
+    landmarks = jnp.arange(256, dtype=jnp.float32).reshape(16, 2, 8) / 256
+    kernel = jnp.ones((3, 2, 8), jnp.float32)
+    options = {"landmarks": landmarks, "conv_kernel": kernel, "is_causal": True}
+    return skyformer_attention(*arrays, **options, axis_name="seq")
+
+
+def test_what_causal_skyformer_sends_does_not_grow_with_the_length():
+    """The sums of each device, its last segment, and the values that the next one convolves."""
+    sent = sent_by_gradients(causal_skyformer, 2048, 8)
+    assert sent_by_gradients(causal_skyformer, 8192, 8) == sent
+    sums = 4 * 2 * 16 * 8  # in bytes, of a device
+    assert sum(x["bytes"] for x in sent.values()) < 20 * sums
+
+
 @pytest.mark.slow
 def test_what_a_step_sends_does_not_grow_with_the_length():
     """Of a whole training step of Skyformer; memory does grow."""

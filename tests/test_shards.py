@@ -32,6 +32,16 @@ CASES = {
             "conv_kernel": jnp.asarray(RNG.normal(size=(3, HEADS, HEAD_DIM)), jnp.float32),
         },
     ),
+    "skyformer, causal": (
+        "skyformer",
+        {
+            "landmarks": jnp.asarray(RNG.normal(size=(5, HEADS, HEAD_DIM)), jnp.float32),
+            "normalize": True,
+            "conv_kernel": jnp.asarray(RNG.normal(size=(3, HEADS, HEAD_DIM)), jnp.float32),
+            "is_causal": True,
+        },
+    ),
+    "performer, causal": ("performer", {"num_features": 16, "is_causal": True}),
     "nystromformer": ("nystromformer", {"num_landmarks": 7}),
     "nystromformer, convolution": (
         "nystromformer",

@@ -20,7 +20,8 @@ from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.training import config as configs
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = tuple(sorted(path.stem for path in ROOT.glob("configs/*.py") if path.stem != "common"))
+_NO_TASKS = ("common", "language_model")
+CONFIGS = tuple(sorted({path.stem for path in ROOT.glob("configs/*.py")} - {*_NO_TASKS}))
 # Fields begin so that do not change what is computed, or that are not of the setting.
 NOT_SETTING = (*configs.MUTABLE_FIELDS, "data.source", "seed")
 # A config that is reduced by itself, and what it is a reduction of.

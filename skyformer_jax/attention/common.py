@@ -153,7 +153,7 @@ def _check_self_attention(name: str, query: jax.Array, value: jax.Array) -> None
         )
 
 
-_MASKS = {"mask", "query_mask", "full_mask"}
+_MASKS = {"mask", "query_mask", "full_mask", "segment_ids"}
 
 
 def _whole(x: Any, divided: tuple[int, ...]) -> Any:

@@ -186,6 +186,63 @@ def check_full_mask(full_mask: jax.Array, query: jax.Array, key: jax.Array) -> j
     return with_all_axes("full_mask", full_mask, shape)
 
 
+def check_causal(
+    name: str,
+    query: jax.Array,
+    key: jax.Array,
+    is_causal: bool,
+    segment_ids: jax.Array | None,
+) -> None:
+    """Raises a ValueError unless an attention by prefix sums can honour a causal request."""
+    if not is_causal:
+        raise ValueError(
+            f"{name} takes segment_ids for causal attention alone; give is_causal=True"
+        )
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"causal {name} attends from a sequence to itself: q_length must equal kv_length; got "
+            f"{query.shape[1]} and {key.shape[1]}"
+        )
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, query, key)
+
+
+def check_segment_ids(segment_ids: jax.Array, query: jax.Array, key: jax.Array) -> None:
+    """Raises a ValueError unless segment_ids are int [batch, length] of queries and keys."""
+    integers = jnp.issubdtype(segment_ids.dtype, jnp.integer)
+    if not integers or segment_ids.shape != query.shape[:2] or query.shape[1] != key.shape[1]:
+        raise ValueError(
+            "segment_ids must be int [batch, length] of queries and keys of one length; got "
+            f"{segment_ids.dtype} {segment_ids.shape} for query {query.shape} and key {key.shape}"
+        )
+
+
+def within_segments(
+    full_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+    query: jax.Array,
+    key: jax.Array,
+) -> jax.Array | None:
+    """A full_mask that keeps queries to the keys of their own segment; None without either.
+
+    Args:
+      full_mask: broadcastable to [batch, heads, q_length, kv_length], or None.
+      segment_ids: int [batch, length], or None.
+      query: [batch, q_length, heads, head_dim].
+      key: [batch, kv_length, kv_heads, head_dim].
+
+    Raises:
+      ValueError: if their shapes do not fit.
+    """
+    if full_mask is not None:
+        full_mask = check_full_mask(full_mask, query, key)
+    if segment_ids is None:
+        return full_mask
+    check_segment_ids(segment_ids, query, key)
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same if full_mask is None else same & full_mask
+
+
 def zeros_like(x: jax.Array, dtype: Any = None, *, last: int | None = None) -> jax.Array:
     """Zeros of the shape and the sharding of x, on meshes with explicit axes too.
 

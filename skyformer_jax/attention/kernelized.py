@@ -12,10 +12,10 @@ from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.derivatives import Arrays, with_rules
 from skyformer_jax.attention.gaussian import gaussian_attention
 from skyformer_jax.attention.inputs import (
-    check_full_mask,
     check_not_negative,
     hide_masked,
     hide_unseen,
+    within_segments,
     zeros_like,
 )
 from skyformer_jax.attention.row_sums import over_row_sums, with_ones
@@ -96,6 +96,7 @@ def kernelized_attention(
     implementation: str = "auto",
     full_mask: jax.Array | None = None,
     is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
     normalize: bool = False,
     axis_name: str | None = None,
 ) -> jax.Array:
@@ -116,6 +117,8 @@ def kernelized_attention(
       full_mask: bool, broadcastable to [batch, heads, q_length, kv_length], True where a key is a
         term of a query's sum. Beside the mask itself, memory stays linear in the length.
       is_causal: True lets the sum of query i end with key i.
+      segment_ids: int [batch, length], of self-attention: positions attend to those of their own
+        segment alone. It becomes a full_mask, a byte for each pair of positions.
       normalize: divides each row by its sum, so that a query gets a mean of values weighted by the
         kernel.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
@@ -137,8 +140,7 @@ def kernelized_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     check_not_negative(scale=scale)
     value = with_ones(value, mask) if normalize else value
-    if full_mask is not None:
-        full_mask = check_full_mask(full_mask, query, key)
+    full_mask = within_segments(full_mask, segment_ids, query, key)
     key, value = hide_unseen(query, key, value, full_mask, is_causal)
     if full_mask is not None:
         of_keys_alone = full_mask.shape[1:3] == (1, 1)

@@ -17,10 +17,13 @@ from skyformer_jax.attention import shards
 from skyformer_jax.attention.common import attention_function
 from skyformer_jax.attention.inputs import (
     check_at_least,
+    check_causal,
     check_not_negative,
     fixed_key,
     hide_masked,
 )
+from skyformer_jax.attention.prefix_sums import CHUNK, State, empty_state, prefix_attention
+from skyformer_jax.attention.row_sums import over_row_sums, with_ones
 from skyformer_jax.attention.variables import VariableSpec
 
 
@@ -68,6 +71,8 @@ def performer_attention(
     scale: jax.Array | float | None = None,
     num_features: int = 128,
     projection: jax.Array | None = None,
+    is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
     """Performer attention (FAVOR+), linear in the length; approaches softmax_attention.
@@ -87,6 +92,9 @@ def performer_attention(
       scale: factor of the scores; None means head_dim**-0.5.
       num_features: m of a projection that is not given.
       projection: float [m, head_dim], the directions; None draws orthogonal_features.
+      is_causal: query i attends to keys 0..i only; see docs/causal.md.
+      segment_ids: int [batch, length], for causal attention: positions of one segment, which are
+        consecutive, attend to that segment alone.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
         as long as the others', of query, key, value and mask. Only sums over the keys, of m x
         (head_dim + 1) for each head, cross devices.
@@ -113,19 +121,30 @@ def performer_attention(
             f"projection must be [num_features, head_dim = {head_dim}]; got {projection.shape}"
         )
 
-    def exponents(x: jax.Array) -> jax.Array:
-        x = x * scale**0.5
-        return jnp.einsum(
-            "bnhp,mp->bnhm", x, projection.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        ) - 0.5 * (x**2).sum(axis=-1, keepdims=True)
+    projection = projection.astype(jnp.float32)
+    if is_causal or segment_ids is not None:
+        check_causal("performer", query, key, is_causal, segment_ids)
+        shape = (len(query), query.shape[2], len(projection), value.shape[-1] + 1)
+        out, _ = causal_performer(
+            query,
+            key,
+            value,
+            mask,
+            projection,
+            segment_ids,
+            empty_state(*shape),
+            scale,
+            axis_name=axis_name,
+        )
+        return out.astype(dtype)
 
-    of_keys = exponents(key)
+    of_keys = _exponents(key, projection, scale)
     if mask is not None:
         of_keys = jnp.where(mask[:, :, None, None], of_keys, -jnp.inf)
     top = shards.pmax(of_keys.max(axis=1, keepdims=True), axis_name)
     top = jnp.maximum(top, jnp.finfo(jnp.float32).min)  # finite where there is no real key
     key_features = jnp.exp(of_keys - top)
-    of_queries = exponents(query) + top
+    of_queries = _exponents(query, projection, scale) + top
     query_features = jnp.exp(
         of_queries - jax.lax.stop_gradient(of_queries.max(axis=-1, keepdims=True))
     )
@@ -136,6 +155,70 @@ def performer_attention(
     numerator = jnp.einsum("bqhm,bhmp->bqhp", query_features, context)
     denominator = jnp.einsum("bqhm,bhm->bqh", query_features, mass)[..., None]
     return (numerator / jnp.where(denominator > 0, denominator, 1)).astype(dtype)
+
+
+def _exponents(x: jax.Array, projection: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """W . x - ||x||^2 / 2 for rows [batch, rows, heads, head_dim]: [batch, rows, heads, m]."""
+    x = x * scale**0.5
+    products = jnp.einsum("bnhp,mp->bnhm", x, projection, precision=jax.lax.Precision.HIGHEST)
+    return products - 0.5 * (x**2).sum(axis=-1, keepdims=True)
+
+
+def causal_performer(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    projection: jax.Array,
+    segment_ids: jax.Array | None,
+    state: State,
+    scale: jax.Array | float,
+    *,
+    axis_name: str | None = None,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, State]:
+    """Causal Performer of the positions after those of a state.
+
+    The greatest exponent over the keys would tell of later ones, so a constant is taken out of each
+    feature of the keys: what its exponent, which is at most ||w||^2 / 2, could exceed 64 by.
+
+    Args:
+      query: float32 [batch, length, heads, head_dim].
+      key: likewise.
+      value: float32 [batch, length, heads, value_dim], 0 at masked positions.
+      mask: bool [batch, length], or None.
+      projection: float32 [m, head_dim].
+      segment_ids: as in performer_attention.
+      state: empty_state(batch, heads, m, value_dim + 1), or what an earlier call returned.
+      scale: factor of the scores.
+      axis_name: as in performer_attention.
+      chunk: positions that are computed at once.
+
+    Returns:
+      float32 [batch, length, heads, value_dim], and the state after the last position.
+    """
+    top = jnp.maximum(0.5 * (projection**2).sum(axis=-1) - 64, 0)[None, None, None]
+
+    def of_keys(rows: jax.Array) -> jax.Array:
+        return jnp.swapaxes(jnp.exp(_exponents(rows, projection, scale) - top), 1, 2)
+
+    def of_queries(rows: jax.Array) -> jax.Array:
+        exponents = _exponents(rows, projection, scale) + top
+        greatest = jax.lax.stop_gradient(exponents.max(axis=-1, keepdims=True))
+        return jnp.swapaxes(jnp.exp(exponents - greatest), 1, 2)
+
+    out, state = prefix_attention(
+        of_queries,
+        of_keys,
+        query,
+        key,
+        with_ones(value, mask),
+        state=state,
+        segment_ids=segment_ids,
+        axis_name=axis_name,
+        chunk=chunk,
+    )
+    return over_row_sums(out), state
 
 
 def performer_variables(

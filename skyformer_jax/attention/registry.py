@@ -41,7 +41,7 @@ class Attention(NamedTuple):
       residual: tells how much the attention's approximation misses, float32 [batch, heads], of its
         arguments but value; None where it has no such diagnostic.
       masks: the arguments by which a call restricts which keys a query attends to: of "mask",
-        "query_mask", "full_mask", "bias" and "is_causal".
+        "query_mask", "full_mask", "bias", "is_causal" and "segment_ids".
       self_attention_only: queries and keys must be of one sequence.
       splittable: the function takes axis_name, so the sequence may be split over devices.
       stream: the random stream of a module that feeds the function's rng: "landmarks" for numbers
@@ -76,13 +76,13 @@ REGISTRY: Mapping[str, Attention] = {
         options={"implementation": "auto"},
         weights=softmax_weights,
         earlier_options={"implementation": "auto"},
-        masks=("mask", "full_mask", "bias", "is_causal"),
+        masks=("mask", "full_mask", "bias", "is_causal", "segment_ids"),
     ),
     "kernelized": Attention(
         kernelized_attention,
         options={"implementation": "auto", "normalize": False},
         earlier_options={"normalize": False},
-        masks=("mask", "full_mask", "is_causal"),
+        masks=("mask", "full_mask", "is_causal", "segment_ids"),
         splittable=True,
     ),
     "skyformer": Attention(
@@ -100,7 +100,7 @@ REGISTRY: Mapping[str, Attention] = {
             "implementation": "auto",
         },
         earlier_options={"implementation": "auto", "normalize": False, "conv_size": 0},
-        masks=("mask", "query_mask"),
+        masks=("mask", "query_mask", "is_causal", "segment_ids"),
         splittable=True,
         stream="landmarks",
         variables=skyformer_variables,
@@ -131,6 +131,7 @@ REGISTRY: Mapping[str, Attention] = {
     "performer": Attention(
         performer_attention,
         options={"num_features": 128, "projection": None},
+        masks=("mask", "is_causal", "segment_ids"),
         splittable=True,
         stream="features",
         variables=performer_variables,

@@ -44,6 +44,8 @@ def nystrom_residual(
     num_iterations: int = 6,
     normalize: bool = False,
     conv_kernel: jax.Array | None = None,
+    is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
     implementation: str = "auto",
     axis_name: str | None = None,
 ) -> jax.Array:
@@ -73,6 +75,8 @@ def nystrom_residual(
       num_iterations: likewise.
       normalize: unused, so that the options of skyformer_attention may be passed on.
       conv_kernel: likewise.
+      is_causal: likewise.
+      segment_ids: likewise.
       implementation: likewise.
       axis_name: likewise.
 
@@ -82,7 +86,7 @@ def nystrom_residual(
     Raises:
       ValueError: if shapes do not fit, a mask is not boolean, or an option is out of range.
     """
-    del normalize, conv_kernel, implementation
+    del normalize, conv_kernel, is_causal, segment_ids, implementation
     query, key = floating_arrays(query, key)
     check_shapes(query, key, key)
     batch, _, heads, head_dim = query.shape

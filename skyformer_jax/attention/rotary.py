@@ -15,7 +15,7 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
 
     Args:
       x: [batch, length, heads, head_dim], head_dim even.
-      positions: int [length].
+      positions: int [length], or [batch, length].
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of x.
@@ -27,8 +27,16 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     if head_dim % 2:
         raise ValueError(f"rotary positions need an even head_dim; got {head_dim}")
     frequencies = _BASE ** (-2 * jnp.arange(head_dim // 2, dtype=jnp.float32) / head_dim)
-    angles = positions[:, None].astype(jnp.float32) * frequencies[None]
-    cos, sin = (f(angles)[None, :, None] for f in (jnp.cos, jnp.sin))
+    positions = positions if positions.ndim == 2 else positions[None]
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def positions_in_segments(segment_ids: jax.Array) -> jax.Array:
+    """int32 [batch, length]: each position counted from the first of its segment."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

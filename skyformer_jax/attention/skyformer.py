@@ -23,6 +23,7 @@ from skyformer_jax.attention.convolution import conv_kernel_spec, convolve_value
 from skyformer_jax.attention.gaussian import gaussian_attention, gaussian_scores
 from skyformer_jax.attention.inputs import (
     check_at_least,
+    check_causal,
     check_not_negative,
     hide,
     hide_masked,
@@ -31,12 +32,15 @@ from skyformer_jax.attention.inputs import (
 from skyformer_jax.attention.inverses import matmul, schulz_inverse
 from skyformer_jax.attention.landmark_choice import LANDMARKS, find_landmarks
 from skyformer_jax.attention.row_sums import over_row_sums, with_ones
+from skyformer_jax.attention.skyformer_causal import (
+    LEAST_ROW_SUM,
+    causal_skyformer,
+    initial_state,
+)
 from skyformer_jax.attention.variables import VariableSpec
 
 INVERSES = ("schulz", "cholesky")
 _LEARNED = "learned"  # of the layers, which pass the array
-# The least sum of a row, as a part of the sum of its terms' absolute values.
-_LEAST_ROW_SUM = 1e-2
 
 
 def check_skyformer_options(
@@ -84,6 +88,8 @@ def skyformer_attention(
     num_iterations: int = 6,
     normalize: bool = False,
     conv_kernel: jax.Array | None = None,
+    is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
     implementation: str = "auto",
     axis_name: str | None = None,
 ) -> jax.Array:
@@ -133,6 +139,10 @@ def skyformer_attention(
         its terms' absolute values, as where no landmark is near, counts as that hundredth.
       conv_kernel: float [size, heads] or [size, heads, head_dim], size odd; adds the convolution
         of the values (0 at padding) with it, for self-attention only (Xiong et al., 2021).
+      is_causal: query i attends to keys 0..i only, which needs an array of landmarks: those of a
+        sequence's own rows would tell of later ones. See docs/causal.md.
+      segment_ids: int [batch, length], for causal attention: positions of one segment, which are
+        consecutive, attend to that segment alone.
       implementation: of the two Gaussian passes: "auto", "dense", "chunked" or "pallas", see
         gaussian.gaussian_attention.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
@@ -152,6 +162,32 @@ def skyformer_attention(
     check_skyformer_options(landmarks, num_landmarks, scale, gamma, inverse, num_iterations)
     dtype = value.dtype
     key, value = hide_masked(key, value, mask)
+    if is_causal or segment_ids is not None:
+        if landmark_indices is not None or isinstance(landmarks, str):
+            raise ValueError(
+                "skyformer is causal, or divided into segments, with landmarks that do not depend "
+                'on the sequence: landmarks="learned" in a layer, or an array [num_landmarks, '
+                "heads, head_dim]; those drawn from its rows would tell of later positions"
+            )
+        check_causal("skyformer", query, key, is_causal, segment_ids)
+        state = initial_state(
+            *(len(query), query.shape[2], value.shape[-1], len(landmarks)),
+            normalize=normalize,
+            conv_size=0 if conv_kernel is None else len(conv_kernel),
+        )
+        attend = functools.partial(
+            causal_skyformer,
+            inverse=inverse,
+            num_iterations=num_iterations,
+            normalize=normalize,
+            axis_name=axis_name,
+        )
+        out = on_automatic_axes(
+            lambda *x: attend(*x)[0],
+            spec_of(query),
+            *(query, key, value, mask, landmarks, conv_kernel, segment_ids, state, scale, gamma),
+        )
+        return out.astype(dtype)
 
     batch_axes, _, head_axes, _ = spec_of(query)
     specs = [(batch_axes, None, head_axes, None), (batch_axes, None)]
@@ -167,7 +203,7 @@ def skyformer_attention(
     if normalize:
         size = jnp.abs(jax.lax.stop_gradient(weights[..., -1:]))
         sums = passes(query, points, jnp.concatenate([weights, size], axis=-1))
-        out = over_row_sums(sums[..., :-1], _LEAST_ROW_SUM * sums[..., -1:])
+        out = over_row_sums(sums[..., :-1], LEAST_ROW_SUM * sums[..., -1:])
     else:
         out = passes(query, points, weights)
     if conv_kernel is not None:

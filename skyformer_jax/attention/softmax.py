@@ -23,6 +23,7 @@ from skyformer_jax.attention.inputs import (
     hide_unseen,
     known_options,
     with_all_axes,
+    within_segments,
 )
 from skyformer_jax.attention.kernel_inputs import default_precision
 from skyformer_jax.attention.platforms import (
@@ -60,6 +61,7 @@ def softmax_attention(
     full_mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """softmax(scale * Q K^T + bias) V, in memory linear in the length.
@@ -78,6 +80,8 @@ def softmax_attention(
         attend to a key.
       bias: added to the scores, broadcastable to their shape.
       is_causal: True lets query i attend to keys 0..i only.
+      segment_ids: int [batch, length], of self-attention: positions attend to those of their own
+        segment alone. It becomes a full_mask, a byte for each pair of positions.
       implementation: which form computes it.
 
         - "dense" is jax.nn.dot_product_attention, which holds all scores.
@@ -99,6 +103,7 @@ def softmax_attention(
     """
     del rng
     check_implementation(implementation)
+    full_mask = within_segments(full_mask, segment_ids, query, key)
     wide = jnp.float64 in (query.dtype, key.dtype, value.dtype)
     if implementation == "pallas" and (full_mask is not None or bias is not None or wide):
         raise ValueError(
@@ -108,8 +113,6 @@ def softmax_attention(
     if implementation == "chunked" and bias is not None:
         raise ValueError('implementation="chunked" takes no bias; choose "auto" or "dense" for it')
     key, value = hide_masked(key, value, mask)
-    if full_mask is not None:
-        full_mask = check_full_mask(full_mask, query, key)
     key, value = hide_unseen(query, key, value, full_mask, is_causal)
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
     few = implementation == "auto" and query.shape[1] * key.shape[1] <= _DENSE_SCORES
@@ -267,6 +270,7 @@ def softmax_weights(
     full_mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
 ) -> jax.Array:
     """The weights softmax(scale * Q K^T + bias) of softmax_attention, to look at.
 
@@ -278,6 +282,7 @@ def softmax_weights(
       full_mask: likewise.
       bias: likewise.
       is_causal: likewise.
+      segment_ids: likewise.
 
     Returns:
       [batch, heads, q_length, kv_length] in the common dtype of query and key; each row sums to 1,
@@ -286,6 +291,7 @@ def softmax_weights(
     query, key = floating_arrays(query, key)
     scale = known_options({"scale": scale})["scale"]
     key, _ = hide_masked(key, key, mask)
+    full_mask = within_segments(full_mask, segment_ids, query, key)
     allowed, bias = _restrictions(query, key, mask, full_mask, bias, is_causal)
     dtype = _common_dtype(query, key)
     key = repeat_heads(key, query.shape[2]).astype(dtype)

@@ -1,0 +1,201 @@
+"""Causal attention: against float64, without any leak of the future, and decoded token by token."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from flax import nnx
+
+from skyformer_jax import attention
+from skyformer_jax.attention.decoding import DECODABLE, decode, init_decoding
+from skyformer_jax.attention.prefix_sums import CHUNK
+from skyformer_jax.layers import MultiHeadAttention
+from skyformer_jax.nnx_layers import MultiHeadAttention as NnxAttention
+
+BATCH, HEADS, HEAD_DIM, LANDMARKS = 2, 2, 8, 6
+RNG = np.random.default_rng(0)
+POINTS = RNG.normal(size=(LANDMARKS, HEADS, HEAD_DIM)).astype(np.float32)
+KERNEL = RNG.normal(size=(3, HEADS, HEAD_DIM)).astype(np.float32)
+FEATURES = RNG.normal(size=(16, HEAD_DIM)).astype(np.float32)
+OPTIONS = {
+    "softmax": ("softmax", {}),
+    "kernelized": ("kernelized", {}),
+    "kernelized, normalised": ("kernelized", {"normalize": True}),
+    "skyformer": ("skyformer", {"landmarks": POINTS, "inverse": "cholesky"}),
+    "skyformer, normalised": ("skyformer", {"landmarks": POINTS, "normalize": True}),
+    "skyformer, with a convolution": ("skyformer", {"landmarks": POINTS, "conv_kernel": KERNEL}),
+    "performer": ("performer", {"projection": FEATURES}),
+}
+each = pytest.mark.parametrize("case", OPTIONS)
+
+
+def inputs(length, seed=0):
+    rng = np.random.default_rng(seed)
+    q, k, v = rng.normal(size=(3, BATCH, length, HEADS, HEAD_DIM)).astype(np.float32)
+    mask = rng.random((BATCH, length)) < 0.8
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask)
+
+
+def attend(case, q, k, v, **more):
+    name, options = OPTIONS[case]
+    return attention.ATTENTIONS[name](q, k, v, is_causal=True, **options, **more)
+
+
+def float64(case, q, k, v, mask):
+    """The output for the last query, which all keys are open to."""
+    name, options = OPTIONS[case]
+    normalize = options.get("normalize", False)
+    if name == "softmax":
+        return references.softmax(q, k, v, mask)[:, -1]
+    if name == "kernelized":
+        return references.kernelized(q, k, v, mask, normalize=normalize)[:, -1]
+    if name == "performer":
+        return references.performer(q, k, v, FEATURES, mask)[:, -1]
+    points = [POINTS] * len(q)
+    out = references.skyformer_from(q, k, v, points, mask, normalize=normalize)[:, -1]
+    if "conv_kernel" in options:
+        values = np.where(np.asarray(mask)[..., None, None], v, 0.0)[:, -3:]
+        out += (values * KERNEL[-values.shape[1] :]).sum(axis=1)
+    return out
+
+
+def test_what_is_causal_is_listed():
+    assert DECODABLE == ("softmax", "kernelized", "skyformer", "performer")
+
+
+@each
+@pytest.mark.parametrize("length", [1, 2, CHUNK + 1])
+def test_each_position_is_the_last_of_a_shorter_sequence(case, length):
+    q, k, v, mask = inputs(length)
+    out = attend(case, q, k, v, mask=mask)
+    for i in {0, length // 2, CHUNK - 1, length - 1} & set(range(length)):
+        expected = float64(case, *(x[:, : i + 1] for x in (q, k, v, mask)))
+        np.testing.assert_allclose(out[:, i], expected, rtol=2e-3, atol=2e-3)
+
+
+@each
+@pytest.mark.parametrize("length", [3, CHUNK - 1, CHUNK, CHUNK + 2])
+def test_no_output_depends_on_a_later_position(case, length):
+    """By the gradients of the outputs up to a position, which are exactly 0 beyond it."""
+    q, k, v, mask = inputs(length)
+    for last in {0, length // 2, CHUNK - 1, CHUNK, length - 2} & set(range(length - 1)):
+
+        def upto(q, k, v, last=last):
+            return jnp.sin(attend(case, q, k, v, mask=mask)[:, : last + 1]).sum()
+
+        gradients = jax.grad(upto, argnums=(0, 1, 2))(q, k, v)
+        for gradient in gradients:
+            assert np.isfinite(gradient).all()
+            assert np.abs(gradient[:, last + 1 :]).max() == 0
+        assert np.abs(gradients[2]).max() > 0 or not mask[:, : last + 1].any()
+
+
+@each
+def test_segments_are_sequences_of_their_own(case):
+    """Borders within chunks, at them, and a segment over several chunks."""
+    borders = [0, 5, 40, CHUNK, 2 * CHUNK + 60, 2 * CHUNK + 70]
+    q, k, v, mask = inputs(borders[-1])
+    ids = np.repeat(np.arange(5) + 3, np.diff(borders))
+    segment_ids = jnp.asarray(np.broadcast_to(ids, (BATCH, borders[-1])))
+    out = attend(case, q, k, v, mask=mask, segment_ids=segment_ids)
+    for begin, end in itertools.pairwise(borders):
+        part = [x[:, begin:end] for x in (q, k, v)]
+        alone = attend(case, *part, mask=mask[:, begin:end])
+        np.testing.assert_allclose(out[:, begin:end], alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"segment_ids must be int \[batch, length\]"):
+        attend(case, q, k, v, segment_ids=segment_ids[:, 1:])
+
+
+@each
+def test_decoding_equals_the_parallel_form(case):
+    """A prompt in one go, then token by token, under jit and scan; with padding."""
+    name, options = OPTIONS[case]
+    length, prompt = CHUNK + 9, CHUNK + 3
+    q, k, v, mask = inputs(length)
+    expected = attend(case, q, k, v, mask=mask)
+    sizes = {"batch": BATCH, "heads": HEADS, "head_dim": HEAD_DIM, "max_length": length}
+    state = init_decoding(name, **sizes, **options)
+    step = jax.jit(functools.partial(decode, name, **options))
+    out, state = step(state, *(x[:, :prompt] for x in (q, k, v)), mask=mask[:, :prompt])
+    np.testing.assert_allclose(out, expected[:, :prompt], rtol=1e-4, atol=1e-4)
+
+    def one(state, arrays):
+        *arrays, mask = (x[:, None] for x in arrays)
+        out, state = decode(name, state, *arrays, mask=mask, **options)
+        return state, out[:, 0]
+
+    rest = tuple(jnp.moveaxis(x[:, prompt:], 1, 0) for x in (q, k, v, mask))
+    state, outs = jax.jit(functools.partial(jax.lax.scan, one))(state, rest)
+    np.testing.assert_allclose(jnp.moveaxis(outs, 0, 1), expected[:, prompt:], atol=1e-4)
+    assert state["index"] == length
+    if "key" in state:  # there is no room left
+        assert np.isnan(step(state, q[:, :1], k[:, :1], v[:, :1])[0]).all()
+
+
+@pytest.mark.parametrize("case", ["skyformer, with a convolution", "performer"])
+def test_the_state_has_a_fixed_size(case):
+    """By the shapes for a prompt of 1,024 positions and of a million, without computing them."""
+    name, options = OPTIONS[case]
+
+    def state_after(length):
+        shape = jax.ShapeDtypeStruct((1, length, HEADS, HEAD_DIM), jnp.float32)
+        sizes = {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM}
+        state = jax.eval_shape(functools.partial(init_decoding, name, **sizes, **options))
+        return jax.eval_shape(
+            functools.partial(decode, name, **options), state, shape, shape, shape
+        )[1]
+
+    assert state_after(1024) == state_after(1 << 20)
+
+
+def test_landmarks_of_the_sequence_are_refused():
+    q, k, v, _ = inputs(10)
+    for options in ({}, {"landmark_indices": jnp.zeros((BATCH, 3), int), "landmarks": POINTS}):
+        with pytest.raises(ValueError, match="would tell of later positions"):
+            attention.skyformer_attention(q, k, v, is_causal=True, **options)
+    with pytest.raises(ValueError, match="q_length must equal kv_length"):
+        attention.performer_attention(q[:, 1:], k, v, is_causal=True)
+    with pytest.raises(ValueError, match="linformer is not causal; those that can decode: softmax"):
+        init_decoding("linformer", batch=1, heads=1, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("softmax", {}),
+        ("kernelized", {}),
+        ("skyformer", {"landmarks": "learned", "num_landmarks": 6, "conv_size": 3}),
+        ("performer", {"num_features": 16}),
+    ],
+)
+def test_modules_decode_as_they_attend(name, options):
+    """Linen and NNX, with rotary positions and shared heads of keys."""
+    x = jnp.asarray(RNG.normal(size=(BATCH, 12, 16)), jnp.float32)
+    fields = {"rotary": True, "num_kv_heads": 1, "is_causal": True, "options": options}
+    layer = MultiHeadAttention(name, 2, 8, **fields)
+    expected, variables = layer.init_with_output(jax.random.key(0), x)
+    decoder = layer.clone(decode=True)
+    cache = decoder.init(jax.random.key(0), x)["cache"]
+    module = NnxAttention(name, 2, 16, 8, **fields, rngs=nnx.Rngs(0))
+    for part, values in {**variables["params"], **variables.get("fixed", {})}.items():
+        if isinstance(values, dict):
+            getattr(module, part).kernel[...] = values["kernel"]
+            getattr(module, part).bias[...] = values["bias"]
+        else:
+            getattr(module, part)[...] = values
+    np.testing.assert_allclose(module(x), expected, atol=1e-5)
+    module.init_cache(BATCH, 12)
+    step = nnx.jit(lambda module, x: module(x))
+    for begin, end in ((0, 7), (7, 8), (8, 12)):
+        out, changed = decoder.apply(
+            {**variables, "cache": cache}, x[:, begin:end], mutable=["cache"]
+        )
+        cache = changed["cache"]
+        np.testing.assert_allclose(out, expected[:, begin:end], atol=1e-5)
+        np.testing.assert_allclose(step(module, x[:, begin:end]), out, atol=1e-5)
+    with pytest.raises(ValueError, match="linformer is not causal"):
+        MultiHeadAttention("linformer", 2, 8, is_causal=True).init(jax.random.key(0), x)
