@@ -165,16 +165,24 @@ def _without_scores(
         more = arrays[4:] if has_mask else (None, *arrays[4:])
         return tiled(*arrays[:4], *more, tile=tile, is_causal=is_causal)
 
-    value, tangent, gradients = (
+    value, tangent, gradients, plain = (
         functools.partial(by_platform, functools.partial(chunked, tiled), precision, tiles)
-        for tiled in (tiled_value, tiled_tangent, tiled_gradients)
+        for tiled in (
+            tiled_value,
+            tiled_tangent,
+            tiled_gradients,
+            functools.partial(tiled_gradients, skips=False),
+        )
     )
 
     def all_gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return _with_scale(gradients(*arrays), *arrays)
 
+    def plain_gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return _with_scale(plain(*arrays), *arrays)
+
     if implementation == "chunked":
-        return with_rules(value, tangent, all_gradients)
+        return with_rules(value, tangent, all_gradients, plain_gradients)
     interpreted = implementation == "pallas"
 
     def by_kernel(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -182,7 +190,7 @@ def _without_scores(
         return _with_scale(found, *arrays)
 
     value_by_kernel = functools.partial(value, kernels=_VALUE, interpreted=interpreted)
-    return with_rules(value_by_kernel, tangent, by_kernel, all_gradients)
+    return with_rules(value_by_kernel, tangent, by_kernel, plain_gradients)
 
 
 def _with_scale(

@@ -34,6 +34,7 @@ def tiled_value(
     *,
     tile: tuple[int, int],
     is_causal: bool = False,
+    skips: bool = True,
 ) -> jax.Array:
     """G(query, key) value.
 
@@ -45,6 +46,7 @@ def tiled_value(
       mask: bool [batch or 1, heads or 1, q_length or 1, kv_length], True for the terms of the sum.
       tile: the most rows of a tile along the longer and along the shorter of query and key.
       is_causal: the sum for query i ends with key i.
+      skips: leaves out the tiles that causality rules out; JAX cannot differentiate that backwards.
 
     Returns:
       float32 [batch, q_length, heads, value_dim].
@@ -55,6 +57,7 @@ def tiled_value(
     query = pad(query, query_rows)
     key, value = pad(key, key_rows), pad(value, key_rows)
     terms = _terms(mask, query_rows, key_rows, is_causal)
+    num_keys = _num_keys(key.shape[1] // key_rows, query_rows, key_rows, is_causal and skips)
 
     def by_query(i: jax.Array, out: jax.Array) -> jax.Array:
         queries = _block(query, i, query_rows)
@@ -63,7 +66,7 @@ def tiled_value(
             scores = _tile_scores(queries, _block(key, j, key_rows), scale, terms(i, j))
             return sums + scores @ _block(value, j, key_rows)
 
-        sums = loop(0, key.shape[1] // key_rows, by_key, zeros_like(queries, last=value_dim))
+        sums = loop(0, num_keys(i), by_key, zeros_like(queries, last=value_dim))
         return _put(out, sums, i)
 
     zeros = zeros_like(query, jnp.float32, last=value_dim)
@@ -81,6 +84,7 @@ def tiled_gradients(
     *,
     tile: tuple[int, int],
     is_causal: bool = False,
+    skips: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of (tiled_value(...) * d_out).sum() by query, key and value.
 
@@ -96,6 +100,7 @@ def tiled_gradients(
     query, d_out = pad(query, query_rows), pad(d_out, query_rows)
     key, value = pad(key, key_rows), pad(value, key_rows)
     terms = _terms(mask, query_rows, key_rows, is_causal)
+    num_keys = _num_keys(key.shape[1] // key_rows, query_rows, key_rows, is_causal and skips)
 
     def by_query(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_query, d_key, d_value = gradients
@@ -111,7 +116,7 @@ def tiled_gradients(
 
         zeros = zeros_like(queries)
         w_keys, w_sums, d_key, d_value = loop(
-            0, key.shape[1] // key_rows, by_key, (zeros, zeros[..., :1], d_key, d_value)
+            0, num_keys(i), by_key, (zeros, zeros[..., :1], d_key, d_value)
         )
         return _put(d_query, scale * (w_keys - w_sums * queries), i), d_key, d_value
 
@@ -214,6 +219,16 @@ def _terms(
         return terms
 
     return of_tile
+
+
+def _num_keys(num_blocks: int, query_rows: int, key_rows: int, skips: bool) -> Callable[[Any], Any]:
+    """A function of a block of queries: how many blocks of keys it has terms with."""
+
+    def of_block(i: Any) -> Any:
+        needed = ((i + 1) * query_rows + key_rows - 1) // key_rows
+        return jnp.minimum(needed, num_blocks) if skips and num_blocks > 1 else num_blocks
+
+    return of_block
 
 
 def only(terms: jax.Array | None, scores: jax.Array) -> jax.Array:
