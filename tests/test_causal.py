@@ -33,6 +33,10 @@ OPTIONS = {
 each = pytest.mark.parametrize("case", OPTIONS)
 
 
+def slow_lengths(*lengths):
+    return [pytest.param(length, marks=pytest.mark.slow) for length in lengths]
+
+
 def inputs(length, seed=0):
     rng = np.random.default_rng(seed)
     q, k, v = rng.normal(size=(3, BATCH, length, HEADS, HEAD_DIM)).astype(np.float32)
@@ -68,7 +72,7 @@ def test_what_is_causal_is_listed():
 
 
 @each
-@pytest.mark.parametrize("length", [1, 2, CHUNK + 1])
+@pytest.mark.parametrize("length", [CHUNK + 1, *slow_lengths(1, 2)])
 def test_each_position_is_the_last_of_a_shorter_sequence(case, length):
     q, k, v, mask = inputs(length)
     out = attend(case, q, k, v, mask=mask)
@@ -78,7 +82,7 @@ def test_each_position_is_the_last_of_a_shorter_sequence(case, length):
 
 
 @each
-@pytest.mark.parametrize("length", [3, CHUNK - 1, CHUNK, CHUNK + 2])
+@pytest.mark.parametrize("length", [CHUNK + 2, *slow_lengths(3, CHUNK - 1, CHUNK)])
 def test_no_output_depends_on_a_later_position(case, length):
     """By the gradients of the outputs up to a position, which are exactly 0 beyond it."""
     q, k, v, mask = inputs(length)

@@ -40,7 +40,7 @@ def test_it_works_without_the_packages_of_the_benchmark(core):
 def test_it_exports_the_attentions(core):
     names = "softmax kernelized skyformer nystromformer linformer informer performer reformer"
     functions = {f"{name}_attention" for name in [*names.split(), "bigbird"]}
-    assert set(core["exported"]) == {"__version__", "attention_fn"} | functions
+    assert set(core["exported"]) == {"__version__", "attention_fn", "load_pretrained"} | functions
 
 
 def imported(file):

@@ -37,6 +37,7 @@ def test_documents_of_a_packed_sequence_do_not_see_each_other():
     np.testing.assert_allclose(logits[:, 5:], model.apply(variables, tokens[:, 5:]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_example_trains_samples_and_times(tmp_path):
     (tmp_path / "text.txt").write_text("one film after another is a film about a film. " * 200)
     out = tmp_path / "out.json"

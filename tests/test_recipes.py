@@ -2,9 +2,12 @@
 
 import json
 
-from experiments.paper import recipes
+from scripts import import_script
+
 from experiments.paper.grid import parse_config
 from skyformer_jax.training import config as configs
+
+recipes = import_script("paper.recipes")
 
 
 def test_a_row_says_what_a_run_reached_and_when(tmp_path):

@@ -22,7 +22,8 @@ from skyformer_jax.training.state import state_spec
 def released(tmp_path_factory, data_dir):
     """A finished run, and the folder that is made of it."""
     folder = tmp_path_factory.mktemp("released")
-    done = run(train_command(folder / "run", data_dir))
+    fields = {"train.num_steps": 20, "train.eval_every": 10}
+    done = run(train_command(folder / "run", data_dir, **fields))
     assert done.returncode == 0, done.stderr
     training.release(folder / "run", folder / "model", {"seconds": 1})
     return folder / "run", folder / "model"

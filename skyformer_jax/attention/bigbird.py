@@ -212,7 +212,8 @@ def _attend_to_blocks(
         found = in_blocks(x)[:, :, blocks]
         return found.reshape(*found.shape[:3], -1, x.shape[-1])
 
-    here = gathered(real[:, :, None, None])[..., 0] & np.repeat(valid, block_size, axis=1)
+    here = gathered(real[:, :, None, None])[..., 0]
+    here &= np.repeat(valid, block_size, axis=1)[None, None]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rows = in_blocks(query)[:, :, own].astype(jnp.float32) * scale
     scores = jnp.einsum("bhqip,bhqjp->bhqij", rows, gathered(key).astype(jnp.float32))
