@@ -87,8 +87,9 @@ def softmax_attention(
         - "dense" is jax.nn.dot_product_attention, which holds all scores.
         - "chunked" holds a tile of them at a time, and computes it anew for gradients. It takes no
           bias.
-        - "pallas" is a kernel that holds none of them in memory, for NVIDIA GPUs; elsewhere it is
-          interpreted, slowly, to try it. It takes neither a full_mask nor a bias, nor float64.
+        - "pallas" is a kernel that holds none of them in memory, for NVIDIA GPUs and for TPUs; on a
+          CPU that of GPUs is interpreted, slowly, to try it. It takes neither a full_mask nor a
+          bias, nor float64.
         - "auto" is dense for the smallest sizes and with a bias, and otherwise what is best on the
           platform that the program is compiled for: "pallas" where there is one that takes the
           arguments, else "chunked".
