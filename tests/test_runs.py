@@ -440,6 +440,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_written_is_evaluated(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed[0], workdir)

@@ -101,6 +101,7 @@ def test_scores_that_exponentials_cannot_hold(small_tiles):
     assert np.isfinite(gradients).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"is_causal": True}, pytest.param({}, marks=pytest.mark.slow)],

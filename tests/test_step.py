@@ -159,6 +159,7 @@ def test_sums_start_anew_after_a_log():
     assert counts == [8, 16, 24, 8, 16]
 
 
+@pytest.mark.slow
 def test_predictions_do_not_depend_on_batch_size_or_devices_or_parts(monkeypatch):
     config = tiny_config("skyformer")
     variables = jax.device_get(init_states(run_on(config)).variables)
