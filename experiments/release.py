@@ -13,7 +13,7 @@ from experiments.records import provenance
 from skyformer_jax import cli, training
 from skyformer_jax.files import expand
 from skyformer_jax.training import config as configs
-from skyformer_jax.training.logs import training_seconds
+from skyformer_jax.training.logs import read_metrics, training_seconds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the finished run.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
@@ -25,7 +25,7 @@ def main() -> None:
     batch_size = configs.read(workdir / "config.json").train.batch_size
     trained = {
         **provenance(jax.device_count()),
-        "seconds": round(training_seconds(workdir, batch_size)),
+        "seconds": round(training_seconds(read_metrics(workdir / "metrics.jsonl"), batch_size)),
     }
     result = training.release(_WORKDIR.value, _OUT.value, trained)
     print(

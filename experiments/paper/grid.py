@@ -141,11 +141,7 @@ def _make_cell(
         / "-".join(filter(None, (config_name, attention_name, variant, f"seed{seed}"))),
         arguments=arguments,
         asked=asked,
-        departures={
-            field: (full.get(field), here.get(field))
-            for field in sorted(full.keys() | here.keys())
-            if full.get(field) != here.get(field)
-        },
+        departures=departures(full, here),
     )
 
 
@@ -155,6 +151,15 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     cli.parse(values, argv)
     return config.value
+
+
+def departures(full: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{field: [in the full setting, here]} of all that differs between two of setting_of."""
+    return {
+        field: (full.get(field), here.get(field))
+        for field in sorted(full.keys() | here.keys())
+        if full.get(field) != here.get(field)
+    }
 
 
 def setting_of(config: dict[str, Any]) -> dict[str, Any]:

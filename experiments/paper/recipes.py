@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments.palette import line_style
 from experiments.paper import published
-from experiments.paper.grid import setting_of
+from experiments.paper.grid import departures, setting_of
 from experiments.records import Row, provenance, read_json, replacing, write_json
 from skyformer_jax import cli
 from skyformer_jax.errors import UserError
@@ -38,13 +38,14 @@ def row_of(workdir: Path) -> Row:
     """
     config = configs.read(workdir / "config.json")
     train = config.train
+    entries = read_metrics(workdir / "metrics.jsonl")
     curve = [
         (
             entry["step"],
-            round(training_seconds(workdir, train.batch_size, entry["step"]), 1),
+            round(training_seconds(entries[:i], train.batch_size), 1),
             entry["accuracy"],
         )
-        for entry in read_metrics(workdir / "metrics.jsonl")
+        for i, entry in enumerate(entries)
         if entry["split"] == "validation"
     ]
     paper = published.ACCURACY[config.attention.name].get(config.task)
@@ -71,13 +72,8 @@ def row_of(workdir: Path) -> Row:
 def _departures(config: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
     """{field: (paper's setting, here)}."""
     get_config = importlib.import_module(f"configs.{config.task}").get_config
-    full = setting_of(configs.to_dict(get_config(config.attention.name)))
-    here = setting_of(configs.to_dict(config))
-    return {
-        field: (full.get(field), here.get(field))
-        for field in sorted(full.keys() | here.keys())
-        if full.get(field) != here.get(field)
-    }
+    full = configs.to_dict(get_config(config.attention.name))
+    return departures(setting_of(full), setting_of(configs.to_dict(config)))
 
 
 def plot(rows: list[Row], path: Path) -> None:

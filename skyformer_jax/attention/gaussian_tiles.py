@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention.inputs import zeros_like
 from skyformer_jax.attention.sums import sum_last, sum_rows
-from skyformer_jax.attention.tiles import loop, pad, tile_rows
+from skyformer_jax.attention.tiles import causal_keys, loop, pad, tile_rows
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -57,16 +57,18 @@ def tiled_value(
     query = pad(query, query_rows)
     key, value = pad(key, key_rows), pad(value, key_rows)
     terms = _terms(mask, query_rows, key_rows, is_causal)
-    num_keys = _num_keys(key.shape[1] // key_rows, query_rows, key_rows, is_causal and skips)
+    num_keys = key.shape[1] // key_rows
+    skips = skips and is_causal and num_keys > 1
 
     def by_query(i: jax.Array, out: jax.Array) -> jax.Array:
         queries = _block(query, i, query_rows)
+        stop = causal_keys(i, query_rows, key_rows, num_keys) if skips else num_keys
 
         def by_key(j: jax.Array, sums: jax.Array) -> jax.Array:
             scores = _tile_scores(queries, _block(key, j, key_rows), scale, terms(i, j))
             return sums + scores @ _block(value, j, key_rows)
 
-        sums = loop(0, num_keys(i), by_key, zeros_like(queries, last=value_dim))
+        sums = loop(0, stop, by_key, zeros_like(queries, last=value_dim))
         return _put(out, sums, i)
 
     zeros = zeros_like(query, jnp.float32, last=value_dim)
@@ -100,11 +102,13 @@ def tiled_gradients(
     query, d_out = pad(query, query_rows), pad(d_out, query_rows)
     key, value = pad(key, key_rows), pad(value, key_rows)
     terms = _terms(mask, query_rows, key_rows, is_causal)
-    num_keys = _num_keys(key.shape[1] // key_rows, query_rows, key_rows, is_causal and skips)
+    num_keys = key.shape[1] // key_rows
+    skips = skips and is_causal and num_keys > 1
 
     def by_query(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_query, d_key, d_value = gradients
         queries, d_outs = (_block(x, i, query_rows) for x in (query, d_out))
+        stop = causal_keys(i, query_rows, key_rows, num_keys) if skips else num_keys
 
         def by_key(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             w_keys, w_sums, d_key, d_value = carry
@@ -116,7 +120,7 @@ def tiled_gradients(
 
         zeros = zeros_like(queries)
         w_keys, w_sums, d_key, d_value = loop(
-            0, num_keys(i), by_key, (zeros, zeros[..., :1], d_key, d_value)
+            0, stop, by_key, (zeros, zeros[..., :1], d_key, d_value)
         )
         return _put(d_query, scale * (w_keys - w_sums * queries), i), d_key, d_value
 
@@ -219,16 +223,6 @@ def _terms(
         return terms
 
     return of_tile
-
-
-def _num_keys(num_blocks: int, query_rows: int, key_rows: int, skips: bool) -> Callable[[Any], Any]:
-    """A function of a block of queries: how many blocks of keys it has terms with."""
-
-    def of_block(i: Any) -> Any:
-        needed = ((i + 1) * query_rows + key_rows - 1) // key_rows
-        return jnp.minimum(needed, num_blocks) if skips and num_blocks > 1 else num_blocks
-
-    return of_block
 
 
 def only(terms: jax.Array | None, scores: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from skyformer_jax.attention.inputs import (
     fixed_key,
     hide_masked,
 )
-from skyformer_jax.attention.prefix_sums import CHUNK, State, empty_state, prefix_attention
+from skyformer_jax.attention.prefix_sums import State, empty_state, prefix_attention
 from skyformer_jax.attention.row_sums import over_row_sums, with_ones
 from skyformer_jax.attention.variables import VariableSpec
 
@@ -175,7 +175,6 @@ def causal_performer(
     scale: jax.Array | float,
     *,
     axis_name: str | None = None,
-    chunk: int = CHUNK,
 ) -> tuple[jax.Array, State]:
     """Causal Performer of the positions after those of a state.
 
@@ -192,7 +191,6 @@ def causal_performer(
       state: empty_state(batch, heads, m, value_dim + 1), or what an earlier call returned.
       scale: factor of the scores.
       axis_name: as in performer_attention.
-      chunk: positions that are computed at once.
 
     Returns:
       float32 [batch, length, heads, value_dim], and the state after the last position.
@@ -216,7 +214,6 @@ def causal_performer(
         state=state,
         segment_ids=segment_ids,
         axis_name=axis_name,
-        chunk=chunk,
     )
     return over_row_sums(out), state
 

@@ -10,6 +10,7 @@ positions need of the earlier ones. Chunks of positions are computed at once: wi
 products of features, from chunk to chunk by S.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,7 +55,6 @@ def prefix_attention(
     segment_ids: jax.Array | None = None,
     bounds: bool = False,
     axis_name: str | None = None,
-    chunk: int = CHUNK,
 ) -> tuple[jax.Array, State]:
     """out_i = sum over the j <= i of its segment of phi(q_i) . psi(k_j) v_j.
 
@@ -75,7 +75,6 @@ def prefix_attention(
         of v_j, which bounds the last feature of the output.
       axis_name: name of a mesh axis, within jax.shard_map, that divides the length. One state a
         device then crosses devices, whatever the length.
-      chunk: positions of a chunk.
 
     Returns:
       float32 [batch, length, heads, value_dim (+ 1 with bounds)], and the state after the last
@@ -84,62 +83,73 @@ def prefix_attention(
     batch, length, heads, _ = query.shape
     if segment_ids is None:
         segment_ids = jnp.zeros((batch, length), jnp.int32)
-    chunk = min(chunk, length)
-
-    def chunked(x: jax.Array) -> jax.Array:
-        """[batch, length, ...] -> [chunks, batch, chunk, ...]; positions after the end repeat."""
-        missing = -length % chunk
-        x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)), mode="edge")
-        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
-
-    real = jnp.ones((batch, length), bool)
-    real = jnp.pad(real, ((0, 0), (0, -length % chunk)))
-    real = jnp.moveaxis(real.reshape(batch, -1, chunk), 1, 0)
-    keys, values, segments = chunked(key), chunked(value), chunked(segment_ids.astype(jnp.int32))
-
-    def add(state: State, keys: jax.Array, values: jax.Array, segments: jax.Array) -> State:
-        last = segments[:, -1]
-        of_last = (segments == last[:, None])[:, None, :, None]
-        sums = jnp.einsum("bhcm,bchv->bhmv", jnp.where(of_last, keys, 0), values)
-        goes_on = (state.segment == last)[:, None, None, None]
-        return State(jnp.where(goes_on, state.sums, 0) + sums, last)
-
-    def loaded(x: jax.Array, real: jax.Array) -> jax.Array:
-        return jnp.where(real[:, :, None, None], x, 0).astype(jnp.float32)
-
-    @jax.checkpoint
-    def of_chunk(state: State, arrays: Any) -> tuple[State, jax.Array]:
-        queries, keys, values, segments, real = arrays
-        phi, psi = of_queries(queries.astype(jnp.float32)), of_keys(keys.astype(jnp.float32))
-        values = loaded(values, real)
-        position = jnp.arange(chunk, dtype=jnp.int32)
-        within = position[:, None] >= position[None, :]
-        within = within[None] & (segments[:, :, None] == segments[:, None, :])
-        seen = (state.segment[:, None] == segments)[:, None, :, None]
-
-        def sums(phi: jax.Array, values: jax.Array, before: jax.Array) -> jax.Array:
-            products = jnp.einsum("bhcm,bhkm->bhck", phi, psi)
-            products = jnp.where(within[:, None], products, 0)
-            out = jnp.einsum("bhck,bkhv->bhcv", products, values)
-            return out + jnp.where(seen, jnp.einsum("bhcm,bhmv->bhcv", phi, before), 0)
-
-        out = sums(phi, values, state.sums)
-        if bounds:
-            bound = sums(jnp.abs(phi), values[..., -1:], state.sums[..., -1:])
-            out = jnp.concatenate([out, jax.lax.stop_gradient(bound)], axis=-1)
-        return add(state, psi, values, segments), jnp.swapaxes(out, 1, 2)
-
-    @jax.checkpoint
-    def skip_chunk(state: State, arrays: Any) -> tuple[State, None]:
-        keys, values, segments, real = arrays
-        return add(state, of_keys(keys.astype(jnp.float32)), loaded(values, real), segments), None
-
+    segments = _chunks(segment_ids.astype(jnp.int32), mode="edge")
+    queries, keys, values = map(_chunks, (query, key, value))
     if axis_name is not None:
-        here, _ = jax.lax.scan(skip_chunk, _nothing(state), (keys, values, segments, real))
+        skip = jax.checkpoint(functools.partial(_skip_chunk, of_keys))
+        here, _ = jax.lax.scan(skip, _nothing(state), (keys, values, segments))
         state, after = _across(state, here, axis_name)
-    last, out = jax.lax.scan(of_chunk, state, (chunked(query), keys, values, segments, real))
+    attend = jax.checkpoint(functools.partial(_of_chunk, of_queries, of_keys, bounds))
+    last, out = jax.lax.scan(attend, state, (queries, keys, values, segments))
     out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, out.shape[-1])[:, :length]
     return out, last if axis_name is None else after
+
+
+def _chunks(x: jax.Array, mode: str = "constant") -> jax.Array:
+    """[batch, length, ...] -> [chunks, batch, chunk, ...].
+
+    Positions after the end are padded as jnp.pad does. Zeros in the values add nothing.
+    """
+    batch, length = x.shape[:2]
+    chunk = min(CHUNK, length)
+    x = jnp.pad(x, ((0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)), mode=mode)
+    return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _of_chunk(
+    of_queries: Features, of_keys: Features, bounds: bool, state: State, arrays: Any
+) -> tuple[State, jax.Array]:
+    """The state after a chunk and its output, [batch, chunk, heads, ...], for jax.lax.scan."""
+    queries, keys, values, segments = arrays
+    phi, psi = of_queries(queries.astype(jnp.float32)), of_keys(keys.astype(jnp.float32))
+    values = values.astype(jnp.float32)
+    position = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    within = (position[:, None] >= position[None, :])[None]
+    within &= segments[:, :, None] == segments[:, None, :]
+    seen = (state.segment[:, None] == segments)[:, None, :, None]
+
+    def sums(phi: jax.Array, values: jax.Array, before: jax.Array) -> jax.Array:
+        products = jnp.einsum("bhcm,bhkm->bhck", phi, psi)
+        products = jnp.where(within[:, None], products, 0)
+        out = jnp.einsum("bhck,bkhv->bhcv", products, values)
+        return out + jnp.where(seen, jnp.einsum("bhcm,bhmv->bhcv", phi, before), 0)
+
+    out = sums(phi, values, state.sums)
+    if bounds:
+        bound = sums(jnp.abs(phi), values[..., -1:], state.sums[..., -1:])
+        out = jnp.concatenate([out, jax.lax.stop_gradient(bound)], axis=-1)
+    return _add(state, psi, values, segments), jnp.swapaxes(out, 1, 2)
+
+
+def _skip_chunk(of_keys: Features, state: State, arrays: Any) -> tuple[State, None]:
+    """The state after a chunk, for jax.lax.scan."""
+    keys, values, segments = arrays
+    psi = of_keys(keys.astype(jnp.float32))
+    return _add(state, psi, values.astype(jnp.float32), segments), None
+
+
+def _add(state: State, psi: jax.Array, values: jax.Array, segments: jax.Array) -> State:
+    """The state after a chunk, of its features and values."""
+    last = segments[:, -1]
+    of_last = (segments == last[:, None])[:, None, :, None]
+    sums = jnp.einsum("bhcm,bchv->bhmv", jnp.where(of_last, psi, 0), values)
+    return _after(state, State(sums, last))
+
+
+def _after(state: State, more: State) -> State:
+    """The state after two runs of positions, by the states of each alone."""
+    goes_on = (state.segment == more.segment)[:, None, None, None]
+    return State(jnp.where(goes_on, state.sums, 0) + more.sums, more.segment)
 
 
 def _nothing(state: State) -> State:
@@ -157,8 +167,7 @@ def _across(state: State, here: State, axis_name: str) -> tuple[State, State]:
     everywhere = jax.lax.all_gather(here, axis_name)
 
     def add(state: State, shard: State) -> tuple[State, State]:
-        goes_on = (state.segment == shard.segment)[:, None, None, None]
-        return State(jnp.where(goes_on, state.sums, 0) + shard.sums, shard.segment), state
+        return _after(state, shard), state
 
     after, before = jax.lax.scan(add, state, everywhere)
     index = shards.shard_index(axis_name)

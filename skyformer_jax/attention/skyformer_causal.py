@@ -12,7 +12,6 @@ from skyformer_jax.attention.convolution import convolve_values
 from skyformer_jax.attention.gaussian import gaussian_scores
 from skyformer_jax.attention.inverses import matmul, schulz_inverse
 from skyformer_jax.attention.prefix_sums import (
-    CHUNK,
     Features,
     State,
     empty_state,
@@ -80,7 +79,6 @@ def causal_skyformer(
     num_iterations: int,
     normalize: bool,
     axis_name: str | None = None,
-    chunk: int = CHUNK,
 ) -> tuple[jax.Array, tuple[State, jax.Array]]:
     """Causal Skyformer of the positions after those of a state.
 
@@ -100,7 +98,6 @@ def causal_skyformer(
       num_iterations: likewise.
       normalize: likewise.
       axis_name: likewise.
-      chunk: positions that are computed at once.
 
     Returns:
       float32 [batch, length, heads, value_dim], and the state after the last position.
@@ -119,7 +116,6 @@ def causal_skyformer(
         segment_ids=segment_ids,
         bounds=normalize,
         axis_name=axis_name,
-        chunk=chunk,
     )
     if normalize:
         out = over_row_sums(out[..., :-1], LEAST_ROW_SUM * out[..., -1:])

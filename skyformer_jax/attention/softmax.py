@@ -16,7 +16,6 @@ from skyformer_jax.attention.common import (
 )
 from skyformer_jax.attention.derivatives import with_rules
 from skyformer_jax.attention.inputs import (
-    check_full_mask,
     equal_head_dims,
     floating_arrays,
     hide_masked,
@@ -327,7 +326,6 @@ def _restrictions(
     shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     allowed = None if mask is None else mask[:, None, None, :]
     if full_mask is not None:
-        full_mask = check_full_mask(full_mask, query, key)
         allowed = full_mask if allowed is None else allowed & full_mask
     if is_causal:
         earlier = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None]

@@ -162,6 +162,13 @@ def _first_column(num_columns: int, turns: int) -> jax.Array:
     return pl.program_id(1) * (turns * num_columns)
 
 
+def _turns(num_keys: jax.Array, num_columns: int, turns: int, is_causal: bool) -> Any:
+    """The blocks of this part that have one of its first num_keys keys, or all blocks."""
+    if not is_causal:
+        return turns
+    return jnp.minimum(pl.cdiv(jnp.maximum(num_keys, 0), num_columns), turns)
+
+
 def _scores(
     rows: jax.Array,
     columns: jax.Array,
@@ -243,10 +250,7 @@ def _value_kernel(
         jnp.full((num_rows,), _LEAST, jnp.float32),
         jnp.zeros((num_rows,), jnp.float32),
     )
-    last: Any = turns
-    if is_causal:
-        until = jnp.maximum(first_query + num_rows - first_key, 0)
-        last = jnp.minimum(pl.cdiv(until, num_columns), turns)
+    last = _turns(first_query + num_rows - first_key, num_columns, turns, is_causal)
     out, top, total = jax.lax.fori_loop(0, last, turn, init)
     # Where a row has no key at all, every weight of it so far is exp2(_LEAST - _LEAST).
     some = top > _LEAST / 2
@@ -303,10 +307,7 @@ def _query_gradient_kernel(
         w = operand(jnp.exp2(scores - lse[:, None]) * change, precision)
         return w_key + matmul(w, key, precision), sums + w.astype(jnp.float32).sum(axis=1)
 
-    last: Any = turns
-    if is_causal:
-        until = jnp.maximum(first_query + num_rows - first_key, 0)
-        last = jnp.minimum(pl.cdiv(until, num_columns), turns)
+    last = _turns(first_query + num_rows - first_key, num_columns, turns, is_causal)
     zeros = jnp.zeros((num_rows, dim), jnp.float32), jnp.zeros((num_rows,), jnp.float32)
     w_key, sums = jax.lax.fori_loop(0, last, turn, zeros)
     if precision.exact:  # whose keys have not been centred, and rounded rows do not sum to 0

@@ -69,6 +69,11 @@ class Tiles(NamedTuple):
     terms: Callable[[Any, Any], jax.Array | None]
 
 
+def causal_keys(i: Any, query_rows: int, key_rows: int, num_keys: int) -> jax.Array:
+    """How many of num_keys blocks of keys are open to block i of queries, if query j sees 0..j."""
+    return jnp.minimum(num_keys, -(-((i + 1) * query_rows) // key_rows))
+
+
 def divide(
     query: jax.Array,
     key: jax.Array,
@@ -92,8 +97,7 @@ def divide(
     skips = skips and is_causal and (num_queries > 1 or num_keys > 1)
 
     def keys_of(i: Any) -> tuple[Any, Any]:
-        stop = -(-((i + 1) * query_rows) // key_rows)
-        return 0, jnp.minimum(num_keys, stop) if skips else num_keys
+        return 0, causal_keys(i, query_rows, key_rows, num_keys) if skips else num_keys
 
     def queries_of(j: Any) -> tuple[Any, Any]:
         start = j * key_rows // query_rows

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def training_seconds(workdir: Path, batch_size: int, last_step: int | None = None) -> float:
-    """The seconds that the steps of a run took, without compilation, validation and interruptions.
+def training_seconds(entries: Sequence[dict[str, Any]], batch_size: int) -> float:
+    """The seconds that steps took, without compilation, validation and interruptions.
 
     Args:
-      workdir: of the run.
+      entries: of read_metrics, from the first on.
       batch_size: train.batch_size.
-      last_step: of the steps that count; None means all.
     """
     seconds, before = 0.0, 0
-    for entry in read_metrics(workdir / "metrics.jsonl"):
-        if entry["split"] == "train" and (last_step is None or entry["step"] <= last_step):
+    for entry in entries:
+        if entry["split"] == "train":
             seconds += (entry["step"] - before) * batch_size / entry["examples_per_second"]
             before = entry["step"]
     return seconds

@@ -167,7 +167,8 @@ def _restore_or_init(
         states, kept = start_from(states, config.train.start_from)
         new = f", new: {', '.join(kept)}" if kept else ""
         say(f"the parameters are those of {config.train.start_from}{new}")
-    return jax.device_put(states, meshes.replicated(run.mesh)), 0
+        states = jax.device_put(states, meshes.replicated(run.mesh))
+    return states, 0
 
 
 def _change_of_schedule(run: Run, meta: dict[str, Any], step: int) -> str:

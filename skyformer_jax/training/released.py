@@ -79,7 +79,7 @@ def release(workdir: str | Path, out: str | Path, trained: dict[str, Any]) -> di
     stored = configs.stored(config)
     # Where the data lay, and what computed, is of that machine.
     stored["data"] |= {"dir": "data", "source": ""}
-    stored["parallel"] = {**configs.to_dict(configs.complete(config))["parallel"], "data": -1}
+    stored["parallel"] |= {"data": -1}
     result = {
         "step": step,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
