@@ -1,12 +1,11 @@
 """A byte-level language model: train in parallel, decode with the state of the attention.
 
-Data: bytes of any text, of which the last twentieth is held out. Without --text, the sources and
-pages of this repository (about 1.5 MB); IMDB's reviews are the films in aclImdb/.
+Data: bytes of any text, of which the last twentieth is held out: of the folder that --text names,
+such as aclImdb/, or else the sources and pages of this repository.
 
-Bits per byte depend on the text; a uniform guess has 8, the frequencies of the bytes alone 4 to 5.
-Kernelized attention and Skyformer divide rows by their sums here: without, the outputs of late
-positions are sums over more keys than those of early ones, and a model trained on 1,024 positions
-meets greater sums beyond them.
+Bits per byte depend on the text; a uniform guess has 8. Kernelized attention and Skyformer divide
+rows by their sums here: without, the outputs of late positions are sums over more keys than those
+of early ones, and a model meets greater sums beyond the length that it was trained on.
 
     python -m experiments.language_model --attentions=softmax,kernelized,skyformer
 """

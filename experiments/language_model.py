@@ -32,6 +32,7 @@ from skyformer_jax.progress import say, track
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SUFFIXES = (".py", ".md", ".txt")
+_NO_TEXT = (".git", "build", "data", "runs")
 _ATTENTIONS = flags.DEFINE_list("attentions", ["softmax", "kernelized", "skyformer"], "Which.")
 _TEXT = flags.DEFINE_string("text", None, "Folder of .txt, .md and .py files; default: this one.")
 _MEGABYTES = flags.DEFINE_integer("megabytes", 16, "At most so many are read.", lower_bound=1)
@@ -40,13 +41,15 @@ _OUT = flags.DEFINE_string("out", "results/language_model.json", "File to write.
 
 
 def read_text(folder: Path, megabytes: int) -> np.ndarray:
-    """The bytes of a folder's texts, one after another in the order of a hash of their names."""
-    paths = [p for p in folder.rglob("*") if p.suffix in _SUFFIXES and p.is_file()]
-    paths = [p for p in paths if not {".git", "build", "data", "runs"} & set(p.parts)]
+    """The bytes of a folder's texts, one after another in a fixed random order.
+
+    Folders of its own that hold what git and the commands of this repository make are left out.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+    paths = [p for p in paths if p.relative_to(folder).parts[0] not in _NO_TEXT]
     if not paths:
-        raise UserError(f"--text={folder} has no {', '.join(_SUFFIXES)} files")
+        raise UserError(f"--text={folder} has no {', '.join(_SUFFIXES)} files; name another folder")
     order = np.random.default_rng(0).permutation(len(paths))
-    paths.sort()
     texts, size = [], 0
     for i in order:
         texts.append(paths[i].read_bytes() + b"\n\n")

@@ -12,7 +12,7 @@ from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, SPLITTABLE, layer_variables, shards, split_options
 from skyformer_jax.attention.common import on_automatic_axes, spec_of
-from skyformer_jax.attention.decoding import DECODABLE, decode, init_decoding
+from skyformer_jax.attention.decoding import check_decodable, decode, init_decoding
 from skyformer_jax.attention.inputs import check_mask
 from skyformer_jax.attention.rotary import positions_in_segments, rotate
 
@@ -87,15 +87,24 @@ def with_rotary_positions(
     return on_automatic_axes(rotate, spec_of(x), x, positions)
 
 
-def check_causal_layer(attention: str) -> None:
-    """Raises a ValueError for an attention that has no causal form."""
-    if attention not in DECODABLE:
-        raise ValueError(f"{attention} is not causal; those that are: {', '.join(DECODABLE)}")
+def masking_options(
+    attention: str, *, is_causal: bool, decodes: bool, segment_ids: jax.Array | None
+) -> dict[str, Any]:
+    """is_causal and segment_ids as options of an attention function, where they are given.
 
-
-def without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The options but one."""
-    return {k: v for k, v in options.items() if k != name}
+    Raises:
+      ValueError: if the attention, or decoding, cannot honour one of them.
+    """
+    if is_causal or decodes:
+        check_decodable(attention)
+    if segment_ids is None:
+        return {"is_causal": True} if is_causal else {}
+    if decodes:
+        raise ValueError("decoding goes on with one sequence: leave out segment_ids")
+    able = [name for name, entry in REGISTRY.items() if "segment_ids" in entry.masks]
+    if attention not in able:
+        raise ValueError(f"{attention} takes no segment_ids; those that do: {', '.join(able)}")
+    return {"segment_ids": segment_ids, **({"is_causal": True} if is_causal else {})}
 
 
 def projected_heads(
@@ -198,8 +207,8 @@ class MultiHeadAttention(nn.Module):
             Linformer with the greatest kv_length that it will see.
           mask: bool [batch, kv_length], True at real tokens. Masked inputs, even NaN, never affect
             the output at real positions, nor any gradient.
-          segment_ids: int [batch, length], for causal attention: positions of one segment, which
-            are consecutive, attend to that segment alone.
+          segment_ids: int [batch, length]: positions of one segment, which are consecutive, attend
+            to that segment alone. Skyformer and performer take them for causal attention.
 
         Returns:
           [batch, q_length, width].
@@ -245,11 +254,12 @@ class MultiHeadAttention(nn.Module):
             **function_options,
             **self._kept_variables(kv_length, redraw=rng is not None),
         }
-        if self.is_causal or self.decode:
-            check_causal_layer(self.attention)
-            options["is_causal"] = True
-            if segment_ids is not None:
-                options["segment_ids"] = segment_ids
+        masking = masking_options(
+            self.attention,
+            is_causal=self.is_causal or self.decode,
+            decodes=self.decode,
+            segment_ids=segment_ids,
+        )
         cache = self._cache(query, value, options) if self.decode else None
         if self.rotary:
             first = 0 if cache is None else cache.value["index"]
@@ -258,12 +268,11 @@ class MultiHeadAttention(nn.Module):
             key = None if key is None else with_rotary_positions(key, *where)
         if cache is not None and not self.is_initializing():
             assert key is not None  # no causal attention shares queries and keys
-            decoded = without(options, "is_causal")
             out, cache.value = decode(
-                self.attention, cache.value, query, key, value, mask=mask, **decoded
+                self.attention, cache.value, query, key, value, mask=mask, **options
             )
         else:
-            options = {"mask": mask, "rng": rng, **options}
+            options = {"mask": mask, "rng": rng, **options, **masking}
             out = entry.function(query, key, value, **options)
         if entry.residual and keeps_statistics(self):
             sow_statistic(self, "residual", entry.residual(query, key, **options))
@@ -288,7 +297,7 @@ class MultiHeadAttention(nn.Module):
             value_dim=value.shape[-1],
             max_length=length,
             dtype=value.dtype,
-            **without(options, "is_causal"),
+            **options,
         )
         return self.variable("cache", "state", start)
 

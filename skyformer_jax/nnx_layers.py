@@ -9,11 +9,11 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from skyformer_jax.attention import REGISTRY, layer_variables, split_options
-from skyformer_jax.attention.decoding import decode, init_decoding
+from skyformer_jax.attention.decoding import check_decodable, decode, init_decoding
 from skyformer_jax.layers import (
-    check_causal_layer,
     dense_inits,
     hide_padding,
+    masking_options,
     projected_heads,
     with_rotary_positions,
 )
@@ -75,7 +75,7 @@ class MultiHeadAttention(nnx.Module):
     ) -> None:
         self.attention = attention
         if is_causal:
-            check_causal_layer(attention)
+            check_decodable(attention)
         self.rotary, self.is_causal, self.decode = rotary, is_causal, False
         self._shapes = (num_heads, num_kv_heads, head_dim, value_head_dim or head_dim)
         self.cache: nnx.Cache | None = nnx.data(None)
@@ -118,7 +118,6 @@ class MultiHeadAttention(nnx.Module):
           max_length: the most positions, which softmax and kernelized keep the keys and values of.
           dtype: of these.
         """
-        check_causal_layer(self.attention)
         heads, kv_heads, head_dim, value_dim = self._shapes
         state = init_decoding(
             self.attention,
@@ -161,8 +160,8 @@ class MultiHeadAttention(nnx.Module):
           inputs_kv: [batch, kv_length, in_features]; None means inputs_q (self-attention).
           mask: bool [batch, kv_length], True at real tokens. Masked inputs, even NaN, never affect
             the output at real positions, nor any gradient.
-          segment_ids: int [batch, length], for causal attention: positions of one segment, which
-            are consecutive, attend to that segment alone.
+          segment_ids: int [batch, length]: positions of one segment, which are consecutive, attend
+            to that segment alone. Skyformer and performer take them for causal attention.
           rngs: with a stream "landmarks" or "features" to draw by; None is deterministic.
 
         Returns:
@@ -184,6 +183,12 @@ class MultiHeadAttention(nnx.Module):
             key = self.key(inputs_kv)
         cache = self.cache if self.decode else None
         state: Any = None if cache is None else cache.get_value()
+        masking = masking_options(
+            self.attention,
+            is_causal=self.is_causal,
+            decodes=cache is not None,
+            segment_ids=segment_ids,
+        )
         if self.rotary:
             first = 0 if state is None else state["index"]
             where = (None, first, segment_ids)
@@ -195,8 +200,5 @@ class MultiHeadAttention(nnx.Module):
             out, state = decode(self.attention, state, query, key, value, mask=mask, **options)
             cache.set_value(state)
             return self.out(out)
-        if self.is_causal:
-            options["is_causal"] = True
-        if segment_ids is not None:
-            options["segment_ids"] = segment_ids
-        return self.out(entry.function(query, key, value, mask=mask, rng=rng, **options))
+        options |= {"mask": mask, "rng": rng, **masking}
+        return self.out(entry.function(query, key, value, **options))

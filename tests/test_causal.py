@@ -203,3 +203,32 @@ def test_modules_decode_as_they_attend(name, options):
         np.testing.assert_allclose(step(module, x[:, begin:end]), out, atol=1e-5)
     with pytest.raises(ValueError, match="linformer is not causal"):
         MultiHeadAttention("linformer", 2, 8, is_causal=True).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+def test_modules_take_segments_or_say_why_not(decodes):
+    """They are never left out in silence: without causality, or in decoding."""
+    x = jnp.asarray(RNG.normal(size=(BATCH, 6, 16)), jnp.float32)
+    segment_ids = jnp.asarray([[0, 0, 0, 1, 1, 1]] * BATCH)
+    if decodes:
+        decoder = MultiHeadAttention("softmax", 2, 8, decode=True)
+        module = NnxAttention("softmax", 2, 16, 8, is_causal=True, rngs=nnx.Rngs(0))
+        module.init_cache(BATCH, 6)
+        for call in (
+            lambda: decoder.init(jax.random.key(0), x, segment_ids=segment_ids),
+            lambda: module(x, segment_ids=segment_ids),
+        ):
+            with pytest.raises(ValueError, match="leave out segment_ids"):
+                call()
+        return
+    layer = MultiHeadAttention("softmax", 2, 8)
+    out, variables = layer.init_with_output(jax.random.key(0), x, segment_ids=segment_ids)
+    np.testing.assert_allclose(out[:, 3:], layer.apply(variables, x[:, 3:]), atol=1e-5)
+    linen = MultiHeadAttention("linformer", 2, 8)
+    module = NnxAttention("linformer", 2, 16, 8, max_length=6, rngs=nnx.Rngs(0))
+    for call in (
+        lambda: linen.init(jax.random.key(0), x, segment_ids=segment_ids),
+        lambda: module(x, segment_ids=segment_ids),
+    ):
+        with pytest.raises(ValueError, match="linformer takes no segment_ids; those that do: soft"):
+            call()

@@ -157,15 +157,20 @@ def decode(
     return jnp.where(state["index"] <= len(positions), out, jnp.nan), state
 
 
+def check_decodable(name: str) -> None:
+    """Raises a ValueError for an attention that has no causal form."""
+    get_entry(name)
+    if name not in DECODABLE:
+        raise ValueError(f"{name} is not causal; those that can decode: {', '.join(DECODABLE)}")
+
+
 def _options(name: str, options: State) -> State:
     """The options of the attention function.
 
     Raises:
       ValueError: if the attention is not causal or has no such option.
     """
-    get_entry(name)
-    if name not in DECODABLE:
-        raise ValueError(f"{name} is not causal; those that can decode: {', '.join(DECODABLE)}")
+    check_decodable(name)
     return split_options(name, options)[0]
 
 

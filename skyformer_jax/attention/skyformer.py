@@ -60,7 +60,10 @@ def check_skyformer_options(
             "function an array [num_landmarks, heads, head_dim]"
         )
     if isinstance(landmarks, str) and landmarks not in LANDMARKS:
-        raise ValueError(f"landmarks must be one of {', '.join(LANDMARKS)}; got {landmarks!r}")
+        raise ValueError(
+            f"landmarks must be one of {', '.join(LANDMARKS)}, {_LEARNED} in a layer, or an array; "
+            f"got {landmarks!r}"
+        )
     check_at_least(1, num_landmarks=num_landmarks, num_iterations=num_iterations)
     check_not_negative(scale=scale, gamma=gamma)
     drawn = landmarks if isinstance(landmarks, str) else ""
