@@ -37,8 +37,8 @@ def get_config(attention: str = "skyformer") -> ml_collections.ConfigDict:
             "train": {
                 "length": 512,
                 "batch_size": 16,
-                "num_steps": 1000,
-                "warmup_steps": 100,
+                "num_steps": 600,
+                "warmup_steps": 60,
                 "learning_rate": 3e-3,
                 "weight_decay": 0.01,
             },
