@@ -83,6 +83,42 @@ def test_normalized_rows_are_means_of_the_values():
     )
 
 
+@pytest.mark.parametrize("name", ["kernelized", "skyformer", "causal"])
+def test_normalized_rows_have_gradients_where_no_key_is_near(name):
+    """Sums of 1e-22 and their derivatives in any direction, as float64 has them."""
+    points = np.random.default_rng(0).normal(size=(6, 2, 8)).astype(np.float32)
+    q, k, v = inputs(20, 20)
+    q, points, k = (x / 4 for x in (q + 27, points, k))
+    options = {"landmarks": points, "normalize": True, "inverse": "cholesky"}
+    functions = {
+        "kernelized": functools.partial(kernelized_attention, normalize=True),
+        "skyformer": functools.partial(eager_skyformer_attention, **options),
+        "causal": functools.partial(eager_skyformer_attention, is_causal=True, **options),
+    }
+
+    def reference(q, k):
+        if name == "kernelized":
+            return references.kernelized(q, k, v, normalize=True)
+        ends = range(1, 21) if name == "causal" else [20]
+        outs = [
+            references.skyformer_from(q, k[:, :j], v[:, :j], 3 * [points], normalize=True)
+            for j in ends
+        ]
+        return np.stack([o[:, i] for i, o in enumerate(outs)], 1) if len(outs) > 1 else outs[0]
+
+    assert references.kernelized(q, k, np.ones_like(v)).max() < 1e-20
+    directions = np.random.default_rng(1).normal(size=(2, *q.shape)) / 10
+    out, moved = jax.jvp(lambda q, k: functions[name](q, k, v), (q, k), (*directions.astype("f"),))
+    np.testing.assert_allclose(out, reference(q, k), rtol=1e-3, atol=1e-3)
+    q, k, step = np.asarray(q, np.float64), np.asarray(k, np.float64), 1e-5 * directions
+    expected = (reference(q + step[0], k + step[1]) - reference(q - step[0], k - step[1])) / 2e-5
+    np.testing.assert_allclose(moved, expected, rtol=2e-3, atol=2e-3)
+    gradients = jax.grad(lambda *x: (functions[name](*x) ** 2).sum(), (0, 1, 2))(
+        *map(jnp.float32, (q, k, v))
+    )
+    assert all(np.isfinite(x).all() for x in gradients)
+
+
 @pytest.mark.parametrize("per_feature", [False, True])
 def test_convolution_is_that_of_the_values(per_feature):
     q, k, v = inputs(30, 30)

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention.inputs import hide, zeros_like
 
+# Far above the least float32, so that its inverse times a gradient is finite.
+LEAST_SUM = 1e-30
+
 
 def with_ones(value: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Values with one more feature: 1 at real keys, 0 at masked ones.
@@ -24,12 +27,36 @@ def with_ones(value: jax.Array, mask: jax.Array | None) -> jax.Array:
 def over_row_sums(out: jax.Array, least: jax.Array | float = 0.0) -> jax.Array:
     """What with_ones's values gave, divided by its last feature.
 
+    Where all keys are far from a query, its sum of Gaussians may be as small as float32 can hold.
+    The derivatives of a plain quotient then overflow, as they divide by the sum's square; those of
+    divide do not. Sums below LEAST_SUM count as it, so such a row fades to zero.
+
     Args:
       out: [batch, q_length, heads, head_dim + 1].
       least: [batch, q_length, heads, 1] or a number; sums below it count as it.
 
     Returns:
-      [batch, q_length, heads, head_dim]; zeros where the sum is not positive.
+      [batch, q_length, heads, head_dim].
     """
-    sums = jnp.maximum(out[..., -1:], least)
-    return jnp.where(sums > 0, out[..., :-1] / jnp.where(sums > 0, sums, 1), 0)
+    sums = jnp.maximum(jnp.maximum(out[..., -1:], least), LEAST_SUM)
+    return divide(out[..., :-1], sums)
+
+
+@jax.custom_jvp
+def divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """X / y, with derivatives of all orders that never have the square of y.
+
+    Args:
+      x: [..., n].
+      y: [..., 1], not zero.
+    """
+    return x / y
+
+
+@divide.defjvp
+def _divide_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    quotient = divide(x, y)
+    return quotient, divide(dx - quotient * dy, y)
