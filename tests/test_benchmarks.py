@@ -216,6 +216,7 @@ def test_training_leaves_a_kernel_that_fails_or_is_wrong():
     assert numbers.implementations([row("skyformer", not_a_number)]) == {"skyformer": "chunked"}
 
 
+@pytest.mark.slow
 def test_a_section_whose_process_dies_costs_itself_alone(tmp_path):
     flags = ["--sections=numbers,training", "--run=listops:skyformer", "--minutes=0"]
     result, _ = _accelerator(tmp_path, *flags, xla_flags="--xla_no_such_flag=1")

@@ -250,7 +250,9 @@ def two_steps(name, argument, tiny_benchmark, workdir):
 
 
 # The others with the slow ones.
-@pytest.mark.parametrize("name", ["text", "retrieval", "pathfinder"])
+@pytest.mark.parametrize(
+    "name", ["text", "pathfinder", pytest.param("retrieval", marks=pytest.mark.slow)]
+)
 def test_each_task_trains(name, tiny_benchmark, tmp_path, monkeypatch):
     """With a relative source; evaluated from another folder."""
     source, data_dir = tiny_benchmark
@@ -274,6 +276,7 @@ def test_every_task_trains_with_every_attention(name, attention_name, tiny_bench
     two_steps(name, f"{attention_name},small", tiny_benchmark, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_missing_source_can_be_added(tiny_benchmark, tmp_path):
     """In the same workdir, as the error says to."""
     source, _ = tiny_benchmark

@@ -52,6 +52,7 @@ def test_leverage_has_a_smaller_spectral_error_than_uniform_on_clusters():
     assert np.median(errors["leverage"]) < 0.7 * np.median(errors["uniform"])
 
 
+@pytest.mark.slow
 def test_leverage_draws_by_the_exact_scores():
     """Frequencies of the rows against scores from the whole float64 kernel matrix."""
     q, k, _ = clustered(96, num_clusters=5, size=4)

@@ -275,6 +275,7 @@ def test_another_definition_has_data_of_its_own(tmp_path):
     assert labels[0] == [1 - label for label in labels[1]]
 
 
+@pytest.mark.slow
 def test_a_run_needs_nothing_of_the_users_but_its_workdir_and_data(tmp_path, capsys):
     """Prepared by its config; goes on from an earlier checkpoint; config.json defines the task."""
     source = tmp_path / "source"

@@ -321,6 +321,7 @@ def test_a_damaged_newest_checkpoint_is_put_aside(undisturbed, tmp_path, damage,
     assert list((workdir / "damaged").iterdir())
 
 
+@pytest.mark.slow
 def test_all_checkpoints_damaged_is_said(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed[0], workdir)
@@ -404,6 +405,7 @@ def test_a_config_that_is_not_that_of_the_checkpoints_is_refused(undisturbed, tm
     )
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_by_the_longer_schedule(undisturbed, tmp_path, capsys):
     """What is logged and how it is computed may change too; fewer steps than done are refused."""
     workdir = tmp_path / "run"

@@ -136,6 +136,7 @@ def test_modes_are_those_of_the_dense_form(options, small_tiles):
         assert np.linalg.norm(mine - theirs) <= 2e-5 * np.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 def test_mapped_rematerialised_and_scanned(small_tiles):
     """vmap where only the queries are mapped, within a scan of rematerialised layers."""
     q, k, v, _ = arrays(40, 50)
