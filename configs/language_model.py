@@ -36,9 +36,9 @@ def get_config(attention: str = "skyformer") -> ml_collections.ConfigDict:
             },
             "train": {
                 "length": 512,
-                "batch_size": 16,
-                "num_steps": 600,
-                "warmup_steps": 60,
+                "batch_size": 8,
+                "num_steps": 800,
+                "warmup_steps": 80,
                 "learning_rate": 3e-3,
                 "weight_decay": 0.01,
             },

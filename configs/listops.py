@@ -10,8 +10,8 @@ softmax 38.37, kernelized 38.78, Skyformer 38.69 (mean of three seeds, 50,000 st
 
 Variant "paper" restores of the published code that closing brackets are dropped from the tokens,
 and what common.restore_published says. Variant "fast" is trained for time to accuracy: batches
-padded by length, rotary positions, ten times the learning rate, 2,000 steps. Variant "small" is of shorter and shallower expressions, see
-configs/quickstart.py.
+padded by length, rotary positions, 2,000 steps at ten times the learning rate. Variant "small" is
+of shorter and shallower expressions, see configs/quickstart.py.
 
     python train.py --config=configs/listops.py:skyformer
     python train.py --config=configs/listops.py:softmax,paper

@@ -13,11 +13,13 @@ the test set): softmax 61.95, kernelized 60.22, Nystromformer 64.83, Linformer 5
 
 Variant "paper" restores of the published code that the validation set is the test set, all 25,000
 others are trained on, in batches of 32 (the paper says 16), and what common.restore_published says.
-Variant "fast" is trained for time to accuracy: batches padded by length, 2,000 steps, three times the
-learning rate, and rotary positions. The table of learned positions has three quarters of the
-parameters, and overfits. What is added to the embeddings makes the mean over a text a function of
-its length above all, and hides for a thousand steps what its bytes are; rotated queries and keys
-do not. A rate of 1e-3 drowns that in noise too. Variant "small" reads 512 bytes with a smaller model, for a CPU.
+Variant "small" reads 512 bytes with a smaller model, for a CPU.
+
+Variant "fast" is trained for time to accuracy: batches padded by length, rotary positions, 2,000
+steps at three times the learning rate. The table of learned positions has three quarters of the
+parameters, and overfits. With positions added to the embeddings, the mean over a text depends on
+its length more than on its bytes, and nothing is learned for a thousand steps; a rate of 1e-3
+delays learning as much.
 
     python train.py --config=configs/text.py:skyformer
     python train.py --config=configs/text.py:skyformer,fast

@@ -88,7 +88,7 @@ def resume(
     """The rows of an earlier result of the same settings; else none, and one line says why.
 
     Args:
-      path: of the JSON file, which need not be there.
+      path: the JSON file, which need not be there.
       header: fields that the earlier result must have with the same values.
       field: name of the list of rows in the file.
       any_commit: whether the rows may be of other code, because each says its own commit. If not,

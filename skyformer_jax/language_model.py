@@ -30,7 +30,7 @@ class LanguageModel(nn.Module):
       head_dim: features of each head.
       mlp_dim: features between the two layers of a block's MLP.
       dropout: rate, of the embeddings and both branches of a block.
-      dtype: of everything between the embeddings and the final norm.
+      dtype: the dtype of everything between the embeddings and the final norm.
       decode: whether calls go on from each other.
     """
 

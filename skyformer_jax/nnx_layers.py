@@ -116,7 +116,7 @@ class MultiHeadAttention(nnx.Module):
         Args:
           batch: number of sequences.
           max_length: the most positions, which softmax and kernelized keep the keys and values of.
-          dtype: of these.
+          dtype: the dtype of these.
         """
         heads, kv_heads, head_dim, value_dim = self._shapes
         state = init_decoding(

@@ -93,7 +93,7 @@ def main(name: str, data_dir: str, source: str | None, kind: str = "") -> None:
         being prepared, and a task that is not in the source is made as without one.
       data_dir: folder of all data sets.
       source: folder or archive with the published files, or None.
-      kind: of one task, "generated" or "published"; "" as Task.settled_kind says.
+      kind: "generated" or "published" for one task; "" means as Task.settled_kind says.
 
     Raises:
       UserError: as Task.load; with "all" after the others are done, naming the tasks that failed.

@@ -71,7 +71,7 @@ def save_parameters(path: Path, variables: Mapping[str, Any]) -> None:
     """Writes variables as a .npz file of one array for each path, such as params/block_0/...
 
     Args:
-      path: of the file; its folder exists.
+      path: the file to write; its folder exists.
       variables: nested dicts of arrays.
     """
     flat = traverse_util.flatten_dict(dict(variables), sep="/")

@@ -53,15 +53,15 @@ class Settings:
     """What all cells of a result have in common.
 
     Attributes:
-      attentions: of ATTENTIONS.
-      dtypes: of DTYPES, those of query, key and value.
-      passes: of PASSES.
+      attentions: some of ATTENTIONS.
+      dtypes: some of DTYPES, the dtypes of query, key and value.
+      passes: some of PASSES.
       heads: number of heads, of head_dim each.
       rounds: turns that each cell takes.
       batch: sequences in a call; 0 means as many as have `tokens` tokens altogether.
       max_seconds: a cell that takes longer is timed once, and is not timed at greater lengths.
       max_temporaries: bytes; a cell that needs more is not run.
-      seed: of inputs, variables and what is drawn.
+      seed: the seed of inputs, variables and what is drawn.
     """
 
     attentions: tuple[str, ...]
@@ -122,11 +122,11 @@ def make_call(
     """Returns a pass of an attention as a function to be jitted, and its arguments.
 
     Args:
-      name: of ATTENTIONS.
+      name: one of ATTENTIONS.
       kind: "forward", or "gradients": those of sum(out * weights) with respect to query, key, value
         and the trained variables; the forward pass that they need is part of it.
       settings: for the variables.
-      inputs: of make_inputs.
+      inputs: what make_inputs returned.
     """
     query, key, value, weights = inputs
     if name in REGISTRY and REGISTRY[name].shared_query_key:

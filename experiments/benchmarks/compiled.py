@@ -78,7 +78,7 @@ class Case:
       config: as --config has it.
       data: devices along data.
       seq: devices along seq.
-      changes: of the config, by dotted names.
+      changes: changes of the config by dotted names.
       stock: whether softmax attention is by JAX's own kernel for TPUs.
     """
 

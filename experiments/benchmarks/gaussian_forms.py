@@ -38,7 +38,7 @@ def value_and_gradients(
     """The output, and its gradients against itself, each example by itself.
 
     Args:
-      implementation: of gaussian_attention.
+      implementation: the implementation of gaussian_attention.
       tile: rows of a chunk's sides, in place of those that gaussian_attention chooses.
       *arrays: query, key and value, [batch, length, heads, head_dim].
     """

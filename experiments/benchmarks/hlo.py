@@ -28,8 +28,8 @@ class Instruction:
     """A line of the text.
 
     Attributes:
-      name: of its result.
-      type: of its result, with the layout; a tuple's in parentheses.
+      name: the name of its result.
+      type: the type of its result, with the layout; a tuple's in parentheses.
       opcode: such as "fusion".
       operands: names of its arguments.
       text: the whole line.

@@ -15,7 +15,7 @@ class Peaks(NamedTuple):
 
     Attributes:
       hertz: cycles a second.
-      operations: of products, a multiplication and an addition counting two.
+      operations: operations of products; a multiplication and an addition count two.
       exponentials: transcendental functions of a number.
       bytes: from and to main memory.
     """
@@ -118,7 +118,7 @@ def traffic(program: Program, one: Instruction, types: Mapping[str, str]) -> int
     Args:
       program: has the instruction.
       one: an instruction that runs by itself.
-      types: of all instructions by name.
+      types: types of all instructions by name.
     """
     if one.opcode in _FREE or one.opcode.endswith("-done"):
         return 0
@@ -196,7 +196,7 @@ def kernel_work(program: Program, one: Instruction, types: Mapping[str, str]) ->
     Args:
       program: has the kernel.
       one: the kernel.
-      types: of all instructions by name.
+      types: types of all instructions by name.
     """
     if found := _ESTIMATE.search(one.text):
         work = {name: int(number) for name, number in _ESTIMATED.findall(found[1])}
@@ -222,8 +222,8 @@ def costs(program: Program, peaks: Peaks | None, scheduled: Mapping[str, int] | 
     """What a program does in one execution.
 
     Args:
-      program: of a compiled text.
-      peaks: of the device.
+      program: the program of a compiled text.
+      peaks: the device's peaks.
       scheduled: cycles by the name of a kernel's instruction, of tpu_schedule.
 
     Returns:

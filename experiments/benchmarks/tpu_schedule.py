@@ -32,7 +32,7 @@ def scheduled_cycles(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
     Args:
       folder: as in write_schedules_to.
-      names: of the kernels' instructions in the compiled text.
+      names: names of the kernels' instructions in the compiled text.
     """
     found = {}
     for name in names:

@@ -190,8 +190,8 @@ def train(sets: list[Set], num_steps: int) -> tuple[State, list[Row]]:
     """Trains a network on each of the sets in turn.
 
     Args:
-      sets: of growing difficulty; all steps that are left go to the last.
-      num_steps: of training.
+      sets: sets of growing difficulty; all steps that are left go to the last.
+      num_steps: number of training steps.
 
     Returns:
       The trained state, and what happened on each set.

@@ -110,7 +110,7 @@ def run_all(
     """Trains in a trial's folder until the end of all processes, of which hanging ones are killed.
 
     Args:
-      folder: of the trial.
+      folder: the trial's folder.
       fault: to make while they train, if any.
       num_processes: that share the run, 1 or 2.
       victim: which of them the fault strikes.

@@ -100,7 +100,7 @@ def outputs_of(
       name: query, key or value (each [batch, length, heads, head_dim]), attention_layer or block_0
         ([batch, length, width]), for example.
       model: a classifier without remat.
-      variables: of the model.
+      variables: the model's variables.
       tokens: int [batch, length], or [batch, 2, length].
       mask: bool, likewise.
       rng: a jax.random key for the dropout and the landmarks of training; None leaves both out,

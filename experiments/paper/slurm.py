@@ -11,7 +11,7 @@ def slurm_script(
     """The text of the script.
 
     Args:
-      command: of the sweep, without --cell.
+      command: the command of the sweep, without --cell.
       num_cells: jobs in the array, each with a GPU.
       at_a_time: most that run at once; None leaves that to the cluster.
       directory: gets the jobs' logs; Slurm does not make it.

@@ -143,8 +143,8 @@ def train_cells(
 
     Args:
       cells: the cells, in the order to train them in.
-      environments: of the workers.
-      provenance: of the record of each attempt.
+      environments: the workers' environments.
+      provenance: the provenance that each attempt's record gets.
       signals: those received so far.
       idle: trains at the lowest priority.
       pause: while this file exists, the running cells stand still.

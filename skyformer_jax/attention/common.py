@@ -214,7 +214,7 @@ def on_automatic_axes(function: Callable[..., Any], out_specs: Any, *arguments: 
     result's is prescribed. Without arrays on explicit axes it is a plain call.
 
     Args:
-      function: of arrays, or trees of them and of anything else; what it closes over must not be
+      function: takes arrays, or trees of them and of anything else; what it closes over must not be
         on explicit axes.
       out_specs: the entries of the result's PartitionSpec, a tuple; a list of them for a list of
         results.

@@ -40,14 +40,14 @@ def init_decoding(
     """The state before the first position.
 
     Args:
-      name: of DECODABLE.
+      name: one of DECODABLE.
       batch: number of sequences.
       heads: number of heads.
       head_dim: features of each head of queries and keys.
       kv_heads: number of heads of keys and values; None means heads.
-      value_dim: of the values; None means head_dim.
+      value_dim: the values' head_dim; None means head_dim.
       max_length: the greatest number of positions, for softmax and kernelized.
-      dtype: of the keys and values that these keep.
+      dtype: the dtype of the keys and values that these keep.
       **options: of the attention function, as for decode.
 
     Returns:
@@ -93,7 +93,7 @@ def decode(
     The same as the attention function with is_causal=True on all positions so far, up to rounding.
 
     Args:
-      name: of DECODABLE.
+      name: one of DECODABLE.
       state: from init_decoding, or what an earlier call returned.
       query: [batch, length, heads, head_dim], unscaled.
       key: [batch, length, kv_heads, head_dim].

@@ -41,14 +41,14 @@ def with_rules(
     Only derivatives of second and higher order differentiate a rule.
 
     Args:
-      value: of floating arrays, and of others that have no derivatives; the function. It may return
+      value: the function, of floating arrays and of others that have no derivatives. It may return
         a tuple instead, of the output and of other results that spare the rules a computation. The
         rules then take this tuple's arrays as well, after those of the function. They are constants
         to derivatives of higher order, so what JAX differentiates must compute them anew.
-      tangent: of those arrays and, linearly, the tangents of the floating ones; the output's
-        tangent. JAX can differentiate it.
-      gradients: of those arrays and, linearly, the output's gradient; those of the floating ones,
-        of their dtypes.
+      tangent: takes those arrays and, linearly, the tangents of the floating ones; gives the
+        output's tangent. JAX can differentiate it.
+      gradients: takes those arrays and, linearly, the output's gradient; gives the gradients of the
+        floating ones, in their dtypes.
       plain_tangent: the same as tangent, where JAX cannot differentiate that as it should.
       plain_gradients: likewise for gradients.
 

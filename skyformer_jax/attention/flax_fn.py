@@ -44,7 +44,7 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
     random.
 
     Args:
-      name: of skyformer_jax.attention.NAMES.
+      name: one of skyformer_jax.attention.NAMES.
       **options: options of the attention function, num_landmarks for example, and rng.
 
     Returns:
@@ -211,7 +211,7 @@ def _restrictions(
     """A Flax module's bias and mask as arguments of an attention function.
 
     Args:
-      name: of the attention.
+      name: the attention's name.
       bias: broadcastable to [*lead, heads, q_length, kv_length].
       mask: likewise; not zero where allowed.
       query: [*lead, q_length, heads, head_dim].
@@ -279,7 +279,7 @@ def _factor(
     Args:
       mask: bool [batch or 1, heads or 1, q_length or 1, kv_length or 1].
       batch: number of examples.
-      shape: of the scores; its last two entries are q_length and kv_length.
+      shape: the shape of the scores; its last two entries are q_length and kv_length.
 
     Returns:
       The keys' mask [batch, kv_length]; the queries' [batch, q_length], or None where the mask says

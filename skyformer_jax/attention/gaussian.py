@@ -157,7 +157,7 @@ def _without_scores(
       implementation: "auto", "chunked" or "pallas".
       has_mask: whether there is a mask.
       is_causal: as in gaussian_attention.
-      precision: of products, as jax.default_matmul_precision has it.
+      precision: the precision of products, as jax.default_matmul_precision has it.
       tiles: items of _TILE.
     """
 

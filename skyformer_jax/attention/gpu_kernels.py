@@ -36,8 +36,8 @@ class Precision(NamedTuple):
     """How products round.
 
     Attributes:
-      dtype: of the operands, bfloat16 or float32.
-      passes: of TF32, in which float32 operands are multiplied, 1 or 3.
+      dtype: the operands' dtype, bfloat16 or float32.
+      passes: number of TF32 passes in which float32 operands are multiplied, 1 or 3.
     """
 
     dtype: Any
@@ -77,13 +77,13 @@ def run(
     Args:
       kernel: takes references to scale, each of centres, rows and columns, and each output; and
         num_columns, of a block, turns, the blocks of a part, precision, and the options.
-      name: of the kernel, for profiles.
+      name: the kernel's name in profiles.
       rows: [batch, length, heads, dim] or [batch, length, heads], all of one length.
       columns: likewise, of another length.
       out_dims: the last dimension of each output; None for one without it.
       scale: float32 scalar.
       centres: float32 [batch, 1, heads, dim].
-      precision: of the products; sizes of blocks depend on it.
+      precision: the precision of the products; sizes of blocks depend on it.
       interpret: runs the kernel operation by operation, on any platform.
       tall: twice the rows in a block, where the registers allow it.
       **options: further keyword arguments of the kernel.
@@ -149,9 +149,9 @@ def _spec(
 
     Args:
       heads: their number.
-      rows: of a block; None: a single one, without an axis.
+      rows: number of rows of a block; None means a single one, without an axis.
       dims: the last dimension, if there is one.
-      index: of the block along the length, for the indices of rows and of the part.
+      index: the block's index along the length, made from the indices of rows and of the part.
       of_part: the array has an axis of parts before all others.
     """
 

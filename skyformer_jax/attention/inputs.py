@@ -251,7 +251,7 @@ def zeros_like(x: jax.Array, dtype: Any = None, *, last: int | None = None) -> j
 
     Args:
       x: any array.
-      dtype: of the zeros; None means that of x.
+      dtype: the dtype of the zeros; None means that of x.
       last: length of the last axis; None means that of x.
     """
     if last is not None and last != x.shape[-1]:
@@ -264,7 +264,7 @@ def reshaped(x: jax.Array, shape: tuple[int, ...], new_spec: Callable[[tuple], t
 
     Args:
       x: any array.
-      shape: of the result.
+      shape: the shape of the result.
       new_spec: from the entries of the PartitionSpec of x, one for each axis, to the result's.
     """
     sharding = jax.typeof(x).sharding

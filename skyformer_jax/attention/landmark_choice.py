@@ -103,7 +103,7 @@ def choose_landmarks(
     """The landmarks of skyformer_attention, by the kinds it documents.
 
     Args:
-      kind: of LANDMARKS.
+      kind: one of LANDMARKS.
       rng: a jax.random key, or None.
       rows: [batch, rows, heads, head_dim], finite everywhere: queries, then keys.
       masks: bool [batch, q_length] and [batch, kv_length], the rows that count.

@@ -56,7 +56,7 @@ def nystromformer_attention(
       rng: unused, nothing here is random; part of the common signature.
       scale: factor of the scores; None means head_dim**-0.5.
       num_landmarks: m; an example with fewer real queries or keys uses as many as those.
-      num_iterations: of the pseudo-inverse.
+      num_iterations: number of iterations of the pseudo-inverse.
       query_mask: bool [batch, q_length], the queries that segments are made of; None means
         `mask` where q_length == kv_length (self-attention), otherwise all.
       conv_kernel: float [size, heads], size odd; adds the convolution of the values (0 at padding)

@@ -80,7 +80,7 @@ def sum_of_rows(rows: jax.Array, order: jax.Array, inverse_order: jax.Array) -> 
 
     Args:
       rows: [batch, heads, rounds, length, c], in the order of their round.
-      order: of each round.
+      order: the order of each round.
       inverse_order: its inverse.
 
     Returns:

@@ -51,10 +51,10 @@ def by_platform(
 
     Args:
       tiled: a function of the arrays and a tile.
-      precision: of products, as jax.default_matmul_precision has it.
+      precision: the precision of products, as jax.default_matmul_precision has it.
       tiles: items of a mapping from platforms, or "default", to the tile there.
       *arrays: the arrays.
-      kernels: of the same arrays.
+      kernels: the kernels, which take the same arrays.
       interpreted: whether the kernel of GPUs is interpreted elsewhere, instead of calling tiled.
     """
     calls = {platform: functools.partial(tiled, tile=tile) for platform, tile in tiles}

@@ -68,7 +68,7 @@ def prefix_attention(
       query: [batch, length, heads, head_dim].
       key: likewise.
       value: [batch, length, heads, value_dim], 0 at masked positions.
-      state: of the positions before the first.
+      state: the sums over the positions before the first.
       segment_ids: int [batch, length]; positions of one segment are consecutive, and see that
         segment alone. None means one segment.
       bounds: adds a feature to the output: the sum of |phi(q_i)| . psi(k_j) times the last feature
@@ -161,7 +161,7 @@ def _across(state: State, here: State, axis_name: str) -> tuple[State, State]:
 
     Args:
       state: before the first device's first position.
-      here: of this device's positions alone.
+      here: the sums over this device's positions alone.
       axis_name: the mesh axis.
     """
     everywhere = jax.lax.all_gather(here, axis_name)

@@ -299,7 +299,7 @@ def _penalties(
 
     Args:
       buckets: int32 [batch, heads, rounds, length].
-      order: of each round, likewise.
+      order: the order of each round, likewise.
       slots: its inverse.
       chunk_length: tokens of a chunk.
 

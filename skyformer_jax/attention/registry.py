@@ -228,7 +228,7 @@ def layer_variables(
 
     Args:
       name: the attention.
-      options: of its function and of its variables.
+      options: the options of its function and of its variables.
       num_heads: number of heads.
       head_dim: features of each head.
       kv_length: the greatest number of keys; None if the layer does not know it.

@@ -137,7 +137,7 @@ def _sum_over_rows(
     """The sum of function(rows, real) over blocks of rows, so that little has to be in memory.
 
     Args:
-      function: of [batch, some rows, heads, head_dim] and bool [batch, some rows].
+      function: takes [batch, some rows, heads, head_dim] and bool [batch, some rows].
       rows: [batch, rows, heads, head_dim].
       real: bool [batch, rows]; False adds nothing.
     """

@@ -136,7 +136,7 @@ def skyformer_attention(
         what stands at other queries, but their own.
       gamma: regularisation of the landmarks' kernel matrix.
       inverse: "schulz" (matrix products only) or "cholesky" (exact to rounding).
-      num_iterations: of the Schulz iteration.
+      num_iterations: number of Schulz iterations.
       normalize: divides each row by its sum, which is approximated likewise, so that the output
         does not grow with the number of keys near a query. A sum below a hundredth of the sum of
         its terms' absolute values, as where no landmark is near, counts as that hundredth.
@@ -146,8 +146,8 @@ def skyformer_attention(
         sequence's own rows would tell of later ones. See docs/causal.md.
       segment_ids: int [batch, length], for causal attention: positions of one segment, which are
         consecutive, attend to that segment alone.
-      implementation: of the two Gaussian passes: "auto", "dense", "chunked" or "pallas", see
-        gaussian.gaussian_attention.
+      implementation: how the two Gaussian passes are computed: "auto", "dense", "chunked" or
+        "pallas", see gaussian.gaussian_attention.
       axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
         as long as the others', of query, key, value and the masks. Only the landmarks, and their
         context of d x head_dim, then cross devices, whatever the length. num_landmarks and
@@ -264,8 +264,8 @@ def solve_landmarks(
       rows: float32 [batch, d, heads, any].
       scale: the kernel's inverse squared width.
       gamma: regularisation of M.
-      inverse: of INVERSES.
-      num_iterations: of the Schulz iteration.
+      inverse: one of INVERSES.
+      num_iterations: number of Schulz iterations.
 
     Returns:
       float32 [batch, d, heads, any].

@@ -38,7 +38,7 @@ def kernel_features(
       scale: the kernel's inverse squared width.
       gamma: regularisation of M = G(L, L) + gamma I.
       inverse: "schulz" or "cholesky".
-      num_iterations: of the Schulz iteration.
+      num_iterations: number of Schulz iterations.
 
     Returns:
       Functions of float32 [batch, rows, heads, head_dim] to [batch, heads, rows, d].

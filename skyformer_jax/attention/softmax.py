@@ -159,7 +159,7 @@ def _without_scores(
       scale: as in softmax_attention.
       has_mask: whether there is a mask.
       is_causal: as in softmax_attention.
-      precision: of products, as jax.default_matmul_precision has it.
+      precision: the precision of products, as jax.default_matmul_precision has it.
       tiles: items of _TILE.
     """
     num_arrays = 4 if has_mask else 3

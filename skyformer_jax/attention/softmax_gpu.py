@@ -186,7 +186,7 @@ def _scores(
       rows: queries or keys, as the products take them.
       columns: the others, likewise.
       scale: as in gpu_value.
-      precision: of the product.
+      precision: the precision of the product.
       kept: 1 at keys that are to be attended to, 0 at others.
       keys_axis: that of the keys in the scores.
       first: the positions of the first row and of the first column.

@@ -46,8 +46,8 @@ class Tiles(NamedTuple):
 
     Attributes:
       group: heads of query that share one of key and value.
-      query_rows: of a tile, for each head of a group.
-      key_rows: of a tile.
+      query_rows: rows of queries of a tile, for each head of a group.
+      key_rows: rows of keys of a tile.
       query_blocks: how many there are.
       key_blocks: likewise.
       keys_long: whether a tile is longer along the keys.

@@ -36,7 +36,7 @@ class Operands(NamedTuple):
     """How the points of a kernel become operands of its products.
 
     Attributes:
-      dtype: of the operands.
+      dtype: the operands' dtype.
       centred: whether points are centred before they have it.
     """
 
@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
     Attributes:
       length: with what is filled up.
       part: what stays at a time.
-      tile: of a program.
+      tile: the tile of a program.
     """
 
     length: int
@@ -119,18 +119,18 @@ def by_tiles(
     """Calls a kernel for every tile of what passes by, x, and what stays, y; those of y first.
 
     Args:
-      kernel: of references to the first row of y that stays, int32 [1, 1]; to all arrays in the
+      kernel: takes references to the first row of y that stays, int32 [1, 1]; to all arrays in the
         order here; to the results and the sums.
       constants: one number, [1, 1], and for each head [batch * heads, any, 1].
       passing: [batch * heads, any, x.length].
       staying: [batch * heads or a divisor, any, y.length].
-      of_x: of each result along x, its dim; the kernel adds to it over the tiles of y.
-      of_y: of each result along y, its dim; the kernel adds to it over the tiles of x.
+      of_x: the dim of each result along x; the kernel adds to it over the tiles of y.
+      of_y: the dim of each result along y; the kernel adds to it over the tiles of x.
       x: how x is divided.
       y: how y is.
       sums: shapes of arrays of float32 in VMEM.
-      contracted: of each product that gives a tile, the dim over which it sums.
-      produced: of each product of a tile with points or values, the dim of the result.
+      contracted: the dim over which each product that gives a tile sums.
+      produced: the dim of the result of each product of a tile with points or values.
       how: what it multiplies.
       name: the kernel's.
       interpret: whether to interpret it.

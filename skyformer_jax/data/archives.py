@@ -34,7 +34,7 @@ class Kind(NamedTuple):
     Attributes:
       what: a description.
       advice: what to do with it.
-      folder: of a tar archive, the folder into which it unpacks.
+      folder: the folder into which a tar archive unpacks.
     """
 
     what: str

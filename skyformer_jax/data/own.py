@@ -42,7 +42,7 @@ def make_task(
       inputs: "text", whose tokens are its bytes; or "pixels", whose tokens are gray levels 0..255,
         row by row.
       classes: the number of classes, if labels are the numbers from 0; or else the labels.
-      max_length: of a text, the bytes that are read; of an image, its pixels.
+      max_length: the bytes that are read of a text, or the pixels of an image.
       num_documents: texts, or images, of an example: 1, or 2 for a task about pairs.
 
     Raises:

@@ -34,8 +34,8 @@ def ordered_map(
     that needs no `if __name__ == "__main__"`.
 
     Args:
-      function: of an importable module, not of the program itself; arguments and results must be
-        picklable.
+      function: a function of an importable module, not of the program itself; arguments and
+        results must be picklable.
       arguments: tuples of arguments; they are read only a few calls ahead of the results taken.
       workers: number of processes; None means one for each core, 1 computes in this process.
 

@@ -58,7 +58,7 @@ class Task:
       make_split: makes a split: called with a function that loads a stored split by its name, the
         name of the wanted split, and the options.
       extra_floors: accuracies of trivial classifiers, by name, besides the commonest label.
-      definition: of the user's own task, what make_task of skyformer_jax.data.own made it of; None
+      definition: what make_task of skyformer_jax.data.own made the user's own task of; None
         for a task of this package.
     """
 

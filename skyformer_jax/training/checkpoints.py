@@ -234,7 +234,7 @@ def restore_latest(directories: Sequence[Path], state_spec: Any) -> tuple[list[A
 
     Args:
       directories: folders of the checkpoints of the models that are trained at once.
-      state_spec: of one model, see restore.
+      state_spec: the state of one model, see restore.
 
     Returns:
       The states and their step.

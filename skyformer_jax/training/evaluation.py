@@ -271,7 +271,7 @@ def predict(
     Args:
       run: the run.
       predict_step: its compiled prediction.
-      variables: of its states, [seeds, ...].
+      variables: the variables of the run's states, [seeds, ...].
       examples: the split.
       batch_size: None means that of training; rounded up to a multiple of the devices along "data".
         Batch size and padding do not change the result.

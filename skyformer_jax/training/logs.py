@@ -31,7 +31,7 @@ def training_seconds(entries: Sequence[dict[str, Any]], batch_size: int) -> floa
     """The seconds that steps took, without compilation, validation and interruptions.
 
     Args:
-      entries: of read_metrics, from the first on.
+      entries: what read_metrics returned, from the first entry on.
       batch_size: train.batch_size.
     """
     seconds, before = 0.0, 0
@@ -116,7 +116,7 @@ def plot_learning_curve(workdir: Path, floors: dict[str, float]) -> Path | None:
     """Draws learning_curve.png from metrics.jsonl.
 
     Args:
-      workdir: of the run.
+      workdir: the run's folder.
       floors: accuracies in 0..1 of trivial classifiers, drawn as dashed lines.
 
     Returns:

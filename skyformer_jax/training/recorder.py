@@ -149,7 +149,7 @@ def check_finite(
 
     Args:
       non_finite: train.non_finite, "stop" or "skip".
-      sums: of the states of all seeds, since the last multiple of train.log_every.
+      sums: the sums of all seeds' states since the last multiple of train.log_every.
       step: the last step of the sums.
       seeds: the models.
       report: whether to say how many steps were skipped.

@@ -45,7 +45,7 @@ def release(workdir: str | Path, out: str | Path, trained: dict[str, Any]) -> di
     """Makes a released checkpoint of the best checkpoint of a finished run.
 
     Args:
-      workdir: of a run of one seed, with eval_test.json.
+      workdir: the workdir of a run of one seed, with eval_test.json.
       out: the folder to make: parameters.npz, config.json and result.json.
       trained: how it was trained, for result.json.
 
@@ -161,8 +161,8 @@ def start_from(states: TrainState, folder: str | Path) -> tuple[TrainState, list
     stay as they are.
 
     Args:
-      states: of all seeds, [seeds, ...].
-      folder: of the released checkpoint.
+      states: the states of all seeds, [seeds, ...].
+      folder: the folder of the released checkpoint.
 
     Returns:
       The states, and the names of the arrays that stay as they are.

@@ -111,7 +111,7 @@ def predict_step(
 
     Args:
       run: the run.
-      variables: of a TrainState.
+      variables: the variables of a TrainState.
       batch: this device's examples.
       rng: draws landmarks, by each example's position in the split; None is deterministic.
       rows: int [local batch], those positions.
@@ -197,7 +197,7 @@ def num_microbatches(accumulation: int, platform: str, num_examples: int, tokens
     Args:
       accumulation: train.accumulation; 0 chooses: one on accelerators, and on a CPU as many as make
         a microbatch of _CPU_TOKENS tokens at most, or of one example.
-      platform: of the device.
+      platform: the device's platform.
       num_examples: examples of the shard.
       tokens: padded tokens of an example.
     """

@@ -182,7 +182,7 @@ def check_trained_as(one: SeedRun, meta: dict[str, Any], may_differ: tuple[str, 
 
     Args:
       one: the run.
-      meta: of the checkpoint.
+      meta: the checkpoint's metadata.
       may_differ: what further fields begin with that may differ.
     """
     trained = configs.to_dict(configs.upgrade(meta["config"]))

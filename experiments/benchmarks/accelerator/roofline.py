@@ -60,7 +60,7 @@ def count_work(kind: str, pairs: int, rows: int) -> dict[str, int]:
 
     Args:
       kind: "forward" or "gradients".
-      pairs: of a query and a key, over batch and heads.
+      pairs: number of pairs of a query and a key, over batch and heads.
       rows: queries and keys together, over batch and heads, of head_dim each.
 
     Returns:
