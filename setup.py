@@ -1,5 +1,11 @@
-"""Entry point for tools that look for setup.py; the metadata is in pyproject.toml."""
+"""The packages; all other metadata is in pyproject.toml.
 
-from setuptools import setup
+The configs lie beside the package in a clone, and in it once installed.
+"""
 
-setup()
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["skyformer_jax*"]), "skyformer_jax.configs"],
+    package_dir={"skyformer_jax.configs": "configs"},
+)

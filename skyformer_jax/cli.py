@@ -14,6 +14,7 @@ from absl import app, flags, logging
 
 from skyformer_jax.errors import UserError, missing_package
 from skyformer_jax.files import expand
+from skyformer_jax.shipped import find_config, make_configs_importable
 
 # Failures of the machine, not of the program: the person can mend them.
 _MACHINE_ERRORS = (
@@ -65,13 +66,15 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
     Args:
       values: the flags, which get their values.
       argv: the command line, the program's name first. A ~ that begins the value of a flag is
-        the home folder, though shells leave it alone after the sign =.
+        the home folder, though shells leave it alone after the sign =. A config that is not there
+        is looked for among those that come with the package.
 
     Raises:
       UserError: one line for what is wrong.
     """
+    make_configs_importable()
     try:
-        rest = values([argv[0], *map(_with_home, argv[1:])])
+        rest = values([argv[0], *map(_with_whole_path, argv[1:])])
     except UserError:
         raise
     except flags.Error as error:
@@ -79,7 +82,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         _, _, own = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
         raise UserError(own.strip() or str(error)) from None
     except ModuleNotFoundError as error:
-        clone = (error.name or "").partition(".")[0] in ("configs", "experiments")
+        clone = (error.name or "").partition(".")[0] == "experiments"
         raise UserError(
             f"the config file imports {error.name}, which "
             + ("lies in the clone: put that into PYTHONPATH" if clone else "is not installed")
@@ -95,12 +98,14 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
 
 
-def _with_home(argument: str) -> str:
-    """The argument with the path that is its value expanded; no other value begins with ~."""
+def _with_whole_path(argument: str) -> str:
+    """The argument with the path that is its value made whole; no other value begins with ~."""
     name, equals, value = argument.partition("=")
     if argument.startswith("~"):
         return str(expand(argument))
-    return f"{name}={expand(value)}" if equals and value.startswith("~") else argument
+    if equals and value.startswith("~"):
+        return f"{name}={expand(value)}"
+    return f"{name}={find_config(value)}" if name.lstrip("-") == "config" else argument
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -127,8 +132,13 @@ def _without_late_arrays(report: Callable[[Any], None]) -> Callable[[Any], None]
     return hook
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs main() with parsed flags; a UserError is printed without a traceback, exit status 2."""
+def run(main: Callable[[], None], module: str = "__main__") -> None:
+    """Runs main() with parsed flags; a UserError is printed without a traceback, exit status 2.
+
+    Args:
+      main: the program.
+      module: name of the module whose docstring and flags --help shows.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         del argv
@@ -154,4 +164,8 @@ def run(main: Callable[[], None]) -> None:
             _fail(f"{error.strerror}: {error.filename or 'while writing'}")
 
     _open_standard_streams()
+    if module != "__main__":
+        sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
+        for flag in flags.FLAGS.get_key_flags_for_module(module):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(guarded, flags_parser=_parse_flags)

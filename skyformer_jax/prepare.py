@@ -10,9 +10,7 @@ imdb_reviews or cifar10, or a folder that holds several of these; docs/data.md h
 
 import contextlib
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,32 +136,33 @@ def main_of_config(
     print(table(rows))
 
 
-if __name__ == "__main__":
-    # Defined here, so that importing this module adds no flags to another program.
-    _TASK = flags.DEFINE_enum("task", None, ("all", *tasks.NAMES), "Which task's data set.")
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, in place of --task.")
-    _SOURCE = flags.DEFINE_string("source", None, "Folder or archive of the published files.")
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of all data sets; default data.")
-    _KIND = flags.DEFINE_enum(
+def command() -> None:
+    """The command line; importing this module adds no flags to another program."""
+    task = flags.DEFINE_enum("task", None, ("all", *tasks.NAMES), "Which task's data set.")
+    config = config_flags.DEFINE_config_file("config", None, "A config file, in place of --task.")
+    source = flags.DEFINE_string("source", None, "Folder or archive of the published files.")
+    data_dir = flags.DEFINE_string("data_dir", None, "Folder of all data sets; default data.")
+    kind = flags.DEFINE_enum(
         "kind",
         "",
         ("", *KINDS),
         "Of one task; default published with a source, else what is there.",
     )
 
-    # Configs import what lies beside this package in a clone, from wherever it is started.
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
-
     def _main() -> None:
-        where = _DATA_DIR.value, _SOURCE.value, _KIND.value
+        where = data_dir.value, source.value, kind.value
         if bool(flags.FLAGS["task"].present) == bool(flags.FLAGS["config"].present):
             raise UserError("name the task by --task, or its config file by --config")
         if flags.FLAGS["config"].present:
             path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
             if not expand(path).is_file():
                 raise UserError(f"--config={path}: no such file")
-            main_of_config(_CONFIG.value, *where)
+            main_of_config(config.value, *where)
         else:
-            main(_TASK.value, where[0] or "data", *where[1:])
+            main(task.value, where[0] or "data", *where[1:])
 
-    cli.run(_main)
+    cli.run(_main, __name__)
+
+
+if __name__ == "__main__":
+    command()
