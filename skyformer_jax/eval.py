@@ -10,6 +10,7 @@ Installed, this is the command skyformer-eval.
 
 import glob
 from pathlib import Path
+from typing import Any
 
 from skyformer_jax.errors import UserError, lra_imports
 
@@ -72,7 +73,7 @@ def command() -> None:
 
     def main() -> None:
         processes.start(coordinator.value, num_processes.value, process_id.value)
-        options = {
+        options: dict[str, Any] = {
             "split": split.value,
             "landmark_draws": landmark_draws.value,
             "data_dir": data_dir.value,

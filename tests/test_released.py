@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +19,8 @@ from skyformer_jax.training.config import read
 from skyformer_jax.training.evaluation import evaluation_mesh
 from skyformer_jax.training.run import make_run
 from skyformer_jax.training.state import state_spec
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,41 @@ def test_training_starts_from_a_released_checkpoint(released, data_dir, tmp_path
             strict=True,
         ):
             np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+CHECKPOINTS = sorted(path.parent for path in (ROOT / "checkpoints").glob("*/result.json"))
+
+
+def test_there_are_released_models_and_they_are_small():
+    assert CHECKPOINTS
+    size = sum(path.stat().st_size for path in (ROOT / "checkpoints").rglob("*") if path.is_file())
+    assert size < 8e6
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
+def test_released_models_are_what_the_list_says(folder):
+    model, variables = skyformer_jax.load_pretrained(folder)
+    result = json.loads((folder / "result.json").read_text())
+    tokens = np.ones((1, 64), int)
+    logits = model.apply(variables, tokens, tokens > 0)
+    assert logits.shape == (1, model.num_classes)
+    assert np.isfinite(logits).all()
+    parameters = sum(x.size for x in jax.tree.leaves(variables["params"]))
+    assert parameters == result["parameters"]
+    page = (ROOT / "docs/models.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{folder.name}`"))
+    assert f"{100 * result['test']['accuracy']:.2f} %" in row
+    assert f"{parameters:,}" in row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["listops-skyformer"])
+def test_a_released_model_gives_its_test_accuracy_again(name, tmp_path):
+    """Of the whole task, whose data are generated first."""
+    out = tmp_path / "again.json"
+    command = [sys.executable, "eval.py", f"--checkpoint_dir=checkpoints/{name}"]
+    command += [f"--data_dir={tmp_path / 'data'}", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["accuracy"] == result["released"]
