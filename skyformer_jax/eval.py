@@ -86,6 +86,7 @@ def command() -> None:
         else:
             if source.value:
                 raise UserError("--source is for --checkpoint_dir; a run knows its data")
+            assert workdir.value is not None  # absl requires one of the two
             training.evaluate(_find_workdir(workdir.value), checkpoint=checkpoint.value, **options)
 
     cli.run(main, __name__)
