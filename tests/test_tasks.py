@@ -353,7 +353,7 @@ def test_what_was_odd_is_kept_with_the_data(tiny, tmp_path, monkeypatch):
 
 
 def test_prepare_all(tiny, source, data_dir, tmp_path, monkeypatch, capsys):
-    """The table of all six; one that cannot be had does not keep the others from being made."""
+    """The table of all six; one that is unavailable does not prevent the others."""
     monkeypatch.setattr(parallel, "num_cores", lambda: 1)
     benchmark = [tiny[task.name] for task in tasks.BENCHMARK]
     monkeypatch.setattr(tasks, "BENCHMARK", benchmark)

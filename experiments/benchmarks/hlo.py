@@ -164,7 +164,7 @@ def elements(result: str) -> list[str]:
 
 
 def sizes(result: str) -> str:
-    """What stands between the brackets of an array's type: 2,3 for f32[2,3]{1,0}."""
+    """The sizes in an array's type: 2,3 for f32[2,3]{1,0}."""
     found = _ARRAY.search(result)
     return found[2] if found else ""
 

@@ -27,7 +27,7 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
     [batch, 1, 1, kv_length], or nn.make_attention_mask(query_mask, key_mask), or any other mask
     that is such a product. Whether a mask is one shows in its values. Outside jit another mask
     raises a ValueError; inside jit, where values are not known, the output of the examples
-    concerned is NaN. What stands at keys that no query attends to, NaN included, changes nothing.
+    concerned is NaN. Keys that no query attends to, even NaN, never affect the output.
 
     Key and value may have fewer heads than query, and value another head_dim. With sow_weights,
     "softmax" sows its weights as Flax's function does.

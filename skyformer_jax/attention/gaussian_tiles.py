@@ -264,8 +264,8 @@ def _tile_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """W k, W 1, W^T q and S^T d_out for scores S and W = S * (d_out v^T).
 
-    The tile lies with its longer side in rows, which suits the matrix products. What stands in
-    differences, W k - (W 1) q, is taken at the highest precision.
+    The tile's longer side is its rows, which suits the matrix products. The terms of differences,
+    W k - (W 1) q, are computed at the highest precision.
     """
     if query.shape[2] >= key.shape[2]:
         s = _tile_scores(query, key, scale, terms)

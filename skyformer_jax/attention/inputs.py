@@ -113,7 +113,7 @@ def hide_unseen(
     full_mask: jax.Array | None,
     is_causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Key and value with 0 at keys that no query may attend to: what stands there, may be NaN.
+    """Key and value with 0 at keys that no query may attend to, which may be NaN.
 
     Args:
       query: [batch, q_length, heads, head_dim].

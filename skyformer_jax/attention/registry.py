@@ -36,8 +36,8 @@ class Attention(NamedTuple):
         has those of COMMON_OPTIONS.
       weights: computes the weights that the attention forms, of the same arguments but value and
         rng, [batch, heads, q_length, kv_length]; None where it forms none.
-      earlier_options: what stands for an option in the config of a run that was written before the
-        option was one of configs. An option that is added to `options` belongs here.
+      earlier_options: values of options that the configs of earlier runs lack, because the options
+        are newer. An option that is added to `options` belongs here.
       residual: tells how much the attention's approximation misses, float32 [batch, heads], of its
         arguments but value; None where it has no such diagnostic.
       masks: the arguments by which a call restricts which keys a query attends to: of "mask",

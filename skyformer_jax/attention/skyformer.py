@@ -132,8 +132,8 @@ def skyformer_attention(
         instead of num_landmarks chosen here; those at masked rows, and those that
         no row has, count for nothing.
       query_mask: bool [batch, q_length], the queries that may become landmarks; None means
-        `mask` where q_length == kv_length (self-attention), otherwise all. No output depends on
-        what stands at other queries, but their own.
+        `mask` where q_length == kv_length (self-attention), otherwise all. Other
+        queries affect no output but their own.
       gamma: regularisation of the landmarks' kernel matrix.
       inverse: "schulz" (matrix products only) or "cholesky" (exact to rounding).
       num_iterations: number of Schulz iterations.

@@ -49,7 +49,7 @@ def tpu_value(
     Args:
       query: float32 or bfloat16 [batch, q_length, heads, head_dim].
       key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, value_dim]; what stands at masked keys must be finite.
+      value: [batch, kv_length, heads, value_dim]; it must be finite at masked keys too.
       scale: float32, of no axes.
       mask: bool [batch, kv_length], True at real keys.
       is_causal: whether query i attends to keys 0..i only.

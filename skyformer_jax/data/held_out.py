@@ -1,6 +1,6 @@
 """The builder of data sets that are published as train and test: IMDB's reviews and CIFAR-10.
 
-Both are to be had in several forms, and what is stored is the same whichever is read: validation is
+Both are published in several forms, and the stored data are the same for each form: validation is
 held out of train, and every split ordered, by the hashes of the contents.
 """
 

@@ -31,7 +31,7 @@ _FILES = {
     "validation": "new_aan_pairs.eval.tsv",
     "test": "new_aan_pairs.test.tsv",
 }
-# The release itself can no longer be had: its address answers 403.
+# The release itself is no longer available: its address answers 403.
 HUB = hub.DataSet("OpenNLPLab/lra", "6cb133c44f406da743661488df9e977b87d98775", "data/aan")
 _LABELS = {b"0": 0, b"1": 1, b"0.0": 0, b"1.0": 1}
 _NUM_COLUMNS = 5
