@@ -13,7 +13,6 @@ Every script of experiments/ that can be interrupted goes on in the same way:
 
 import contextlib
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import Any
 import jax
 import jaxlib
 
+from skyformer_jax.data.parallel import num_cores
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 
@@ -30,7 +30,10 @@ Row = dict[str, Any]
 
 
 def provenance(num_devices: int) -> dict[str, Any]:
-    """What code and hardware a result comes from: commit, versions, device and cores."""
+    """What code and hardware a result comes from: commit, versions, device and cores.
+
+    The cores are those that this process may use.
+    """
 
     def git(arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments.split()]
@@ -46,7 +49,7 @@ def provenance(num_devices: int) -> dict[str, Any]:
             "jaxlib": jaxlib.__version__,
         },
         "device": f"{num_devices} x {jax.devices()[0].device_kind}",
-        "cores": os.cpu_count(),
+        "cores": num_cores(),
     }
 
 
