@@ -7,7 +7,10 @@ Bits per byte depend on the text; a uniform guess has 8. Kernelized attention an
 rows by their sums here: without, the outputs of late positions are sums over more keys than those
 of early ones, and a model meets greater sums beyond the length that it was trained on.
 
-    python -m experiments.language_model --attentions=softmax,kernelized,skyformer
+Fixed landmarks cannot tell near positions from far ones, as queries and keys of the other
+attentions do by rotary positions. A short convolution of the values gives Skyformer the last bytes.
+
+    python -m experiments.language_model --attentions=softmax,kernelized,skyformer,skyformer-conv
 """
 
 import ml_collections
@@ -19,14 +22,21 @@ _OPTIONS = {
     "kernelized": {"normalize": True},
     "skyformer": {"landmarks": "learned", "num_landmarks": 64, "normalize": True},
 }
+_CONV_SIZE = 5
 
 
-def get_config(attention: str = "skyformer") -> ml_collections.ConfigDict:
-    """The config of an attention; the models have equal size, but for Skyformer's landmarks."""
-    one_of("attention", attention, DECODABLE)
+def get_config(name: str = "skyformer-conv") -> ml_collections.ConfigDict:
+    """The config of an attention; the models have equal size, but for Skyformer's landmarks.
+
+    Args:
+      name: one of DECODABLE, or skyformer-conv, Skyformer with a causal convolution of 5 values.
+    """
+    attention, _, conv = name.partition("-")
+    one_of("attention", name, (*DECODABLE, "skyformer-conv"))
+    options = {**_OPTIONS.get(attention, {}), **({"conv_size": _CONV_SIZE} if conv else {})}
     return ml_collections.ConfigDict(
         {
-            "attention": {"name": attention, **_OPTIONS.get(attention, {})},
+            "attention": {"name": attention, **options},
             "model": {
                 "num_layers": 2,
                 "width": 128,

@@ -1,10 +1,10 @@
 r"""Trains a byte-level language model with each causal attention, samples from it, times decoding.
 
-    python -m experiments.language_model [--text=FOLDER] [--attentions=softmax,kernelized,skyformer]
+    python -m experiments.language_model [--text=FOLDER] [--attentions=softmax,skyformer-conv]
 
 Prints bits per byte of what is held out, a sample, and tokens a second of decoding, with the bytes
 of state that it keeps, after 1k, 16k and 128k tokens. Writes JSON; an attention that it has from
-the same commit and settings is not trained again. --small trains for a few steps, to try it.
+the same text and machine is not trained again. --small trains for a few steps, to try it.
 """
 
 import functools
@@ -23,7 +23,7 @@ import optax
 from absl import flags
 
 from configs import language_model as configs
-from experiments.records import Row, provenance, resume, write_json
+from experiments.records import Row, provenance, read_json, resume, write_json
 from skyformer_jax import cli
 from skyformer_jax.errors import UserError
 from skyformer_jax.files import expand
@@ -33,7 +33,11 @@ from skyformer_jax.progress import say, track
 _ROOT = Path(__file__).resolve().parents[1]
 _SUFFIXES = (".py", ".md", ".txt")
 _NO_TEXT = (".git", "build", "data", "runs")
-_ATTENTIONS = flags.DEFINE_list("attentions", ["softmax", "kernelized", "skyformer"], "Which.")
+_ATTENTIONS = flags.DEFINE_list(
+    "attentions",
+    ["softmax", "kernelized", "skyformer", "skyformer-conv"],
+    "Names that configs/language_model.py has.",
+)
 _TEXT = flags.DEFINE_string("text", None, "Folder of .txt, .md and .py files; default: this one.")
 _MEGABYTES = flags.DEFINE_integer("megabytes", 16, "At most so many are read.", lower_bound=1)
 _SMALL = flags.DEFINE_bool("small", False, "A few steps, to try it.")
@@ -160,7 +164,9 @@ def time_decoding(model: LanguageModel, variables: Any, length: int, tokens: int
     }
 
 
-def measure(config: ml_collections.ConfigDict, text: np.ndarray, lengths: list[int]) -> Row:
+def measure(
+    name: str, config: ml_collections.ConfigDict, text: np.ndarray, lengths: list[int]
+) -> Row:
     """The row of an attention."""
     held_out = len(text) - len(text) // 20
     variables, seconds = train(config, text[:held_out])
@@ -175,7 +181,7 @@ def measure(config: ml_collections.ConfigDict, text: np.ndarray, lengths: list[i
         temperature=0.7,
     )
     return {
-        "attention": config.attention.name,
+        "attention": name,
         "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
         "bits_per_byte": round(
             bits_per_byte(model, variables, text[held_out:], config.train.length), 4
@@ -202,14 +208,17 @@ def main() -> None:
         "small": _SMALL.value,
     }
     out = Path(_OUT.value)
-    rows = resume(out, header)
+    rows = resume(out, header, any_commit=True)
+    if rows:  # each says the commit that it is of
+        rows = [{"commit": read_json(out)["commit"], **row} for row in rows]
     for name in _ATTENTIONS.value:
         config = configs.get_config(name)
         if _SMALL.value:
             config.train.update({"length": 64, "num_steps": 5, "warmup_steps": 1, "batch_size": 2})
         if any(row["attention"] == name for row in rows):
             continue
-        rows.append(measure(config, text, lengths))
+        row = measure(name, config, text, lengths)
+        rows.append({"commit": header["commit"], **row})
         write_json(out, {**header, "rows": rows})
     for row in rows:
         speeds = "  ".join(
@@ -217,7 +226,7 @@ def main() -> None:
             f"{one['state_bytes'] / 1024:,.0f} KiB"
             for one in row["decoding"]
         )
-        print(f"{row['attention']:12} {row['bits_per_byte']:.3f} bits per byte   {speeds}")
+        print(f"{row['attention']:14} {row['bits_per_byte']:.3f} bits per byte   {speeds}")
 
 
 if __name__ == "__main__":
