@@ -32,7 +32,10 @@ def make(folder, configs=("listops", "text"), attentions=("softmax",), seeds="01
 def finish(cell, accuracy=0.5, checksum="c0ffee", config=None):
     """Leaves in the cell's folder what a finished run of train.py leaves, its checkpoints aside."""
     cell.workdir.mkdir(parents=True, exist_ok=True)
-    (cell.workdir / "config.json").write_text(json.dumps(config or cell.asked))
+    config = config or cell.asked
+    kind = config["data"]["kind"] or "generated"  # as train.py settles what is not asked for
+    saved = {**config, "data": {**config["data"], "kind": kind}}
+    (cell.workdir / "config.json").write_text(json.dumps(saved))
     result = {
         "examples": 2000,
         "checkpoint": 700,

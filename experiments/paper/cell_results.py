@@ -29,7 +29,10 @@ def _read_result(cell: Cell) -> dict[str, Any]:
         return {}
     result = read_json(path)
     saved = configs.read(cell.workdir / "config.json")
-    different = configs.differences(configs.to_dict(saved), cell.asked)
+    asked = {**cell.asked, "data": dict(cell.asked["data"])}
+    # Where it is not asked for, train.py settles and stores which kind of examples it read.
+    asked["data"]["kind"] = asked["data"]["kind"] or saved.data.kind
+    different = configs.differences(configs.to_dict(saved), asked)
     # The digest is of what was evaluated, should config.json be of a later attempt.
     if different or result.get("config_digest") != config_digest(saved):
         raise UserError(

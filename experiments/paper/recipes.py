@@ -73,6 +73,7 @@ def _departures(config: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]
     """{field: (paper's setting, here)}."""
     get_config = importlib.import_module(f"configs.{config.task}").get_config
     full = configs.to_dict(get_config(config.attention.name))
+    full["data"]["kind"] = full["data"]["kind"] or config.data.kind  # settled by train.py
     return departures(setting_of(full), setting_of(configs.to_dict(config)))
 
 
