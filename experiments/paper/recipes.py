@@ -90,12 +90,13 @@ def plot(rows: list[Row], path: Path) -> None:
             axis.plot(
                 [s / 60 for s in seconds],
                 [100 * a for a in accuracies],
-                label=row["run"],
-                **line_style(row["attention"]),
+                ".-",
+                label=row["run"].removeprefix(f"{name}-"),
             )
         for attention in dict.fromkeys(row["attention"] for row in of_task):
             paper = published.ACCURACY[attention][name]
-            axis.axhline(paper, ls="--", lw=1, color=line_style(attention)["color"])
+            color = line_style(attention)["color"]
+            axis.axhline(paper, ls="--", lw=1, color=color, label=f"{attention}, the paper's test")
         axis.set(xlabel="minutes of training", ylabel="validation accuracy, %", title=name)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
