@@ -309,18 +309,21 @@ def test_a_run_needs_nothing_of_the_users_but_its_workdir_and_data(tmp_path, cap
         training.evaluate(tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_the_page_is_true_as_written(tmp_path):
-    """Its files are put where they say, its commands run in (what looks like) a clone."""
-    clone = tmp_path / "clone"
-    clone.mkdir()
-    for name in ("train.py", "eval.py", "configs", "skyformer_jax"):
-        (clone / name).symlink_to(ROOT / name)
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        path = tmp_path / block.splitlines()[0].removeprefix("# ~/")
+def write_files(page, home):
+    """The files of a page, whose first line says where they lie."""
+    for block in re.findall(r"```python\n(# ~/.*?)```", page, re.DOTALL):
+        path = home / block.splitlines()[0].removeprefix("# ~/")
         path.parent.mkdir(exist_ok=True)
         path.write_text(block)
-    (commands,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A function that runs lines in (what looks like) a clone, and the environment it has."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in ("train.py", "eval.py", "configs", "skyformer_jax", "checkpoints"):
+        (clone / name).symlink_to(ROOT / name)
     environment = {
         **os.environ,
         "HOME": str(tmp_path),
@@ -335,6 +338,14 @@ def test_the_page_is_true_as_written(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    return bash, environment
+
+
+@pytest.mark.slow
+def test_the_page_is_true_as_written(tmp_path, reader):
+    (bash, environment), clone = reader, tmp_path / "clone"
+    write_files(PAGE, tmp_path)
+    (commands,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     bash(commands)
     for split in ("validation", "test"):
         result = json.loads((clone / f"runs/films-skyformer/eval_{split}.json").read_text())
@@ -345,3 +356,17 @@ def test_the_page_is_true_as_written(tmp_path):
     bash("python ~/noise/noise.py; python train.py --config=$HOME/noise/noise.py")
     result = json.loads((clone / "runs/noise-skyformer/eval_test.json").read_text())
     assert result["examples"] == 100
+
+
+@pytest.mark.slow
+def test_the_page_on_fine_tuning_is_true_as_written(tmp_path, reader):
+    bash, _ = reader
+    for page in (PAGE, (ROOT / "docs" / "fine_tuning.md").read_text()):
+        write_files(page, tmp_path)
+    bash("python ~/films/make_films.py")
+    (commands,) = re.findall(
+        r"```bash\n(.*?)```", (ROOT / "docs" / "fine_tuning.md").read_text(), re.DOTALL
+    )
+    bash(commands)
+    result = json.loads((tmp_path / "clone/runs/fine_tuned-skyformer/eval_test.json").read_text())
+    assert result["accuracy"] > 0.9

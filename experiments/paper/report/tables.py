@@ -60,9 +60,10 @@ def _compared(ours: Estimate | None, printed: float | None) -> list[str]:
 
 
 def summary(result: Result) -> str:
-    """Accuracy of all attentions and tasks: ours, its standard error, and the paper's in brackets.
+    """Accuracy: ours, its standard error, and the paper's in brackets.
 
-    It is what the README shows.
+    Attentions and tasks without a finished run are left out. The README shows that of
+    results/fast.json, docs/reproduction.md that of results/table1.json.
     """
     accuracies = statistics.accuracies(result)
     configs = [config for config in published.CONFIGS if config in accuracies]
@@ -72,7 +73,8 @@ def summary(result: Result) -> str:
         ours = "-" if found is None else f"{found.value:.1f} ± {found.error:.1f}"
         return f"{ours} ({published.ACCURACY[name][config]:.1f})"
 
-    rows = [[f"`{name}`", *(text(name, config) for config in configs)] for name in NAMES]
+    names = [name for name in NAMES if any(name in accuracies[config] for config in configs)]
+    rows = [[f"`{name}`", *(text(name, config) for config in configs)] for name in names]
     return markdown(["", *configs], rows)
 
 
