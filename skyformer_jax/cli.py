@@ -82,11 +82,11 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         _, _, own = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
         raise UserError(own.strip() or str(error)) from None
     except ModuleNotFoundError as error:
-        clone = (error.name or "").partition(".")[0] == "experiments"
-        raise UserError(
-            f"the config file imports {error.name}, which "
-            + ("lies in the clone: put that into PYTHONPATH" if clone else "is not installed")
-        ) from None
+        where = {
+            "configs": "is none of the package's configs",
+            "experiments": "lies in the clone: put that into PYTHONPATH",
+        }.get((error.name or "").partition(".")[0], "is not installed")
+        raise UserError(f"the config file imports {error.name}, which {where}") from None
     except (AttributeError, KeyError) as error:
         reason = error.args[0]
         if isinstance(reason, KeyError):  # in which ml_collections wraps it

@@ -502,7 +502,8 @@ def test_paths_of_flags_begin_at_home(tmp_path, monkeypatch):
 
 def test_what_a_config_imports_is_named_where_it_lacks(tmp_path):
     for name, message in (
-        ("configs.nothing", "configs.nothing, which lies in the clone: put that into PYTHONPATH"),
+        ("configs.nothing", "configs.nothing, which is none of the package's configs"),
+        ("experiments.no", "experiments.no, which lies in the clone: put that into PYTHONPATH"),
         ("no_such_module", "no_such_module, which is not installed"),
     ):
         path = tmp_path / f"{name}.py"
