@@ -4,7 +4,7 @@ r"""Trains a byte-level language model with each causal attention, samples from 
 
 Prints bits per byte of what is held out, a sample, and tokens a second of decoding, with the bytes
 of state that it keeps, after 1k, 16k and 128k tokens. Writes JSON; an attention that it has from
-the same text and machine is not trained again. --small trains for a few steps, to try it.
+the same text, machine and config is not trained again. --small trains for a few steps, to try it.
 """
 
 import functools
@@ -23,7 +23,7 @@ import optax
 from absl import flags
 
 from configs import language_model as configs
-from experiments.records import Row, provenance, read_json, resume, write_json
+from experiments.records import Row, provenance, resume, write_json
 from skyformer_jax import cli
 from skyformer_jax.errors import UserError
 from skyformer_jax.files import expand
@@ -192,8 +192,12 @@ def measure(
             "text": np.asarray(sample[0], np.uint8).tobytes().decode(errors="replace"),
         },
         "decoding": [time_decoding(model, variables, length, 24) for length in lengths],
-        "config": json.loads(config.to_json_best_effort()),
+        "config": _stored(config),
     }
+
+
+def _stored(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())
 
 
 def main() -> None:
@@ -209,14 +213,13 @@ def main() -> None:
     }
     out = Path(_OUT.value)
     rows = resume(out, header, any_commit=True)
-    if rows:  # each says the commit that it is of
-        rows = [{"commit": read_json(out)["commit"], **row} for row in rows]
     for name in _ATTENTIONS.value:
         config = configs.get_config(name)
         if _SMALL.value:
             config.train.update({"length": 64, "num_steps": 5, "warmup_steps": 1, "batch_size": 2})
-        if any(row["attention"] == name for row in rows):
+        if any((row["attention"], row["config"]) == (name, _stored(config)) for row in rows):
             continue
+        rows = [row for row in rows if row["attention"] != name]
         row = measure(name, config, text, lengths)
         rows.append({"commit": header["commit"], **row})
         write_json(out, {**header, "rows": rows})

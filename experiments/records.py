@@ -80,6 +80,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
+def provenance_of_run(workdir: Path) -> dict[str, Any] | None:
+    """The provenance of a run that experiments.paper.sweep trained; None of another's."""
+    record = workdir / "sweep.json"
+    return read_json(record)["provenance"] if record.exists() else None
+
+
 def as_read(value: Any) -> Any:
     """The value as a JSON file gives it back: tuples are lists, keys are texts."""
     return json.loads(json.dumps(value))

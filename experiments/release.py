@@ -9,7 +9,7 @@ result with the data's checksum, and how the model was trained.
 import jax
 from absl import flags
 
-from experiments.records import provenance, read_json
+from experiments.records import provenance, provenance_of_run
 from skyformer_jax import cli, training
 from skyformer_jax.files import expand
 from skyformer_jax.training import config as configs
@@ -22,11 +22,9 @@ _OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
 def main() -> None:
     """Makes the folder and says what is in it."""
     workdir = expand(_WORKDIR.value)
-    sweep = workdir / "sweep.json"  # of the run, if experiments.paper.sweep trained it
-    of_run = read_json(sweep)["provenance"] if sweep.exists() else provenance(jax.device_count())
     batch_size = configs.read(workdir / "config.json").train.batch_size
     trained = {
-        **of_run,
+        **(provenance_of_run(workdir) or provenance(jax.device_count())),
         "seconds": round(training_seconds(read_metrics(workdir / "metrics.jsonl"), batch_size)),
     }
     result = training.release(_WORKDIR.value, _OUT.value, trained)

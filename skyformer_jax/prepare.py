@@ -8,7 +8,6 @@ folder (lra_release, aclImdb or cifar-10-batches-bin), its archive, a folder in 
 imdb_reviews or cifar10, or a folder that holds several of these; docs/data.md has further forms.
 """
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from skyformer_jax.errors import UserError, lra_imports
 
-with lra_imports() if __name__ == "__main__" else contextlib.nullcontext():
+with lra_imports():
     from absl import flags
     from ml_collections import config_flags
 

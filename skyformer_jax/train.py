@@ -1,7 +1,7 @@
 """Trains what a config describes, or continues an interrupted run.
 
-Skyformer on Text of the Long Range Arena, in half an hour on two CPU cores, and softmax on ListOps
-in the paper's setting, into folders below runs/:
+Skyformer on Text of the Long Range Arena, in 40 minutes on a CPU core, and softmax on ListOps in
+the paper's setting, into folders below runs/:
 
     python train.py --config=configs/text.py:skyformer,fast
     python train.py --config=configs/listops.py:softmax --config.seed=1 --workdir=runs/listops-1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.paper.grid import Cell
+from experiments.paper.grid import Cell, with_settled_kind
 from experiments.paper.report.statistics import error_of_mean, group
 from experiments.records import Row, as_read, read_json
 from skyformer_jax.errors import UserError
@@ -29,9 +29,7 @@ def _read_result(cell: Cell) -> dict[str, Any]:
         return {}
     result = read_json(path)
     saved = configs.read(cell.workdir / "config.json")
-    asked = {**cell.asked, "data": dict(cell.asked["data"])}
-    # Where it is not asked for, train.py settles and stores which kind of examples it read.
-    asked["data"]["kind"] = asked["data"]["kind"] or saved.data.kind
+    asked = with_settled_kind(cell.asked, saved)
     different = configs.differences(configs.to_dict(saved), asked)
     # The digest is of what was evaluated, should config.json be of a later attempt.
     if different or result.get("config_digest") != config_digest(saved):

@@ -153,6 +153,11 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     return config.value
 
 
+def with_settled_kind(asked: dict[str, Any], saved: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A stored config with its run's data.kind, which train.py settles if none is asked for."""
+    return {**asked, "data": {**asked["data"], "kind": asked["data"]["kind"] or saved.data.kind}}
+
+
 def departures(full: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{field: [in the full setting, here]} of all that differs between two of setting_of."""
     return {

@@ -19,8 +19,15 @@ from absl import flags
 
 from experiments.palette import line_style
 from experiments.paper import published
-from experiments.paper.grid import departures, setting_of
-from experiments.records import Row, provenance, read_json, replacing, write_json
+from experiments.paper.grid import departures, setting_of, with_settled_kind
+from experiments.records import (
+    Row,
+    provenance,
+    provenance_of_run,
+    read_json,
+    replacing,
+    write_json,
+)
 from skyformer_jax import cli
 from skyformer_jax.errors import UserError
 from skyformer_jax.training import config as configs
@@ -50,7 +57,7 @@ def row_of(workdir: Path) -> Row:
     ]
     paper = published.ACCURACY[config.attention.name].get(config.task)
     reached = [seconds for _, seconds, accuracy in curve if paper and 100 * accuracy >= paper]
-    sweep, tested = workdir / "sweep.json", workdir / "eval_test.json"
+    tested = workdir / "eval_test.json"
     return {
         "run": workdir.name,
         "config": config.task,
@@ -65,15 +72,14 @@ def row_of(workdir: Path) -> Row:
         "paper": paper,
         "paper_hours": published.HOURS[config.attention.name].get(config.task),
         "seconds_to_paper": reached[0] if reached else None,
-        "provenance": read_json(sweep)["provenance"] if sweep.exists() else None,
+        "provenance": provenance_of_run(workdir),
     }
 
 
 def _departures(config: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
     """{field: (paper's setting, here)}."""
     get_config = importlib.import_module(f"configs.{config.task}").get_config
-    full = configs.to_dict(get_config(config.attention.name))
-    full["data"]["kind"] = full["data"]["kind"] or config.data.kind  # settled by train.py
+    full = with_settled_kind(configs.to_dict(get_config(config.attention.name)), config)
     return departures(setting_of(full), setting_of(configs.to_dict(config)))
 
 
