@@ -33,13 +33,21 @@ _COPIES = {
 
 project = "skyformer_jax"
 author = "skyformer_jax contributors"
+copyright = "2026, skyformer_jax contributors"
 release = skyformer_jax.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_design",
+]
 exclude_patterns = ["**.ipynb_checkpoints"]
 
 nb_execution_mode = "off"
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
 default_role = "code"

@@ -69,10 +69,40 @@ def test_code_runs_as_written(block, tmp_path):
     )
 
 
+def pages_with_text():
+    """Every page of the repository and every notebook, with its Markdown."""
+    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/REPORT.md")
+    folders = ("docs", "docs/notebooks", "notebooks")
+    for page in (ROOT / name for name in names):
+        yield page, page.read_text()
+    for page in (page for folder in folders for page in (ROOT / folder).glob("*.md")):
+        yield page, page.read_text()
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        text = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        yield path, "\n".join(text)
+
+
+def anchors(text):
+    """The anchors that GitHub and the site give to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_of_the_pages_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\((?![a-z]+:)([^)#\s]+)", page.read_text()):
-            there = page.parent / target
-            # The site puts these together from elsewhere.
-            made = target.startswith("project/")
-            assert made or there.exists(), f"{page.name}: {target}"
+    for page, text in pages_with_text():
+        links = re.findall(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]+))?\)", text)
+        cards = re.findall(r"^:link: (.*)$", text, re.MULTILINE)
+        for target, anchor in [*links, *((f"{card}.md", "") for card in cards)]:
+            if page.parent.name == "docs" and re.match(r"project/|notebooks/\d", target):
+                continue  # the site copies these from elsewhere
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name}: {target}"
+            if anchor:
+                assert anchor in anchors(there.read_text()), f"{page.name}: {target}#{anchor}"
+
+
+def test_every_page_is_on_the_site():
+    index = (ROOT / "docs/index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.stem == "index" or f"\n{page.stem}\n" in index, page.name

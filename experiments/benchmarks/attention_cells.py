@@ -274,7 +274,7 @@ def _draw(
         ends[line] = (-points[-1]["length"], points[-1][field])
     lengths = sorted({cell["length"] for cell in cells})
     axis.set(title=f"{cells[0]['pass']}: {what}, {unit}", xscale="log", yscale="log")
-    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.set_xticks(lengths[::2], [f"{length:,}" for length in lengths[::2]])
     axis.set_xticks([], minor=True)
     axis.set_xlabel("tokens of a sequence")
     axis.grid(which="major", alpha=0.3)
@@ -285,17 +285,18 @@ def _draw(
 def plot(result: Mapping[str, Any], title: str, path: Path) -> None:
     """Draws time and temporaries of a call against the length, with exponents in the legends.
 
-    An attention is drawn in the first dtype that it was measured in. The result has settings, cells
-    (of measure_length) and exponents; the title says what all cells have in common.
+    Of several passes the last one is drawn, the gradients: they are what training costs. An attention
+    is drawn in the first dtype that it was measured in.
+
+    Args:
+      result: settings, cells (of measure_length) and exponents.
+      title: what all cells have in common.
+      path: the PNG file to write.
     """
-    kinds = result["settings"]["passes"]
-    figure, axes = plt.subplots(
-        len(kinds), 2, figsize=(14, 4.5 * len(kinds)), layout="tight", squeeze=False
-    )
-    for of_pass, kind in zip(axes, kinds, strict=True):
-        cells = [cell for cell in result["cells"] if cell["pass"] == kind]
-        for axis, shown in zip(of_pass, _SHOWN, strict=True):
-            _draw(axis, cells, result["exponents"], shown)
+    cells = [cell for cell in result["cells"] if cell["pass"] == result["settings"]["passes"][-1]]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.9), layout="tight")
+    for axis, shown in zip(axes, _SHOWN, strict=True):
+        _draw(axis, cells, result["exponents"], shown)
     figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
