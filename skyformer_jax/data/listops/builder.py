@@ -19,7 +19,8 @@ class ListopsConfig(tfds.core.BuilderConfig):
 
     Attributes:
       grammar: grammar of the generated trees; None for the published files.
-      sizes: examples of train, validation and test, cut from one stream of distinct trees.
+      sizes: number of examples of train, validation and test, cut from one stream of distinct
+        trees.
       seed: seed of that stream.
     """
 
@@ -31,7 +32,7 @@ class ListopsConfig(tfds.core.BuilderConfig):
 class Listops(LraBuilder):
     """ListOps: token ids, see SYMBOLS; the label is the value 0..9 of the expression."""
 
-    VERSION = tfds.core.Version("2.0.0")  # 1.0.0 had another order
+    VERSION = tfds.core.Version("2.0.0")  # 1.0.0 stored another order
     DESCRIPTION = "Nested operations on digits, classified by their value."
     CITATION = (
         "Nangia and Bowman, ListOps: A Diagnostic Dataset for Latent Tree Learning, 2018, "
@@ -57,7 +58,7 @@ class Listops(LraBuilder):
     )
 
     def source_files(self) -> list[Path]:
-        """The three published files."""
+        """Returns the three published files."""
         return list(reader.find_files(self.source).values())
 
     def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:

@@ -20,8 +20,8 @@ from skyformer_jax.data import parallel
 from skyformer_jax.data.listops.symbols import CLOSE, OPERATORS
 from skyformer_jax.errors import UserError
 
-_CHUNK = 16_384  # trees drawn at once; part of what a seed means
-# After so many chunks in a row without a new tree, generate gives up.
+_CHUNK = 16_384  # trees drawn at once; another number would change what a seed gives
+# generate gives up after this many chunks in a row without a new tree.
 _PATIENCE = 20
 _OPERATOR_PROBABILITY = 0.25
 
@@ -33,7 +33,7 @@ class Grammar(NamedTuple):
       min_length: kept trees are longer than this.
       max_length: kept trees are shorter than this.
       max_depth: nodes of this depth are digits; the root has depth 1.
-      max_args: most arguments of an operator, at least 2.
+      max_args: largest number of arguments of an operator, at least 2.
     """
 
     min_length: int = 500
@@ -43,12 +43,12 @@ class Grammar(NamedTuple):
 
 
 class _Level(NamedTuple):
-    """All nodes of one depth, the children of each operator side by side.
+    """All nodes of one depth, with the children of each operator next to each other.
 
     Attributes:
       tree: int [nodes], index of the tree each node belongs to.
       code: int [nodes], 0..9 for a digit, 10..13 for an operator.
-      num_args: int [operators], number of children of each operator of the level, in order.
+      num_args: int [operators], number of children of each operator of this level, in order.
     """
 
     tree: np.ndarray
@@ -57,7 +57,7 @@ class _Level(NamedTuple):
 
 
 def draw_chunk(grammar: Grammar, seed: int, chunk: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Draws a fixed number of trees, and returns those that are kept, duplicates included.
+    """Draws a fixed number of trees, and returns those that are kept, including duplicates.
 
     Args:
       grammar: how trees grow, and which are kept.
@@ -79,7 +79,12 @@ def draw_chunk(grammar: Grammar, seed: int, chunk: int) -> tuple[list[np.ndarray
 
 
 def _grow(grammar: Grammar, rng: np.random.Generator) -> tuple[list[_Level], np.ndarray]:
-    """Grows _CHUNK trees and says which are kept; a tree that is too long does not grow further."""
+    """Grows _CHUNK trees. A tree that is too long stops growing.
+
+    Returns:
+      levels: the nodes of all trees.
+      kept: bool [trees], True for the trees whose length the grammar allows.
+    """
     length = np.zeros(_CHUNK, np.int64)
     tree = np.arange(_CHUNK, dtype=np.int32)
     levels = []
@@ -103,7 +108,7 @@ def _grow(grammar: Grammar, rng: np.random.Generator) -> tuple[list[_Level], np.
 
 
 def _select(levels: list[_Level], kept: np.ndarray) -> list[_Level]:
-    """Drops the nodes of the trees that are not kept, bool [trees], from the levels."""
+    """Drops from the levels the nodes of the trees where kept, bool [trees], is False."""
     selected = []
     for tree, code, num_args in levels:
         nodes = kept[tree]
@@ -119,7 +124,7 @@ def _first_child(level: _Level) -> np.ndarray:
 
 
 def _evaluate(levels: list[_Level]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Lengths of the text and values of the subtrees of all nodes of each level."""
+    """Returns the number of tokens and the value of every node's subtree, level by level."""
     lengths: list[np.ndarray] = []
     values: list[np.ndarray] = []
     for level in reversed(levels):
@@ -145,7 +150,7 @@ def _evaluate(levels: list[_Level]) -> tuple[list[np.ndarray], list[np.ndarray]]
 
 
 def _medians(values: np.ndarray, first: np.ndarray, num_args: np.ndarray) -> np.ndarray:
-    """Median, rounded down, of each run of num_args values that begins at first."""
+    """Medians, rounded down, of the runs of num_args values that begin at first."""
     slots = np.arange(num_args.max())
     rows = np.minimum(first[:, None] + slots, values.size - 1)
     runs = np.where(slots < num_args[:, None], values[rows], 10)  # 10 sorts after all values
@@ -155,7 +160,7 @@ def _medians(values: np.ndarray, first: np.ndarray, num_args: np.ndarray) -> np.
 
 
 def _write(levels: list[_Level], lengths: list[np.ndarray], roots: np.ndarray) -> np.ndarray:
-    """Token ids of the trees, one after another; roots are the positions of their first tokens."""
+    """Writes the token ids of all trees, one after another; roots has each tree's first position."""
     tokens = np.zeros(lengths[0].sum(), np.uint8)
     position = roots
     for depth, level in enumerate(levels):
@@ -178,20 +183,23 @@ def generate(
     grammar: Grammar | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Generates distinct trees, the same for the same seed; fewer are the first of more.
+    """Generates distinct trees, the same ones for the same seed.
+
+    A smaller num_examples gives the first of the trees that a larger one gives.
 
     Args:
       num_examples: number of trees.
       seed: seed of the stream of trees.
       grammar: how trees grow, and which are kept; None means the benchmark's.
-      progress: called with the number of new trees, as they come.
+      progress: called after each chunk with the number of new trees.
 
     Returns:
       sequences: list of uint8 arrays of token ids (1..15, see SYMBOLS), unpadded.
       labels: uint8 [num_examples], the values 0..9.
 
     Raises:
-      UserError: if the grammar allows no operators, or fewer distinct trees than asked for.
+      UserError: if max_args or max_depth is too small, or drawing stops giving new trees before
+        there are num_examples.
     """
     grammar = grammar or Grammar()
     if grammar.max_args < 2 or grammar.max_depth < 1:
@@ -222,7 +230,7 @@ def generate(
 
 
 def _chunks(grammar: Grammar, seed: int) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """Yields the chunks in order; threads compute them ahead, as NumPy releases the GIL."""
+    """Yields the chunks in order; threads compute ahead, because NumPy releases the GIL."""
     threads = parallel.num_cores()
     arguments = ((grammar, seed, chunk) for chunk in itertools.count())
     with ThreadPoolExecutor(threads) as pool:

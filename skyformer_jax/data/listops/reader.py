@@ -28,18 +28,18 @@ def find_files(source: Path) -> dict[str, Path]:
 def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     """Reads a published file, basic_{train,val,test}.tsv.
 
-    Its header is Source, Target. A source is text such as `( ( ( [MIN 3 ) 4 ) ] )`; its parentheses
-    are dropped, because they add nothing to the brackets.
+    The file has the columns Source and Target. A source is text such as `( ( ( [MIN 3 ) 4 ) ] )`;
+    its parentheses are dropped, because they add nothing to the brackets.
 
     Args:
-      path: path of the file.
+      path: the file.
 
     Returns:
       sequences: list of uint8 arrays of token ids (1..15, see SYMBOLS), unpadded.
       labels: uint8 [examples], the values 0..9.
 
     Raises:
-      UserError: naming file and line, if a line is not a complete expression and a digit.
+      UserError: if a line is not a complete expression and a digit, naming file and line.
     """
     sequences, labels = [], []
     try:
@@ -68,7 +68,7 @@ def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def _parse(source: str) -> np.ndarray:
-    """Token ids of a source text; raises ValueError unless it is one complete expression."""
+    """Parses a source text to token ids; raises ValueError unless it is a complete expression."""
     symbols = source.replace("(", " ").replace(")", " ").split()
     tokens = np.array([TOKENS[symbol] for symbol in symbols], np.uint8)
     if not tokens.size:

@@ -12,7 +12,7 @@ from skyformer_jax.data.tokenizer import Tokenizer
 
 
 def root_operator_floor(first_tokens: np.ndarray, labels: np.ndarray) -> float:
-    """Accuracy of the best classifier of this very set that sees the root operator alone.
+    """Computes the accuracy of the best classifier of these examples that sees only root operators.
 
     Args:
       first_tokens: int [examples], the first token of each sequence, which is its root operator.
@@ -27,7 +27,7 @@ def root_operator_floor(first_tokens: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _make_split(load: LoadStored, split: str, brackets: bool) -> Examples:
-    """A split with the closing brackets, or, as the published code reads it, without."""
+    """Returns a split with the closing brackets, or without, as the published code reads it."""
     examples = load(split)
     return examples if brackets else examples.select(examples.values != CLOSE)
 
