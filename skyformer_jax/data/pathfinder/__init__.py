@@ -6,13 +6,13 @@ beginning of one target; another marks the end of the same target (label 1) or o
 The generator draws from the same distribution as the published one
 (github.com/drewlinsley/pathfinder), peculiarities included, because the benchmark's images come
 from it. A contour begins with a dash of random orientation. Each further dash points from a pivot,
-a margin ahead of the last dash, to a random point on a circle around it, more probably ahead than
-aside. Every dash blocks its surroundings, a margin wide; a contour that finds no way on is given
-up.
+which lies a margin ahead of the last dash, to a random point on a circle around the pivot. Points
+ahead are more probable than points to the side. Every dash blocks its surroundings up to a margin;
+a contour that cannot be continued is given up.
 
-A dash has one of a few hundred orientations and integer coordinates, so all dashes are drawn once,
-with what they block, and then copied. Most pairs of targets are given up (at 64 pixels and "hard",
-a thousand for each that succeeds), so many are tried at once.
+A dash has one of a few hundred orientations and integer coordinates, so every dash is drawn only
+once, together with the area that it blocks, and then copied. Most pairs of targets are given up (at
+64 pixels and "hard", a thousand for each that succeeds), so many are tried at once.
 """
 
 from skyformer_jax.data.pathfinder.builder import Pathfinder, PathfinderConfig

@@ -22,7 +22,7 @@ class PathfinderConfig(tfds.core.BuilderConfig):
     """A version of Pathfinder.
 
     Attributes:
-      size: pixels of a side, one of SIZES.
+      size: height and width in pixels, one of SIZES.
       difficulty: one of DIFFICULTIES.
       num_images: number of generated images; None for the published files.
       seed: seed of the generated images.
@@ -35,7 +35,7 @@ class PathfinderConfig(tfds.core.BuilderConfig):
 
 
 def pathfinder_config(size: int, difficulty: str, kind: str) -> PathfinderConfig:
-    """A config; kind is "generated", "official", or "small", the first 20,000 of "generated"."""
+    """Makes a config of kind "generated", "official", or "small", the first 20,000 generated."""
     return PathfinderConfig(
         name=f"{kind}_{size}_{difficulty}",
         description=f"{kind} images of {size} x {size} pixels, {difficulty}.",
@@ -63,7 +63,7 @@ class Pathfinder(LraBuilder):
     _BLOCKS_A_FILE = 25
 
     def source_files(self) -> list[Path]:
-        """The metadata files, each of which lists a block of images."""
+        """Returns the metadata files, each of which lists a block of images."""
         config = self.builder_config
         return reader.find_metadata(self.source, config.size, DIFFICULTIES[config.difficulty])
 
@@ -101,7 +101,7 @@ class Pathfinder(LraBuilder):
         }
 
     def _generate(self) -> int:
-        """Generates the blocks that are not there yet; returns the number of all blocks."""
+        """Generates the blocks that are missing; returns the number of all blocks."""
         config = self.builder_config
         counts = generator.chunk_sizes(config.num_images)
         missing = [i for i in range(len(counts)) if not self._block_file(i).exists()]

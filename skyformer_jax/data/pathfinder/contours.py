@@ -1,4 +1,4 @@
-"""Contours of dashes: targets, of which many are tried at once, and distractors."""
+"""Contours of dashes: targets, many of which are tried at once, and distractors."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import numpy as np
 
 from skyformer_jax.data.pathfinder.dashes import DEGREES, Dashes, free_positions, translate
 
-_TARGETS_AT_ONCE = 256  # pairs of targets tried at once; part of what a seed means
+_TARGETS_AT_ONCE = 256  # pairs of targets; another number would change what a seed gives
 _TRIES_PER_DASH = 3
 _TRIES_PER_DISTRACTOR = 5
-_LEAST_WEIGHT = 1e-4  # sum of the weights of free candidates below which a contour is given up
-_LEAST_FREE = 0.01  # share of an image below which no more distractors are begun
-_BLOCKED = 77  # mask (0.3 in the original) from which on a point is blocked for first dashes
+_LEAST_WEIGHT = 1e-4  # a contour is given up if the weights of free candidates sum to less
+_LEAST_FREE = 0.01  # no distractor is begun if a smaller share of the image is free
+_BLOCKED = 77  # mask (0.3 in the original) at or above which first dashes are blocked
 
 
 class Fields(NamedTuple):
@@ -21,8 +21,8 @@ class Fields(NamedTuple):
     Attributes:
       mask: uint8 [images, side, side], what the dashes block.
       halo: uint8 [images, side, side], the mask dilated by a disc of the margin.
-      mask_windows: uint8 [images, rows, columns, width, width], views of mask as large as its
-        stamps, by the row and the column of their corner.
+      mask_windows: uint8 [images, rows, columns, width, width], views of mask that are as large as
+        its stamps, indexed by the row and the column of their corner.
       halo_windows: the same for halo.
     """
 
@@ -33,7 +33,7 @@ class Fields(NamedTuple):
 
 
 class Contours(NamedTuple):
-    """One contour in each of several images; it may have only its first dashes yet.
+    """One contour in each of several images, perhaps with only its first dashes so far.
 
     Attributes:
       kinds: int [images, dashes], kinds of its dashes.
@@ -55,11 +55,11 @@ def _start(
     Args:
       dashes: all kinds of dashes.
       kinds: int [images], kinds of the first dashes.
-      positions: int [images, 2], where these begin.
+      positions: int [images, 2], where the first dashes begin.
       num_dashes: number of dashes that the contours will have.
 
     Returns:
-      contours: the contours, their pivots a margin behind the dashes.
+      contours: the contours, whose pivots lie a margin behind the first dashes.
       ends: int [images, 2], where the first dashes end.
     """
     length, images = dashes.settings.dash_length, len(kinds)
@@ -73,7 +73,7 @@ def _start(
 
 
 def _make_fields(dashes: Dashes, masks: np.ndarray, halos: np.ndarray) -> Fields:
-    """Fields over masks and halos, uint8 [images, side, side] each, which will be written to."""
+    """Makes Fields that write to masks and halos, uint8 [images, side, side] each."""
     windows = [
         np.lib.stride_tricks.sliding_window_view(
             fields, stamps.shape[1:], axis=(1, 2), writeable=True
@@ -86,7 +86,7 @@ def _make_fields(dashes: Dashes, masks: np.ndarray, halos: np.ndarray) -> Fields
 def _block(
     dashes: Dashes, fields: Fields, contours: Contours, number: int, which: np.ndarray
 ) -> None:
-    """Adds to fields what the dash of that number of each contour blocks, in the images which."""
+    """Adds to fields what the dash with index number blocks, in the images with indices which."""
     kinds, positions = contours.kinds[which, number], contours.positions[which, number]
     for windows, stamps in (
         (fields.mask_windows, dashes.mask),
@@ -104,7 +104,7 @@ def _extend(
     which: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Adds a dash to contours, and blocks the surroundings of the dash before.
+    """Adds a dash to contours, and blocks the surroundings of the previous dash.
 
     Args:
       dashes: all kinds of dashes.
@@ -115,7 +115,7 @@ def _extend(
       rng: random generator of these images.
 
     Returns:
-      The part of which whose contours found a way on.
+      Those of which whose contours could be extended.
     """
     last = contours.kinds[which, number - 1]
     step = dashes.settings.dash_length + 2 * dashes.margin
@@ -165,7 +165,7 @@ class Targets(NamedTuple):
 
 
 def draw_targets(dashes: Dashes, rng: np.random.Generator) -> Iterator[Targets]:
-    """Yields pairs of targets endlessly: those that succeed of many that are tried at once."""
+    """Yields pairs of targets endlessly; tries many pairs at once, and drops those that fail."""
     num_dashes = dashes.settings.target_dashes
     blank = (np.empty((_TARGETS_AT_ONCE, *empty.shape), np.uint8) for empty in dashes.empty)
     fields = _make_fields(dashes, *blank)
@@ -174,7 +174,7 @@ def draw_targets(dashes: Dashes, rng: np.random.Generator) -> Iterator[Targets]:
         starts = np.where(choices, dashes.first_ends[choices - 1], 0)
         positions = dashes.first_positions[rng.integers(starts, dashes.first_ends[choices])]
         first, _ = _start(dashes, dashes.first_kinds[choices], positions, num_dashes)
-        # The second begins in any direction from the first, whatever the first blocks.
+        # The second target begins in any direction from the first, even where the first blocks.
         directions = dashes.ahead[rng.integers(DEGREES, size=_TARGETS_AT_ONCE)]
         positions = np.round(positions + dashes.settings.seed_distance * directions).astype(int)
         second, _ = _start(
@@ -186,7 +186,7 @@ def draw_targets(dashes: Dashes, rng: np.random.Generator) -> Iterator[Targets]:
         for number in range(1, num_dashes):
             for contours in (first, second):  # alternately
                 which = _extend(dashes, fields, contours, number, which, rng)
-        # In the original the last dash of the first target blocks nothing.
+        # In the original, the last dash of the first target blocks nothing.
         _block(dashes, fields, second, num_dashes - 1, which)
         for i in which:
             yield Targets(
@@ -204,7 +204,7 @@ def _start_distractor(
 
     Args:
       dashes: all kinds of dashes.
-      blocked: bool [side, side], what is blocked for first dashes.
+      blocked: bool [side, side], pixels that are blocked for first dashes.
       rng: random generator of the image.
 
     Returns:
@@ -227,7 +227,7 @@ def _start_distractor(
 
 
 def draw_distractors(dashes: Dashes, targets: Targets, rng: np.random.Generator) -> list[Contours]:
-    """Draws distractors; adds what they block to the mask and the halo of targets.
+    """Draws distractors, and adds what they block to the mask and the halo of targets.
 
     Args:
       dashes: all kinds of dashes.

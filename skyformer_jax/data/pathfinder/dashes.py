@@ -1,4 +1,4 @@
-"""All kinds of dashes, drawn once, with what each of them blocks."""
+"""All kinds of dashes, each drawn once together with the area that it blocks."""
 
 import functools
 import itertools
@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw
 
 from skyformer_jax.data.pathfinder.parameters import Settings
 
-FINE = 2  # dashes and discs are drawn on a canvas that is so many times finer
+FINE = 2  # dashes and discs are drawn on a canvas that is this many times finer
 DEGREES = 360  # number of first dashes, one for each degree from -180
 
 _NO_WEIGHT = 1e-9  # weights of candidates up to this count as 0
-# Masks hold 0..255 for the original's 0..1. A dash overlaps with what is there if the sum of its
-# mask and the image's reaches this (1.8).
+# Masks hold 0..255 for the original's 0..1. A dash overlaps others if the sum of its mask and the
+# image's mask reaches this value (1.8 in the original) anywhere.
 _OVERLAP = 459
 
 
@@ -24,8 +24,8 @@ class Dashes(NamedTuple):
 
     Stamps are uint8 [kinds, width, width]; a first dash begins at the centre of its stamp, any
     other ends there. Fields are uint8 [side, side], images with a rim on all sides. The rim is
-    blocked for further dashes. The original looks no further than the image, whose own edge is
-    blocked, so the result is the same.
+    blocked for further dashes. The original looks only inside the image, whose own
+    edge is blocked, so the result is the same.
 
     Attributes:
       settings: settings of the images.
@@ -35,17 +35,17 @@ class Dashes(NamedTuple):
       back: float [kinds, 2], sine and cosine of the opposite direction.
       line: stamps of the dashes themselves.
       mask: stamps of what the dashes block.
-      max_blocked: stamps of the most that may be blocked already where a dash is to be added.
+      max_blocked: stamps of the highest masks of an image that let a dash be added there.
       halo: stamps of mask dilated by a disc of the margin.
       candidates: int [candidates, 2], offsets of the points of a circle from its pivot.
       next_candidates: int [kinds, continuations], which candidates continue each kind.
-      next_flat: int [kinds, continuations], offsets of these in a flattened field.
-      weights: float [kinds, continuations], weights of these.
+      next_flat: int [kinds, continuations], offsets of next_candidates in a flattened field.
+      weights: float [kinds, continuations], weights of next_candidates.
       footprints: for each first dash, the offsets in a flattened field that must not be blocked.
-      first_kinds: int [possible], first dashes that the first target may have.
-      first_positions: int [positions, 2], where these may begin, kind after kind.
-      first_ends: int [possible], where the first_positions of each of these kinds end.
-      empty: mask and halo of an image without dashes, fields.
+      first_kinds: int [possible], kinds of the first dashes that the first target may have.
+      first_positions: int [positions, 2], where these may begin, grouped by kind.
+      first_ends: int [possible], the index in first_positions where the group of each kind ends.
+      empty: fields: the mask and the halo of an image without dashes.
     """
 
     settings: Settings
@@ -68,26 +68,26 @@ class Dashes(NamedTuple):
     empty: tuple[np.ndarray, np.ndarray]
 
     def flat_index(self, points: np.ndarray) -> np.ndarray:
-        """Indices in a flattened field of points of the image, int [..., 2]."""
+        """Returns the indices, in a flattened field, of points of the image, int [..., 2]."""
         side = self.empty[0].shape[0]
         return (points[..., 0] + self.rim) * side + points[..., 1] + self.rim
 
     def corners(self, positions: np.ndarray, stamps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and columns, in a field, of the corners of stamps centred at int [dashes, 2]."""
+        """Returns rows and columns in a field of corners of stamps centred at int [dashes, 2]."""
         corners = positions + (self.rim - stamps.shape[1] // 2)
         return corners[:, 0], corners[:, 1]
 
 
 def _directions(angles: np.ndarray) -> np.ndarray:
-    """Sines and cosines of angles, float [angles, 2].
+    """Computes the sines and cosines of angles, float [angles, 2].
 
-    NumPy rounds them differently on different processors, and the dashes would differ with them.
+    NumPy would round them differently on different processors, and the dashes would differ too.
     """
     return np.array([(math.sin(angle), math.cos(angle)) for angle in angles.tolist()])
 
 
 def translate(points: np.ndarray, directions: np.ndarray, distance: int) -> np.ndarray:
-    """Points moved by a distance, then rounded up, as in the original: sin(pi) is not quite 0."""
+    """Moves points by a distance and rounds up, as in the original: sin(pi) is not quite 0."""
     return np.ceil(points + distance * directions).astype(int)
 
 
@@ -135,11 +135,11 @@ def _circle(radius: int) -> np.ndarray:
 def _footprint(mask: np.ndarray, width: int, side: int) -> list[int]:
     """Offsets from the beginning of a first dash that must not be blocked, as flat indices.
 
-    As in the original the offsets are one off, and only fully blocked pixels within a square of the
-    given half width count. In the original, moreover, nothing is free if at some corner of the
-    image all offsets lie outside; such dashes have no offsets here. (At 32 pixels only 30 of the
-    360 first dashes are left, all towards the upper left, and 1.2 of the 5 distractors of "hard"
-    find room.)
+    As in the original, the offsets are off by one, and only fully blocked pixels within a square of
+    the given half width count. In the original, moreover, no position is free for a dash if all of
+    its offsets lie outside the image at some corner; such dashes have no offsets here. (At 32
+    pixels, only 30 of the 360 first dashes are left, all towards the upper left, and 1.2 of the 5
+    distractors of "hard" find room.)
     """
     offsets = np.argwhere(mask == 255) - mask.shape[0] // 2 + 1
     offsets = offsets[(np.abs(offsets) <= width).all(axis=1)]
@@ -150,18 +150,18 @@ def _footprint(mask: np.ndarray, width: int, side: int) -> list[int]:
 
 
 def free_positions(blocked: np.ndarray, footprint: list[int], rim: int) -> np.ndarray:
-    """Positions in the image where no offset of a footprint is blocked: row * size + column.
+    """Returns positions in the image where no offset is blocked, as row * size + column.
 
     Args:
       blocked: bool [side, side]; False on the rim, because only the image counts.
-      footprint: offsets as flat indices; without any, no position is free.
+      footprint: offsets as flat indices; if there are none, no position is free.
       rim: width of the rim of blocked.
     """
     side = blocked.shape[0]
     size = side - 2 * rim
     flat = blocked.reshape(-1)
     start = rim * side + rim
-    taken = np.full(size * side, not footprint)  # with the columns of the rim
+    taken = np.full(size * side, not footprint)  # includes the columns of the rim
     for offset in footprint:
         taken |= flat[start + offset :][: taken.size]
     return np.flatnonzero(~taken.reshape(size, side)[:, :size])
@@ -176,7 +176,7 @@ def make_dashes(settings: Settings, margin: int) -> Dashes:
     angles = np.concatenate([(np.arange(DEGREES) - 180) * np.pi / 180, onwards])
     ahead = _directions(angles)
     back = _directions(np.where(angles < 0, angles + np.pi, angles - np.pi))
-    # Dashes other than first ones are drawn from their far end.
+    # All dashes but first ones are drawn from their far end.
     directions = np.concatenate([ahead[:DEGREES], back[DEGREES:]])
     pictures = [_draw_dash(x, length, settings.dash_thickness, margin) for x in directions]
     line, mask = (np.stack(stack) for stack in zip(*pictures, strict=True))
@@ -187,7 +187,8 @@ def make_dashes(settings: Settings, margin: int) -> Dashes:
     num_next = (weights > _NO_WEIGHT).sum(axis=1).max()
     next_candidates = np.sort(np.argsort(-weights, axis=1, kind="stable")[:, :num_next], axis=1)
 
-    # A pivot may lie a bit more than a margin outside, and candidates the circle's radius farther.
+    # A pivot may lie slightly more than a margin outside the image, and candidates farther by the
+    # radius of the circle.
     rim = length + 3 * margin + 4
     side = settings.size + 2 * rim
     empty = np.full((2, side, side), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""Images drawn from targets, distractors and discs."""
+"""Draws images from targets, distractors and discs."""
 
 import math
 from collections.abc import Iterable
@@ -9,13 +9,13 @@ from skyformer_jax.data.pathfinder.contours import Targets, draw_distractors, dr
 from skyformer_jax.data.pathfinder.dashes import FINE, Dashes, make_dashes, shrink
 from skyformer_jax.data.pathfinder.parameters import Settings
 
-_LANCZOS_REACH = 3  # of the resampling, in pixels
+_LANCZOS_REACH = 3  # reach of the resampling, in pixels
 
 
 def draw_disc(size: int, radius: float, position: np.ndarray) -> np.ndarray:
     """Draws a disc around a pixel, uint8 [size, size].
 
-    Only as much of its surroundings is resampled as the result depends on.
+    Resamples only those surroundings that affect the result.
     """
     reach = math.ceil(radius) + 2 * _LANCZOS_REACH
     window = [slice(max(x - reach, 0), min(x + reach + 1, size)) for x in position.tolist()]
@@ -44,7 +44,7 @@ def _draw_lines(dashes: Dashes, contours: Iterable[tuple[np.ndarray, np.ndarray]
 def _draw_image(
     dashes: Dashes, targets: Targets, rng: np.random.Generator
 ) -> tuple[np.ndarray, int]:
-    """Adds distractors and discs to targets; the image, uint8 [size, size], and its label."""
+    """Adds distractors and discs to targets; returns the image, uint8 [size, size], and label."""
     settings = dashes.settings
     distractors = draw_distractors(dashes, targets, rng)
     label, one = rng.integers(2, size=2).tolist()
@@ -66,19 +66,21 @@ def _draw_image(
 def draw(
     settings: Settings, seed: tuple[int, ...], num_images: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws images one after another in this process; fewer are the first of more.
+    """Draws images one after another in this process.
+
+    A smaller num_images gives the first of the images that a larger one gives.
 
     Args:
-      settings: how to draw; the function settings has the benchmark's.
-      seed: not negative.
+      settings: how to draw; the function settings returns the benchmark's.
+      seed: seed of the random generators, integers that are not negative.
       num_images: number of images.
 
     Returns:
       images: uint8 [num_images, size, size].
       labels: uint8 [num_images], 1 if the discs mark the ends of the same target.
     """
-    # Many targets are drawn at once. They have random generators of their own, so that an image
-    # does not depend on the number of images.
+    # Many targets are drawn at once, from random generators of their own, so that an image does not
+    # depend on the number of images.
     rng, *target_rngs = (
         np.random.default_rng((*seed, use)) for use in range(1 + len(settings.margins))
     )

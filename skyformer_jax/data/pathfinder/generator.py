@@ -9,7 +9,7 @@ from skyformer_jax.data.pathfinder.drawing import draw
 from skyformer_jax.data.pathfinder.parameters import settings
 from skyformer_jax.errors import UserError
 
-CHUNK = 1000  # images drawn by one random generator; part of what a seed means
+CHUNK = 1000  # images of one random generator; another number would change what a seed gives
 
 
 def generate_chunk(
@@ -21,7 +21,7 @@ def generate_chunk(
       size: one of SIZES.
       difficulty: one of DIFFICULTIES.
       seed: seed of the stream of chunks, not negative.
-      chunk: index in the stream.
+      chunk: index of the chunk in the stream.
       num_images: number of images; None means all, CHUNK.
 
     Returns:
@@ -36,7 +36,7 @@ def generate_chunk(
 
 
 def chunk_sizes(num_images: int) -> list[int]:
-    """Numbers of images in the chunks that make num_images; the last chunk may be smaller."""
+    """Returns the sizes of the chunks that make up num_images; the last chunk may be smaller."""
     return [min(CHUNK, num_images - start) for start in range(0, num_images, CHUNK)]
 
 
@@ -49,7 +49,7 @@ def chunks(
     which: Sequence[int] | None = None,
     workers: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the chunks that make num_images, in order, each as generate_chunk returns it.
+    """Yields the chunks that make up num_images, in order, each as generate_chunk returns it.
 
     Args:
       num_images: number of images in all chunks.
@@ -80,7 +80,9 @@ def generate(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Generates images; they depend on the seed, not on workers, and fewer are the first of more.
+    """Generates images, which depend on the seed but not on workers.
+
+    A smaller num_images gives the first of the images that a larger one gives.
 
     Args:
       num_images: number of images.
@@ -88,7 +90,7 @@ def generate(
       difficulty: one of DIFFICULTIES.
       seed: seed of the stream of images, not negative.
       workers: number of processes; None means one for each core, 1 draws in this process.
-      progress: called with the number of new images, as they come.
+      progress: called after each chunk with the number of new images.
 
     Returns:
       images: uint8 [num_images, size, size].

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from skyformer_jax.errors import UserError
 
 SIZES = (32, 64, 128, 256)
-DIFFICULTIES = {"easy": 6, "intermediate": 9, "hard": 14}  # dashes of a target
+DIFFICULTIES = {"easy": 6, "intermediate": 9, "hard": 14}  # number of dashes of each target
 
 
 class Settings(NamedTuple):
@@ -15,14 +15,14 @@ class Settings(NamedTuple):
       size: height and width.
       target_dashes: number of dashes of each target.
       distractor_dashes: number of dashes of a distractor.
-      num_distractors: number of distractors tried; many find no place.
+      num_distractors: number of distractors tried; many of them find no room.
       padding: width of the blocked edges.
-      seed_distance: distance between the beginnings of the targets, and half of the distance of the
-        first one from the edges.
+      seed_distance: distance between the beginnings of the two targets. The first one begins at
+        least twice as far from the edges.
       marker_radius: radius of the two discs.
       dash_length: length of a dash.
       dash_thickness: thickness of a dash.
-      margins: widths to keep clear around dashes; each image has one of them.
+      margins: widths to keep clear around dashes; each image uses one of them.
       continuity: how straight contours are.
       target_contrast: brightness of targets, relative to the discs.
       distractor_contrast: brightness of distractors, relative to the discs.
@@ -58,7 +58,7 @@ _ALL_DISTRACTOR_DASHES = (20, 22, 35, 30)
 
 
 def settings(size: int, difficulty: str) -> Settings:
-    """The benchmark's settings.
+    """Returns the benchmark's settings.
 
     Args:
       size: one of SIZES.

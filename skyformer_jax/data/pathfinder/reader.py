@@ -21,7 +21,7 @@ _MIN_COLUMNS = 11
 _FILE, _LABEL = slice(0, 2), 3
 _LABELS = {"0": 0, "1": 1}
 _MAX_SKIPPED = 0.01
-_NAMED = 5  # skipped images named in a report
+_NAMED = 5  # number of skipped images that a report names
 
 
 class Block(NamedTuple):
@@ -51,8 +51,8 @@ def read_folder(
     """Reads all images of a size and contour length, one block for each metadata file.
 
     Args:
-      source: the folder pathfinder32 (or 64, 128, 256), or one that holds it, pathfinder/ with it,
-        or lra_release/.
+      source: the folder pathfinder32 (or 64, 128, 256), or one that holds it, pathfinder/ with it
+        inside, or lra_release/.
       size: side of the images in pixels.
       contour_length: number of dashes of the snakes, one of DIFFICULTIES' values.
       report: called with a line of text for each block with skipped images, and once if there are
@@ -65,7 +65,7 @@ def read_folder(
 
     Raises:
       UserError: if there is no such folder; if metadata are malformed, naming file and line; if an
-        image has another size or colours; and at the end, if more than 1 % were skipped.
+        image has another size or is not gray; and at the end, if more than 1 % were skipped.
     """
     metadata = find_metadata(source, size, contour_length)
     folder = metadata[0].parent.parent
@@ -90,9 +90,9 @@ def read_folder(
 
 
 def find_metadata(source: Path, size: int, contour_length: int) -> list[Path]:
-    """The metadata files, in the order of their numbers; arguments and errors as read_folder."""
+    """Finds the metadata files, ordered by number; arguments and errors are as in read_folder."""
     subfolder = f"curv_contour_length_{contour_length}"
-    folders = (f"pathfinder{size}", f"pathfinder/pathfinder{size}")  # the latter is S4's
+    folders = (f"pathfinder{size}", f"pathfinder/pathfinder{size}")  # the second is S4's
     found = archives.find_in_release(source, folders, [f"{subfolder}/metadata"])
     metadata = _numbered(found / subfolder / "metadata", "*.npy")
     if not metadata:
@@ -132,7 +132,7 @@ def read_block(folder: Path, metadata: Path, size: int) -> Block:
 
     Args:
       folder: folder of the data set, such as pathfinder32/curv_contour_length_14.
-      metadata: path of the metadata file.
+      metadata: the metadata file.
       size: side of the images in pixels.
 
     Raises:
@@ -163,7 +163,7 @@ def read_block(folder: Path, metadata: Path, size: int) -> Block:
 
 
 def _read_metadata(path: Path) -> list[list[str]]:
-    """The columns of each line of a metadata file."""
+    """Reads the columns of each line of a metadata file."""
     content = path.read_bytes()
     try:
         if content.startswith(b"\x93NUMPY"):
@@ -182,11 +182,11 @@ def _read_metadata(path: Path) -> list[list[str]]:
 
 
 class _UnreadableError(Exception):
-    """An image that is skipped; the text says why."""
+    """Raised for an image that is skipped; the message says why."""
 
 
 def _read_image(path: Path, size: int) -> np.ndarray:
-    """The gray levels of an image, uint8 [size, size]; raises _UnreadableError or UserError."""
+    """Reads an image's gray levels, uint8 [size, size]; raises _UnreadableError or UserError."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -9,11 +9,11 @@ def make_task(name: str, size: int, difficulty: str = "hard", generated: str = "
     """Makes a Pathfinder task.
 
     Args:
-      name: name of the task.
-      size: pixels of a side: 32, 64, 128 or 256.
-      difficulty: "easy", "intermediate" or "hard", which is the benchmark's.
-      generated: what is generated if no source is named: "generated", 200,000 images, or "small",
-        20,000.
+      name: name to give the task.
+      size: height and width in pixels: 32, 64, 128 or 256.
+      difficulty: "easy", "intermediate" or "hard"; the benchmark's is "hard".
+      generated: which data set is generated if no source is given: "generated" with 200,000 images,
+        or "small" with 20,000.
     """
     return Task(
         name=name,
@@ -21,7 +21,7 @@ def make_task(name: str, size: int, difficulty: str = "hard", generated: str = "
         config=f"{generated}_{size}_{difficulty}",
         source_config=f"official_{size}_{difficulty}",
         max_length=size * size,
-        tokenizer=IDENTITY,  # every pixel is real, black ones included: nothing pads
+        tokenizer=IDENTITY,  # id 0 is a black pixel; no image is padded
         options={"shrink": 1},
         make_split=shrink_images,
     )
