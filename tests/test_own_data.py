@@ -236,7 +236,7 @@ def test_files_that_are_no_tables_are_named(tmp_path):
         (tmp_path / name).write_text("label\ttext\ngood\ta film\n")
     with pytest.raises(UserError, match=r"holds train 2 times: train\.tsv and train\.csv"):
         films().load("train", tmp_path / "data", source=str(tmp_path))
-    with pytest.raises(UserError, match=r"does not hold test of task films; it holds .*; wanted"):
+    with pytest.raises(UserError, match=r"does not hold test of task films; it holds .*; it must"):
         (tmp_path / "test.tsv").unlink()
         (tmp_path / "train.csv").unlink()
         films().load("train", tmp_path / "data", source=str(tmp_path))

@@ -1,1 +1,1 @@
-"""The data sets: a room for each, and beside them what they share."""
+"""The data sets: a module or subpackage for each, and the code that they share."""

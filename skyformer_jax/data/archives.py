@@ -1,4 +1,4 @@
-"""Reads published data from where the user has it: an unpacked folder, or the archive itself."""
+"""Finds and reads published data in an unpacked folder, or in the archive itself."""
 
 import lzma
 import os
@@ -18,7 +18,7 @@ _PACKED_RELEASES = ("lra_release.gz", "lra_release.tar.gz")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # the byte-order marks of UTF-16
 _LFS = b"version https://git-lfs.github.com/spec/"
-_COMPRESSED = {  # by how they begin
+_COMPRESSED = {  # by the first bytes of the file
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ\x00": "xz",
     b"BZh": "bzip2",
@@ -29,12 +29,12 @@ _DAMAGE = (EOFError, OSError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
 
 class Kind(NamedTuple):
-    """What a file is that is not what was looked for.
+    """Describes a file that may not be the expected one, and what the user can do about it.
 
     Attributes:
-      what: a description.
-      advice: what to do with it.
-      folder: the folder into which a tar archive unpacks.
+      what: what the file is, a noun phrase.
+      advice: what the user can do.
+      folder: for a tar archive, the folder into which it unpacks.
     """
 
     what: str
@@ -75,7 +75,7 @@ _ARCHIVES = (
 
 
 class NotHereError(UserError):
-    """A source does not hold the published files that are looked for."""
+    """Raised when a source does not hold the expected published files."""
 
 
 class Published(NamedTuple):
@@ -83,10 +83,10 @@ class Published(NamedTuple):
 
     Attributes:
       folder: name of the folder into which the archive unpacks.
-      contents: names in that folder by which it is recognised.
-      archives: names of the archive.
-      files: pattern of the files in that folder by which it is recognised later; "" if those are
-        too many.
+      contents: names of files or folders in it; a folder that has them all is taken for it.
+      archives: file names that the archive may have.
+      files: glob pattern of the files in the folder whose fingerprints are stored with a prepared
+        data set, to notice a change of the source; "" if there are too many files.
     """
 
     folder: str
@@ -96,15 +96,15 @@ class Published(NamedTuple):
 
 
 def find(source: Path, forms: Sequence[Published]) -> Path | None:
-    """Finds the published folder or archive, the first of the forms that is there.
+    """Finds published data: the first of the forms' folders, or else the first of their archives.
 
     Args:
-      source: the folder or the archive itself, of any name; or a folder that holds either, perhaps
-        in cifar/, as S4's does.
-      forms: what to look for.
+      source: the folder or the archive itself, under any name; or a folder that holds either. The
+        unpacked folder may also lie in cifar/, as in S4's layout.
+      forms: the forms to look for.
 
     Returns:
-      A folder that has the contents, or a tar file; None if there is neither.
+      A folder that has the contents, or an archive; None if there is neither.
     """
     if source.is_file():
         kind = kind_of(source)
@@ -121,7 +121,7 @@ def locate(source: Path, forms: Sequence[Published]) -> Path:
     """Finds the published folder or archive, as find does.
 
     Raises:
-      NotHereError: if there is neither, saying what to put where, and what is there.
+      NotHereError: if there is neither. The message says what was found, and what to put there.
     """
     place = find(source, forms)
     if place is not None:
@@ -142,7 +142,7 @@ def locate(source: Path, forms: Sequence[Published]) -> Path:
 
 
 def holding(source: Path) -> str:
-    """What a folder holds, or that it is not there, as a clause of an error; "" if it is empty."""
+    """Returns a clause for an error: what a folder holds, or that it is missing; "" if empty."""
     if not source.exists():
         return "it does not exist; "
     names = sorted(os.listdir(source)) if source.is_dir() else []
@@ -153,7 +153,7 @@ def holding(source: Path) -> str:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """What a file is, by its beginning; None if that is not known, as of a damaged archive."""
+    """Identifies a file by its beginning or suffix; None if unknown, as for a damaged archive."""
     with path.open("rb") as file:
         start = file.read(512)
     for beginning, kind in _BEGINNINGS.items():
@@ -177,9 +177,10 @@ def _is_web_page(start: bytes) -> bool:
 
 
 def check_readable(path: Path) -> None:
-    """Raises a UserError for a file that is whole, but not what it should be.
+    """Checks that a file is not of one of the wrong kinds that are often found in its place.
 
-    That is a pointer of Git LFS in its place, a web page, a compressed file, or text in UTF-16.
+    Raises:
+      UserError: if it is a Git LFS pointer, a web page, a compressed file, or UTF-16 text.
     """
     with path.open("rb") as file:
         start = file.read(512)
@@ -190,26 +191,27 @@ def check_readable(path: Path) -> None:
     if _is_web_page(start):
         raise UserError(f"{path} is {_WEB_PAGE.what}: {_WEB_PAGE.advice}")
     for beginning, name in _COMPRESSED.items():
-        if start.startswith(beginning) and path.suffix != ".npz":  # which is a zip archive
+        if start.startswith(beginning) and path.suffix != ".npz":  # itself a zip archive
             raise UserError(f"{path} is compressed ({name}); unpack it")
 
 
 def members(
     place: Path, pattern: re.Pattern[str], what: str
 ) -> Iterator[tuple[re.Match[str], bytes]]:
-    """Yields some files of a data set, in no particular order; an archive is read once.
+    """Yields the wanted files of a data set, in no particular order. Reads an archive only once.
 
     Args:
-      place: the published folder or archive, as found.
-      pattern: matches the ends, from the beginning of a name, of the names of the wanted files,
-        with "/" between folders.
-      what: what they are.
+      place: the published folder or archive, as find returns it.
+      pattern: pattern of the wanted files' paths, with "/" between folders. It must match the end
+        of a path, starting at the beginning of a folder's or file's name.
+      what: what the files are, for errors.
 
     Yields:
-      The match of each name, and the content of that file.
+      The match of each path, and the content of that file.
 
     Raises:
-      UserError: if the archive is damaged or partly downloaded, or there are no such files in it.
+      UserError: if an archive is damaged or partly downloaded, or holds no such files; or if a
+        wanted file of a folder is a broken link.
     """
     whole = re.compile(f"(?:.*/)?{pattern.pattern}")
     if place.is_dir():
@@ -228,7 +230,7 @@ def _files_of_folder(
 ) -> Iterator[tuple[re.Match[str], bytes]]:
 
     def fail(error: OSError) -> None:
-        raise error  # os.walk would leave a folder out that may not be read
+        raise error  # by default, os.walk skips folders that it cannot read
 
     for parent, _, names in os.walk(place, onerror=fail):
         below = Path(parent).relative_to(place)
@@ -250,11 +252,11 @@ def _files_of_archive(
             for member in tar:
                 if member.isfile() and (match := pattern.fullmatch(member.name)):
                     yield match, tar.extractfile(member).read()
-            # To the end, because the archive's checksum comes after the last file.
+            # Read on to the end, because the archive's checksum comes after the last file.
             while tar.fileobj.read(1 << 20):
                 pass
     except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno:  # a fault of the machine
+        if isinstance(error, OSError) and error.errno:  # a failure of the machine
             raise
         reason = " ".join(str(error).split())
         raise UserError(
@@ -263,7 +265,7 @@ def _files_of_archive(
 
 
 def fingerprint(path: Path) -> list[int | str]:
-    """Size of a file, and a hash of its first and its last MiB."""
+    """Returns the size of a file, and a hash of its first and last MiB."""
     size = path.stat().st_size
     with path.open("rb") as file:
         ends = file.read(1 << 20)
@@ -273,10 +275,16 @@ def fingerprint(path: Path) -> list[int | str]:
 
 
 def check_count(place: Path, count: int, expected: int, what: str) -> None:
-    """Checks that a data set is complete.
+    """Checks that a data set has the expected number of items.
+
+    Args:
+      place: the folder or archive, for errors.
+      count: number of items found.
+      expected: number of items as published.
+      what: what the items are, such as "images in train", for errors.
 
     Raises:
-      UserError: unless the count of what is in place is the expected one.
+      UserError: if count is not the expected number.
     """
     if count < expected:
         raise UserError(
@@ -291,16 +299,16 @@ def check_count(place: Path, count: int, expected: int, what: str) -> None:
 def find_in_release(source: Path, folders: Sequence[str], contents: Sequence[str]) -> Path:
     """Finds a folder of the official release of the Long Range Arena.
 
-    The release holds some folders twice, the second one folder deeper, and not with the same files.
+    The release holds some folders twice, the second one level deeper, and with different files.
 
     Args:
       source: the folder itself, or one that holds it, or one that holds lra_release/.
-      folders: its name in the release, and those that others gave it.
-      contents: names that the folder must hold.
+      folders: names that the folder may have: the release's, then those used by others.
+      contents: names of files or folders that the folder must hold.
 
     Raises:
-      NotHereError: if there is no such folder, saying what is missing.
-      UserError: if there are several, naming them; or if the release is there, but packed.
+      NotHereError: if there is no such folder. The message says what is missing.
+      UserError: if there are several, which the message names; or if the release is still packed.
     """
     if _has(source, contents):
         return source
@@ -321,7 +329,7 @@ def find_in_release(source: Path, folders: Sequence[str], contents: Sequence[str
 
 
 def _check_unpacked(source: Path) -> None:
-    """Raises a UserError that says what to do if the release is packed or a file is named."""
+    """Raises a UserError with advice if source is a file, or holds the release still packed."""
     if source.is_file():
         kind = kind_of(source) or Kind("a file", "name the folder of lra_release")
         error = UserError if kind is _RELEASE else NotHereError
@@ -337,13 +345,13 @@ def find_files(source: Path, folders: Sequence[str], names: Mapping[str, str]) -
     Args:
       source: as in find_in_release.
       folders: as in find_in_release.
-      names: name of the file of each split.
+      names: for each split, the name of its file.
 
     Returns:
       The path of the file of each split.
 
     Raises:
-      UserError: as find_in_release; or as check_readable.
+      UserError: as find_in_release and check_readable do.
     """
     found = find_in_release(source, folders, list(names.values()))
     paths = {split: found / name for split, name in names.items()}
@@ -353,7 +361,7 @@ def find_files(source: Path, folders: Sequence[str], names: Mapping[str, str]) -
 
 
 def is_utf8(text: bytes) -> bool:
-    """Whether the bytes are valid UTF-8."""
+    """Returns True if the bytes are valid UTF-8."""
     try:
         text.decode()
     except UnicodeDecodeError:
@@ -362,5 +370,5 @@ def is_utf8(text: bytes) -> bool:
 
 
 def _has(folder: Path, contents: Sequence[str]) -> bool:
-    """Whether the folder has all of the contents."""
+    """Returns True if the folder has all of the contents."""
     return all((folder / name).exists() for name in contents)

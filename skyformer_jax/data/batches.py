@@ -8,7 +8,8 @@ import numpy as np
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
 
-# Number of batches over which examples are sorted by length; part of what a seed means.
+# Number of batches over which examples are sorted by length. Another number would change the
+# batches that a seed gives.
 _WINDOW = 64
 
 
@@ -28,7 +29,7 @@ class Batch(NamedTuple):
 
 
 class BatchShards(NamedTuple):
-    """Which of the equal shards of each batch are meant, such as those of one process.
+    """Selects some of the equal shards of each batch, such as those of one process.
 
     Attributes:
       indices: indices of the shards, ascending.
@@ -39,12 +40,12 @@ class BatchShards(NamedTuple):
     num_shards: int = 1
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of these shards, of the rows int [batch] of a whole batch."""
+        """Returns the rows of these shards, given those of a whole batch, int [batch]."""
         return rows.reshape(self.num_shards, -1)[list(self.indices)].ravel()
 
 
 def make_batch(examples: Examples, rows: np.ndarray, length: int) -> Batch:
-    """Pads some examples to one length.
+    """Makes a batch of some examples, padded to one length.
 
     Args:
       examples: the split.
@@ -66,7 +67,7 @@ def make_batch(examples: Examples, rows: np.ndarray, length: int) -> Batch:
 
 
 def padded_length(longest: int, max_length: int, buckets: Sequence[int]) -> int:
-    """The smallest of the buckets and max_length into which longest tokens fit.
+    """Returns the smallest of the buckets and max_length into which longest tokens fit.
 
     Raises:
       UserError: if longest exceeds max_length.
@@ -79,7 +80,7 @@ def padded_length(longest: int, max_length: int, buckets: Sequence[int]) -> int:
 
 
 def _epochs(num_examples: int, seed: int, position: int) -> Iterator[np.ndarray]:
-    """The permutations of all epochs, one after another, without the first position rows."""
+    """Yields the permutations of the epochs, one after another, without the first position rows."""
     epoch, offset = divmod(position, num_examples)
     while True:
         yield np.random.default_rng((seed, epoch)).permutation(num_examples)[offset:]
@@ -101,15 +102,16 @@ def training_rows(
     exactly where it stopped.
 
     Args:
-      num_examples: size of the split.
-      batch_size: rows of each batch.
+      num_examples: number of examples of the split.
+      batch_size: number of rows of each batch.
       seed: seed of the permutations.
       first_step: number of batches to skip.
-      lengths: int [num_examples]; if given, the examples of a batch have similar lengths: over
-        every 64 consecutive batches examples are sorted by length, and the batches are shuffled.
+      lengths: int [num_examples], number of tokens of each example. If given, the examples of a
+        batch have similar lengths: the examples of every 64 consecutive batches are sorted by
+        length, and these batches are shuffled.
 
     Yields:
-      int64 [batch_size].
+      int64 [batch_size], indices of examples.
     """
     group = 1 if lengths is None else _WINDOW
     window, skipped = divmod(first_step, group)
@@ -146,8 +148,8 @@ def training_batches(
       max_length: length to pad to.
       seed: seed of the order.
       first_step: number of batches to skip.
-      buckets: lengths below max_length to which batches of short examples are padded instead; ()
-        pads all to max_length.
+      buckets: lengths below max_length. A batch is padded to the shortest of them that fits, if
+        any does, else to max_length.
       shards: which shards of each batch to make, such as those of this process's devices.
     """
     longest = examples.lengths.max(axis=1)
@@ -164,7 +166,7 @@ def training_batches(
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:
-    """Stacks one batch for each seed, all of one length, to arrays [seeds, batch, ...]."""
+    """Stacks batches of one length, one for each seed, into arrays [seeds, batch, ...]."""
     return Batch(*map(np.stack, zip(*batches, strict=True)))
 
 
@@ -186,9 +188,10 @@ def evaluation_batches(
       shards: as in training_batches.
 
     Yields:
-      rows: int64 [at most batch_size], the examples of the whole batch without what fills it up.
+      rows: int64 [at most batch_size], the examples of the whole batch, without repetitions.
       positions: int32 [examples of the shards], the position in the split of each example of batch.
-      batch: the examples of the shards. The last whole batch is filled up with its first example.
+      batch: the examples of the shards. If the last whole batch is short, its first example is
+        repeated to fill it.
     """
     longest = examples.lengths.max(axis=1)
     order = np.argsort(longest, kind="stable") if buckets else np.arange(len(examples))

@@ -1,7 +1,7 @@
-"""What the TFDS builders share: data sets are stored once as array_record, without TensorFlow.
+"""Base class of the TFDS builders, which store data sets as array_record, without TensorFlow.
 
-What is stored does not depend on the form of the source: see held_out for reviews and photographs;
-Pathfinder images are split by the hashes of their names.
+For the data sets of the benchmark, the stored data do not depend on the form of the source: see
+held_out for IMDB's reviews and CIFAR-10. Pathfinder images are split by the hashes of their names.
 """
 
 import functools
@@ -16,12 +16,12 @@ import tensorflow_datasets as tfds
 from skyformer_jax.data import archives
 from skyformer_jax.progress import say, track
 
-SOURCE_FILE = "source.json"  # what a data set was made from, and notes on that
+SOURCE_FILE = "source.json"  # says what a data set was made from, and has the notes
 _LRA_HOMEPAGE = "https://github.com/google-research/long-range-arena"
 _LRA_CITATION = "Tay et al., Long Range Arena, 2020, arXiv 2011.04006"
 
 Documents = tuple[np.ndarray, ...]
-# Documents, each uint8 [length], and labels, uint8 [documents].
+# Documents, each uint8 [length], and labels, int [documents].
 Rows = tuple[Sequence[np.ndarray], np.ndarray]
 # Yields the examples of one file of a data set: documents, each uint8 [length], and a label.
 Shard = Callable[[], Iterator[tuple[Documents, int]]]
@@ -32,7 +32,7 @@ class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     Attributes:
       source: folder or archive with the published files; None generates or downloads.
-      notes: peculiarities found in the source, one text each.
+      notes: peculiarities found in the source, one string each.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -41,7 +41,7 @@ class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     CITATION: ClassVar[str]
     NUM_CLASSES: ClassVar[int]
     NUM_DOCUMENTS: ClassVar[int] = 1
-    # Whether sources with other files, such as a folder and its archive, give the same data.
+    # Whether sources with different files, such as a folder and its archive, give the same data.
     FORMS_AGREE: ClassVar[bool] = True
 
     source: Path | None = None
@@ -65,7 +65,7 @@ class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     @functools.cached_property
     def notes(self) -> list[str]:
-        """Peculiarities found in the source, one text each."""
+        """Peculiarities found in the source, one string each."""
         return []
 
     def report(self, note: str) -> None:
@@ -74,19 +74,19 @@ class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self.notes.append(note)
 
     def source_files(self) -> list[Path]:
-        """The files by which a source is recognised later; none for a folder of very many files.
+        """Returns the files by which the source is recognised later; [] if there are very many.
 
         Raises:
-          UserError: if the source does not hold the data set, saying what it should hold.
+          UserError: if the source does not hold the data set. The message says what it should hold.
         """
         raise NotImplementedError
 
     def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
-        """For each split, the functions that yield the examples of its files."""
+        """Returns, for each split, functions that each yield the examples of one of its files."""
         raise NotImplementedError
 
     def clean_up(self) -> None:
-        """Removes what only the preparation needed."""
+        """Removes files that only the preparation needed."""
 
     def _download_and_prepare(
         self, dl_manager: tfds.download.DownloadManager, *arguments: Any, **options: Any
@@ -116,12 +116,12 @@ class LraBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 def document_features(num_documents: int) -> tuple[str, ...]:
-    """Names of the features that hold the documents of an example."""
+    """Returns the names of the features that hold the documents of an example."""
     return ("tokens",) if num_documents == 1 else ("tokens_1", "tokens_2")
 
 
 def shard_of_rows(values: Sequence[np.ndarray], labels: np.ndarray, what: str) -> Shard:
-    """A shard of examples that are in memory and have one document each.
+    """Makes a shard of examples that are in memory and have one document each.
 
     Args:
       values: the documents, each uint8 [length].
@@ -132,7 +132,7 @@ def shard_of_rows(values: Sequence[np.ndarray], labels: np.ndarray, what: str) -
 
 
 def shard_of_documents(examples: Sequence[Documents], labels: np.ndarray, what: str) -> Shard:
-    """As shard_of_rows, of examples of any number of documents."""
+    """Does the same as shard_of_rows, for examples with any number of documents."""
 
     def shard() -> Iterator[tuple[Documents, int]]:
         for documents, label in track(zip(examples, labels, strict=True), len(labels), what):

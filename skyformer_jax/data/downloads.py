@@ -1,4 +1,4 @@
-"""Finds published data that the user has not named: in folders of TFDS, or on the network."""
+"""Downloads published data, and reads data sets that TFDS prepared."""
 
 import os
 import socket
@@ -24,9 +24,9 @@ def download(
 
     Args:
       url: address of the archive, whose size and SHA-256 are in data/checksums.tsv.
-      forms: how the data set is published; the archive is of the first of these.
+      forms: the forms in which the data set is published; the archive at url is of the first.
       data_dir: folder of all data sets.
-      dl_manager: TFDS's, which downloads and checks.
+      dl_manager: the download manager of TFDS, which also checks size and SHA-256.
 
     Raises:
       UserError: if the server cannot be reached, or sends something else.
@@ -40,7 +40,7 @@ def download(
         f"put {forms[0].folder}/ or {forms[0].archives[0]} into {data_dir}, or name their folder "
         "by --config.data.source (train.py) or --source (prepare)"
     )
-    try:  # first, because TFDS tries for minutes
+    try:  # before TFDS, which would try for minutes
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         socket.create_connection((parts.hostname, port), timeout=10).close()
     except OSError as error:
@@ -48,7 +48,7 @@ def download(
     say(f"downloading {url}")
     try:
         return Path(dl_manager.download(url))
-    except Exception as error:  # requests, TFDS and the disk raise many kinds
+    except Exception as error:  # requests, TFDS and the disk raise many types
         if isinstance(error, OSError) and error.errno:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -60,13 +60,13 @@ def prepared_by_tfds(name: str, source: Path | None) -> Path | None:
 
     Args:
       name: name of the data set in TFDS.
-      source: folder to look in; None means TFDS's own folder.
+      source: folder to look in; None means the default folder of TFDS.
 
     Returns:
       The folder of its latest version, or None if there is none.
     """
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    place = source or Path(os.path.expanduser(default))  # as it is where there is no home
+    place = source or Path(os.path.expanduser(default))  # unchanged if there is no home folder
     found = [
         *place.glob(f"{name}/*/dataset_info.json"),
         *place.glob(f"{name}/*/*/dataset_info.json"),
@@ -77,24 +77,24 @@ def prepared_by_tfds(name: str, source: Path | None) -> Path | None:
 def tfds_examples(
     folder: Path, split: str, size: int, inputs: str, labels: str
 ) -> Iterator[tuple[Any, Any]]:
-    """The inputs and labels of a data set that TFDS prepared.
+    """Returns an iterator over the inputs and labels of a data set that TFDS prepared.
 
     Args:
-      folder: its folder, from prepared_by_tfds.
-      split: name of the split.
+      folder: folder of the data set, from prepared_by_tfds.
+      split: name of the split in TFDS.
       size: number of examples that the split must have.
-      inputs: name of the feature of inputs, which are left as they are stored: an image is a file.
-      labels: name of the feature of labels.
+      inputs: name of the input feature. Inputs are not decoded: an image is the content of a file.
+      labels: name of the label feature.
 
     Raises:
-      UserError: if it cannot be read without TensorFlow, or is not of that size.
+      UserError: if the data set cannot be read without TensorFlow, or the split has another size.
     """
     prepared = tfds.builder_from_directory(folder)
     found = prepared.info.splits[split].num_examples if split in prepared.info.splits else 0
     if found != size:
         raise UserError(f"{folder} has {found:,} examples in {split}, not {size:,}")
     try:
-        # Not decoded, because TFDS would need OpenCV for images.
+        # Without decoding, because TFDS would need OpenCV for images.
         data = prepared.as_data_source(split, decoders={inputs: tfds.decode.SkipDecoding()})
     except NotImplementedError:
         raise UserError(

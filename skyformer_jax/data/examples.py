@@ -21,10 +21,11 @@ class Examples(Sequence):
     If an example is a pair of documents, its tokens are a tuple of two arrays.
 
     Attributes:
-      values: uint8 [tokens], the documents one after another, as stored.
-      starts: int64 [examples * num_documents + 1], where each document begins, and the end.
+      values: uint8 [tokens], the stored values of all documents, one document after another.
+      starts: int64 [examples * num_documents + 1], the index in values at which each document
+        begins, and at last the length of values.
       label: int32 [examples].
-      num_documents: documents of each example, 1 or 2.
+      num_documents: number of documents of each example, 1 or 2.
       tokenizer: maps values to token ids.
     """
 
@@ -39,7 +40,7 @@ class Examples(Sequence):
         return len(self.label)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """One example, see the class."""
+        """Returns one example, as described in the class."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         first = i % len(self) * self.num_documents
@@ -58,12 +59,12 @@ class Examples(Sequence):
         return np.diff(self.starts).reshape(-1, self.num_documents)
 
     def select(self, keep: np.ndarray) -> "Examples":
-        """These examples without the values where keep, bool [tokens], is False."""
+        """Returns these examples without the values at which keep, bool [tokens], is False."""
         before = np.concatenate([[0], np.cumsum(keep)])
         return dataclasses.replace(self, values=self.values[keep], starts=before[self.starts])
 
     def cut(self, length: int) -> "Examples":
-        """These examples with only the first length tokens of each document."""
+        """Returns these examples with each document cut to its first length tokens."""
         lengths = np.diff(self.starts)
         if not len(lengths) or lengths.max() <= length:
             return self
@@ -71,12 +72,12 @@ class Examples(Sequence):
         return self.select(position < length)
 
     def shrunk(self, factor: int) -> "Examples":
-        """These square images at a resolution that is factor times lower.
+        """Returns these square images, downsampled by a factor.
 
         Every pixel is the rounded mean of factor x factor pixels.
 
         Args:
-          factor: 1 changes nothing.
+          factor: a divisor of the images' side; 1 changes nothing.
 
         Raises:
           UserError: if the images are not square, or the factor does not divide their side.
@@ -99,7 +100,7 @@ class Examples(Sequence):
         return dataclasses.replace(self, values=values.ravel(), starts=starts)
 
     def followed_by(self, other: "Examples") -> "Examples":
-        """These examples and then those of other, which must be of the same kind."""
+        """Returns these examples followed by other's; num_documents and tokenizer must be equal."""
         return dataclasses.replace(
             self,
             values=np.concatenate([self.values, other.values]),
@@ -108,7 +109,7 @@ class Examples(Sequence):
         )
 
     def checksum(self) -> str:
-        """A hash, 16 hexadecimal digits, of all stored values and labels and their order."""
+        """Computes a hash, 16 hexadecimal digits, of all stored values, labels and their order."""
         sha = hashlib.sha256()
         for array in (self.values, self.starts.astype("<i8"), self.label.astype("<i4")):
             sha.update(np.ascontiguousarray(array))

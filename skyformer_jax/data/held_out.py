@@ -1,7 +1,8 @@
 """The builder of data sets that are published as train and test: IMDB's reviews and CIFAR-10.
 
-Both are published in several forms, and the stored data are the same for each form: validation is
-held out of train, and every split ordered, by the hashes of the contents.
+Both are published in several forms, and the stored data are the same for every form, because hashes
+of the examples' contents decide which examples are held out of train for validation, and the order
+of every split.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ class HeldOutConfig(tfds.core.BuilderConfig):
     """A data set that is published as train and test.
 
     Attributes:
-      sizes: published examples of train and test.
-      num_validation: examples of train that are held out by the hashes of their contents, the same
-        number of every class.
+      sizes: number of published examples of train and of test.
+      num_validation: number of examples that are held out of train for validation, by the hashes of
+        their contents, the same number from every class.
     """
 
     sizes: tuple[int, int] = (0, 0)
@@ -40,11 +41,11 @@ class HeldOutBuilder(LraBuilder, skip_registration=True):
     checksums.tsv beside it.
 
     Attributes:
-      URL: address of the archive, which is of the first of the forms.
-      FORMS: the folders and archives in which it is published.
-      TFDS_NAME: its name in TFDS.
-      TFDS_FEATURES: the names of inputs and labels there.
-      COLUMNS: the names that columns of inputs and of labels may have, in tables of it.
+      URL: address of the archive, which is of the first of FORMS.
+      FORMS: the folders and archives in which the data set is published.
+      TFDS_NAME: name of the data set in TFDS.
+      TFDS_FEATURES: names of the features of inputs and of labels in TFDS.
+      COLUMNS: names that the columns of inputs and of labels may have in tables.
     """
 
     URL: ClassVar[str]
@@ -58,11 +59,14 @@ class HeldOutBuilder(LraBuilder, skip_registration=True):
         raise NotImplementedError
 
     def read_examples(self, place: Path, inputs: Sequence, labels: Sequence) -> Rows:
-        """Reads a split from the values that TFDS or a table holds; errors name its place."""
+        """Reads a split from the values that TFDS or a table holds; errors name place."""
         raise NotImplementedError
 
     def source_files(self) -> list[Path]:
-        """The archive, the tables, or the files of the folder if they are few."""
+        """Returns the archive, the tables, or the files of the folder if they are few.
+
+        Returns [] for a data set that TFDS prepared.
+        """
         if downloads.prepared_by_tfds(self.TFDS_NAME, self.source):
             return []
         found = self._tables()
@@ -75,14 +79,14 @@ class HeldOutBuilder(LraBuilder, skip_registration=True):
         return sorted({path for pattern in patterns for path in place.glob(pattern)})
 
     def _tables(self) -> dict[str, list[Path]]:
-        """The tables of train and test, if the source holds them and none of the published forms.
+        """Finds the tables of train and test, if the source holds them and no published form.
 
         Raises:
-          UserError: if there is one table alone, which does not say which examples are test's.
+          UserError: if there are tables, but not one for train and one for test.
         """
         if archives.find(self.source, self.FORMS) is not None or not self.source.is_dir():
             return {}
-        for folder in (self.source, self.source / "plain_text"):  # the latter as on the hub
+        for folder in (self.source, self.source / "plain_text"):  # second: as on the hub
             found = tables.find(folder)
             if {"train", "test"} <= found.keys() and tables.has_columns(
                 [*found["train"], *found["test"]], self.COLUMNS
@@ -98,7 +102,7 @@ class HeldOutBuilder(LraBuilder, skip_registration=True):
         return {}
 
     def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
-        """Reads published files, what TFDS prepared, tables, or else the downloaded archive."""
+        """Reads what TFDS prepared, tables or published files, or else downloads the archive."""
         config = self.builder_config
         rows = self._rows(dict(zip(("train", "test"), config.sizes, strict=True)), dl_manager)
         for split, (values, labels) in rows.items():
@@ -116,7 +120,7 @@ class HeldOutBuilder(LraBuilder, skip_registration=True):
     def _rows(
         self, sizes: Mapping[str, int], dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Rows]:
-        """The examples of train and test, from the first form that there is."""
+        """Reads the examples of train and test from the first form that is found."""
         prepared = downloads.prepared_by_tfds(self.TFDS_NAME, self.source)
         if prepared:
             say(f"reading {prepared}")

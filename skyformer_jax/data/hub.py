@@ -1,4 +1,4 @@
-"""Downloads files of the Hugging Face hub: resumed after interruptions, and checked."""
+"""Downloads files from the Hugging Face hub, resuming after interruptions and checking hashes."""
 
 import hashlib
 import os
@@ -15,8 +15,8 @@ from huggingface_hub import file_download
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 
-# Bytes that a connection which breaks may lose of what it has brought. With the client's own
-# number, 10 MiB, a bad network would never get on.
+# Chunk size of downloads, in bytes. A connection that breaks loses the chunk in progress. With the
+# client's default of 10 MiB, a download over a bad network might never advance.
 _AT_ONCE = 1 << 16
 _OF_NETWORK = (ConnectionError, TimeoutError, socket.gaierror)
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -26,9 +26,9 @@ class DataSet(NamedTuple):
     """A data set of the hub at one revision.
 
     Attributes:
-      name: its owner and name.
+      name: OWNER/NAME of the data set.
       revision: a commit, so that the files never change.
-      folder: the folder in it that holds the files.
+      folder: the folder of the data set that holds the files.
     """
 
     name: str
@@ -37,7 +37,7 @@ class DataSet(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A file to download: where from, and what it must be."""
+    """A file to download: its address and name, and the size and SHA-256 that it must have."""
 
     url: str
     name: str
@@ -48,22 +48,23 @@ class _File(NamedTuple):
 def download(
     data_set: DataSet, names: Iterable[str], folder: Path, *, extra_bytes: int, instead: str
 ) -> None:
-    """Puts files of a data set into a folder, unless they are there.
+    """Downloads those files of a data set that a folder lacks.
 
-    A file has its name only when it is whole and has the SHA-256 that the hub gives. Until then its
-    bytes are in NAME.part, from whose end an interrupted download goes on. HF_ENDPOINT may name
-    another server with the same protocol, and HF_TOKEN a token.
+    A file is renamed to its name only when it is complete and has the SHA-256 that the hub reports.
+    Until then its bytes are in NAME.part, from whose end an interrupted download resumes. The
+    environment variable HF_ENDPOINT may name another server with the same protocol, and HF_TOKEN
+    may hold a token.
 
     Args:
-      data_set: what to download from.
+      data_set: the data set to download from.
       names: names of the files.
-      folder: where to put them.
-      extra_bytes: room that must be left on the disk, in bytes.
-      instead: what else the user can do, for errors.
+      folder: where to put the files.
+      extra_bytes: bytes that must stay free on the disk after the download.
+      instead: what the user can do instead, for errors.
 
     Raises:
       UserError: if the server cannot be reached or refuses, the disk is too small, or a file
-        arrived with another SHA-256.
+        arrives with another SHA-256.
     """
     missing = [name for name in names if not (folder / name).exists()]
     try:
@@ -74,7 +75,7 @@ def download(
             _download_file(file, folder)
     except UserError:
         raise
-    except Exception as error:  # the hub's client, its network library and the disk raise many
+    except Exception as error:  # the client, its network library and the disk raise many types
         if isinstance(error, OSError) and error.errno and not isinstance(error, _OF_NETWORK):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -85,7 +86,7 @@ def download(
 
 
 def _describe(data_set: DataSet, name: str) -> _File:
-    """Size and SHA-256 of a file, as the hub gives them for files in Git LFS."""
+    """Returns address, size and SHA-256 of a file; the hub reports them for files in Git LFS."""
     url = huggingface_hub.hf_hub_url(
         data_set.name,
         f"{data_set.folder}/{name}",
@@ -104,13 +105,13 @@ def _part(file: _File, folder: Path) -> Path:
 
 
 def _check_disk(files: Iterable[_File], folder: Path, extra_bytes: int, instead: str) -> None:
-    """Says how much will be downloaded; raises UserError unless it fits on the disk."""
+    """Prints how much will be downloaded; raises UserError unless it fits on the disk."""
     total = sum(file.size for file in files)
     parts = (_part(file, folder) for file in files)
     there = sum(part.stat().st_size for part in parts if part.exists())
     say(
         f"downloading {total / 1e9:.1f} GB into {folder}"
-        + (f", of which {there / 1e9:.1f} GB are there" if there else "")
+        + (f", of which {there / 1e9:.1f} GB are already there" if there else "")
     )
     needed, free = total - there + extra_bytes, shutil.disk_usage(folder).free
     if free < needed:
@@ -121,14 +122,14 @@ def _check_disk(files: Iterable[_File], folder: Path, extra_bytes: int, instead:
 
 
 def _download_file(file: _File, folder: Path) -> None:
-    """Downloads what is missing of a file, and checks the whole."""
+    """Downloads the missing part of a file, and checks the whole file."""
     part = _part(file, folder)
     if part.exists() and part.stat().st_size > file.size:
         part.unlink()
     with part.open("ab") as stream:
         say(f"downloading {file.name}, {file.size / 1e9:.2f} GB, from {file.url}")
         huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = _AT_ONCE
-        # Not hf_hub_download, which since version 2 begins anew after an interruption.
+        # Not hf_hub_download, which since version 2 starts over after an interruption.
         file_download.http_get(
             file.url,
             stream,

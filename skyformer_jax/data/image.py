@@ -43,15 +43,15 @@ def read_cifar10(
     Args:
       source: the folder cifar-10-batches-bin or cifar-10-batches-py, the tar file of either with
         any compression, or a folder that holds one of these.
-      sizes: examples of each split.
+      sizes: number of examples of each split.
 
     Returns:
       For "train" and "test": images, uint8 [examples, 3, 32, 32], channels red, green, blue; and
       labels, uint8 [examples], 0..9.
 
     Raises:
-      UserError: naming the file, if there is no such data set, its archive is damaged, a batch is
-        missing, cut or of another kind, or a label is not in 0..9.
+      UserError: if there is no such data set, its archive is damaged, a batch is missing, truncated
+        or of another format, or a label is not in 0..9. The message names the file.
     """
     place = archives.locate(source, FORMS)
     batches = {}
@@ -81,7 +81,7 @@ def read_cifar10(
 
 
 def _parse_binary(content: bytes, name: str) -> np.ndarray:
-    """The records of a batch, uint8 [examples, _RECORD]; raises UserError unless they are whole."""
+    """Parses a batch, uint8 [examples, _RECORD]; raises UserError unless all records are whole."""
     if len(content) % _RECORD:
         raise UserError(
             f"{name} has {len(content):,} bytes, not a multiple of {_RECORD:,}: "
@@ -91,7 +91,7 @@ def _parse_binary(content: bytes, name: str) -> np.ndarray:
 
 
 def _checked(records: np.ndarray, name: str) -> np.ndarray:
-    """The records; raises UserError for a label that there is not."""
+    """Returns the records; raises UserError for a label that is not in 0..9."""
     wrong = np.flatnonzero(records[:, 0] >= _NUM_CLASSES)
     if wrong.size:
         raise UserError(
@@ -102,20 +102,20 @@ def _checked(records: np.ndarray, name: str) -> np.ndarray:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of arrays, numbers and texts, and calls nothing that could do harm.
+    """Reads pickles of arrays, numbers and strings, and never calls a harmful function.
 
-    A pickle names the functions that make its objects; any that a batch does not need is refused.
+    A pickle names the functions that create its objects. Any that a batch does not need is refused.
     """
 
     def find_class(self, module: str, name: str) -> object:
-        """What makes the objects that a pickle says are made by that name."""
+        """Returns the function or class to use for this name in a pickle."""
         maker = _MAKERS.get((module.replace("numpy._core", "numpy.core"), name))
         if maker is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return maker
 
 
-# By the names that NumPy's arrays have in pickles. None is looked up by its name.
+# Keyed by the names in pickles of NumPy arrays. No function is imported by its name.
 _MAKERS: Mapping[tuple[str, str], object] = {
     ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: np.zeros(shape, code),
     ("numpy", "ndarray"): np.ndarray,
@@ -125,9 +125,9 @@ _MAKERS: Mapping[tuple[str, str], object] = {
 
 
 def _parse_pickle(content: bytes, name: str) -> np.ndarray:
-    """The records of a batch of the Python version, as _parse_binary gives them."""
+    """Parses a batch of the Python version to the same records as _parse_binary."""
     try:
-        # Python 2 wrote them: its texts are bytes. Later copies have texts.
+        # Python 2 wrote the published batches: their keys are bytes. Later copies have str keys.
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         fields = {key if isinstance(key, bytes) else key.encode(): batch[key] for key in batch}
         pixels, labels = np.asarray(fields[b"data"]), np.asarray(fields[b"labels"])
@@ -135,7 +135,7 @@ def _parse_pickle(content: bytes, name: str) -> np.ndarray:
             raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}")
         if labels.dtype.kind not in "iu" or not ((labels >= 0) & (labels < 256)).all():
             raise ValueError(f"labels are {labels.dtype}")
-    except Exception as error:  # of a damaged pickle, nearly any
+    except Exception as error:  # a damaged pickle raises nearly any type
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(
             f"{name} is no batch of CIFAR-10's Python version, or not whole: {reason}"
@@ -146,7 +146,8 @@ def _parse_pickle(content: bytes, name: str) -> np.ndarray:
 def to_gray(rgb: np.ndarray) -> np.ndarray:
     """Computes gray levels exactly as tf.image.rgb_to_grayscale does for uint8.
 
-    That is, in float32: v / 255, the weighted sum from red to blue, times 255.5, cut to an integer.
+    In float32, each value is multiplied by 1 / 255, the weighted sum is taken in the order red,
+    green, blue and multiplied by 255.5, and the result is truncated to an integer.
 
     Args:
       rgb: uint8 [examples, 3, height, width].
@@ -195,7 +196,7 @@ class Image(HeldOutBuilder):
         """Reads a split from the image files and labels that TFDS or a table holds."""
         rgb = np.zeros((len(inputs), 3, _SIDE, _SIDE), np.uint8)
         for i, value in enumerate(inputs):
-            file = value["bytes"] if isinstance(value, dict) else value  # the hub's tables
+            file = value["bytes"] if isinstance(value, dict) else value  # as in the hub's tables
             try:
                 with Picture.open(io.BytesIO(file)) as picture:
                     rgb[i] = np.asarray(picture).transpose(2, 0, 1)
@@ -213,7 +214,7 @@ IMAGE = Task(
     config="cifar10",
     source_config="cifar10",
     max_length=_SIDE**2,
-    tokenizer=IDENTITY,  # every pixel is real, black ones included: nothing pads
+    tokenizer=IDENTITY,  # id 0 is a black pixel; no image is padded
     options={"shrink": 1},
     make_split=shrink_images,
 )

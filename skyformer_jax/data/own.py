@@ -1,8 +1,8 @@
-"""A classification task of the user's own, of texts or of gray images, from tables.
+"""A classification task of the user's own, on texts or on gray images that are read from tables.
 
-Its source is a folder with a file for train, one for test and, if there is one, one for validation;
-see skyformer_jax.data.tables for their forms. Nothing of it is part of this package: a config holds
-the definition, config.json keeps it, and the data set lies in data_dir beside those of the others.
+The source is a folder with a file for train, one for test and, optionally, one for validation; see
+skyformer_jax.data.tables for the formats. The task's definition is in the config, a run's
+config.json keeps it, and the data set is stored in data_dir beside those of the other tasks.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from skyformer_jax.data.tokenizer import BYTES, IDENTITY
 from skyformer_jax.errors import UserError, one_of
 
 INPUTS = ("text", "pixels")
-FIELDS = ("inputs", "classes", "max_length", "num_documents")  # of a definition
+FIELDS = ("inputs", "classes", "max_length", "num_documents")  # fields of a definition
 _NAME = re.compile("[a-z][a-z0-9_]*")
-_HELD_OUT = 0.1  # of train, where there is no file for validation
+_HELD_OUT = 0.1  # share of train held out if there is no validation file
 
 Classes = int | Sequence[str]
-Split = tuple[list[tuple[np.ndarray, ...]], np.ndarray]  # documents of each example, and labels
+Split = tuple[list[tuple[np.ndarray, ...]], np.ndarray]  # the documents of each example; the labels
 
 
 def make_task(
@@ -38,15 +38,15 @@ def make_task(
     """Defines a task.
 
     Args:
-      name: its name, lower-case letters, digits and underscores.
-      inputs: "text", whose tokens are its bytes; or "pixels", whose tokens are gray levels 0..255,
-        row by row.
-      classes: the number of classes, if labels are the numbers from 0; or else the labels.
-      max_length: the bytes that are read of a text, or the pixels of an image.
-      num_documents: texts, or images, of an example: 1, or 2 for a task about pairs.
+      name: the task's name: lower-case letters, digits and underscores, the first one a letter.
+      inputs: "text", whose tokens are bytes; or "pixels", whose tokens are gray levels 0..255, row
+        by row.
+      classes: the number of classes, if the labels are 0, 1 and so on; or else all labels.
+      max_length: the number of bytes that are read of each text, or of pixels of an image.
+      num_documents: number of texts or images of each example: 1, or 2 for a task on pairs.
 
     Raises:
-      UserError: for a definition that cannot be meant.
+      UserError: if the definition is invalid.
     """
     if not _NAME.fullmatch(name):
         raise UserError(
@@ -84,14 +84,14 @@ def make_task(
 
 
 def _as_stored(classes: Any) -> Any:
-    """Classes as a definition holds them: an int, which may be given as one of NumPy's; a tuple."""
+    """Returns classes as a definition holds them: any integer as an int, a sequence as a tuple."""
     if isinstance(classes, numbers.Integral):
         return int(classes)
     return tuple(classes) if isinstance(classes, Iterable) and type(classes) is not str else classes
 
 
 def _labels(name: str, classes: Classes) -> tuple[str, ...]:
-    """The labels as they are written in the files."""
+    """Returns the labels as they are written in the files; raises UserError if they are invalid."""
     labels = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
     texts = isinstance(labels, tuple) and all(isinstance(label, str) for label in labels)
     if not texts or len(labels) < 2 or len(set(labels)) != len(labels):
@@ -105,7 +105,7 @@ def _labels(name: str, classes: Classes) -> tuple[str, ...]:
 def _builder(
     task_name: str, inputs: str, labels: tuple[str, ...], num_documents: int
 ) -> type[LraBuilder]:
-    """The TFDS builder of a task. Its config is named by all on which what is stored depends."""
+    """Makes the TFDS builder of a task. Its config's name depends on all that decides the data."""
     meaning = json.dumps([inputs, labels, num_documents])
     digest = hashlib.sha256(meaning.encode()).hexdigest()[:8]
 
@@ -123,17 +123,17 @@ def _builder(
 
 
 class OwnBuilder(LraBuilder, skip_registration=True):
-    """A data set of the user's own; the label is the number of the class."""
+    """A data set of the user's own; the label is the index of the class in LABELS."""
 
     DESCRIPTION = "A classification task of one's own."
     HOMEPAGE = ""
     CITATION = ""
-    FORMS_AGREE = False  # with a table for validation, train is another
+    FORMS_AGREE = False  # train differs if there is a table for validation
     INPUTS: str
     LABELS: tuple[str, ...]
 
     def source_files(self) -> list[Path]:
-        """The files of all splits."""
+        """Returns the files of all splits."""
         return [path for paths in self._find().values() for path in paths]
 
     def _find(self) -> dict[str, list[Path]]:
@@ -148,14 +148,14 @@ class OwnBuilder(LraBuilder, skip_registration=True):
         if missing:
             raise archives.NotHereError(
                 f"{self.source} does not hold {' and '.join(missing)} of task {self.name}; "
-                f"{archives.holding(self.source)}wanted "
-                "are train and test, and validation if there is one, each as "
+                f"{archives.holding(self.source)}it "
+                "must hold train and test, and may hold validation, each as one of "
                 f"{', '.join(tables.READERS)}"
             )
         return found
 
     def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
-        """Reads the tables; holds validation out of train if there is none."""
+        """Reads the tables, and holds validation out of train if it has no table."""
         del dl_manager
         rows = {split: self._read(paths) for split, paths in self._find().items()}
         if self.INPUTS == "pixels":
@@ -171,7 +171,7 @@ class OwnBuilder(LraBuilder, skip_registration=True):
         }
 
     def _check_sizes(self, rows: Mapping[str, Split]) -> None:
-        """Raises a UserError if images of one split have another size than those of train."""
+        """Raises a UserError if the images of a split differ in size from those of train."""
         pixels = {split: list(map(len, documents[0])) for split, (documents, _) in rows.items()}
         for split, found in pixels.items():
             if found != pixels["train"]:
@@ -181,7 +181,7 @@ class OwnBuilder(LraBuilder, skip_registration=True):
                 )
 
     def _read(self, paths: Sequence[Path]) -> Split:
-        """The examples of a split, in the order of its files."""
+        """Reads the examples of a split, in the order of its files."""
         place, parse = paths[0], _PARSERS[self.INPUTS]
         names = [self.INPUTS]
         if self.NUM_DOCUMENTS > 1:
@@ -225,7 +225,7 @@ _PARSERS: Mapping[str, Callable[[Path, str, tables.Column], list[np.ndarray]]] =
 
 
 def _held_out(documents: Sequence[tuple[np.ndarray, ...]], labels: np.ndarray) -> np.ndarray:
-    """Chooses a tenth of each class by the hashes of the contents, bool [examples]."""
+    """Chooses a tenth of each class by hashes of the contents; returns bool [examples]."""
     contents = [b"\0".join(map(bytes, example)) for example in documents]
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -241,10 +241,10 @@ def _held_out(documents: Sequence[tuple[np.ndarray, ...]], labels: np.ndarray) -
 
 
 def check_definition(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of make_task in config.own_task, as JSON leaves them.
+    """Checks config.own_task, which may come from JSON, and returns it as arguments of make_task.
 
     Raises:
-      UserError: if there are others, or one is missing.
+      UserError: if a field is unknown or missing.
     """
     for field in definition:
         one_of("field own_task.", field, FIELDS)

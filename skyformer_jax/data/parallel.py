@@ -20,27 +20,27 @@ T = TypeVar("T")
 
 
 def num_cores() -> int:
-    """Number of cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(
     function: Callable[..., T], arguments: Iterable[tuple], *, workers: int | None = None
 ) -> Iterator[T]:
-    """Yields function(*argument) for each argument, in order, computed by processes a bit ahead.
+    """Yields function(*argument) for each argument, in order, while processes compute ahead.
 
-    The processes run skyformer_jax.data.worker. They are neither forked, which JAX's threads would
-    not survive, nor do they import the program that calls this, as those of multiprocessing do; so
-    that needs no `if __name__ == "__main__"`.
+    The processes run skyformer_jax.data.worker. They are not forked, because JAX's threads would
+    not survive that. Unlike those of multiprocessing, they do not import the calling program, so it
+    needs no `if __name__ == "__main__"`.
 
     Args:
       function: a function of an importable module, not of the program itself; arguments and
         results must be picklable.
-      arguments: tuples of arguments; they are read only a few calls ahead of the results taken.
+      arguments: tuples of arguments, which are read only a few calls ahead of the results taken.
       workers: number of processes; None means one for each core, 1 computes in this process.
 
     Raises:
-      What function raises, when that result is taken.
+      Exception: whatever function raises, when that result is taken.
       UserError: if a worker is killed.
     """
     workers = workers or num_cores()
@@ -67,12 +67,12 @@ def ordered_map(
 
 @contextlib.contextmanager
 def _open_worker() -> Iterator[Connection]:
-    """A connection to a new worker, which ends with the block, or when this process is killed."""
-    # Not closed here, since a thread may be reading: it is when nobody has it any longer.
+    """Yields a connection to a new worker, which ends with the block or when this process ends."""
+    # Ours is not closed here, because a thread may be reading; the last reference closes it.
     ours, theirs = multiprocessing.Pipe()
     with theirs:
         process = subprocess.Popen(
-            # It finds what this process finds, wherever it was started: -P leaves its folder out.
+            # It imports from the same paths as this process: -P leaves out its working directory.
             [sys.executable, "-P", "-m", "skyformer_jax.data.worker", str(theirs.fileno())],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             pass_fds=[theirs.fileno()],
@@ -88,15 +88,15 @@ def _open_worker() -> Iterator[Connection]:
 
 
 def _ask(worker: Connection, function: Callable[..., T], arguments: tuple) -> T:
-    """The result of a call in a worker; raises what it raised."""
+    """Returns the result of a call in a worker; raises what the call raised."""
     call = pickle.dumps((function, arguments))
     try:
         worker.send_bytes(call)
         good, result = worker.recv()
     except (EOFError, OSError):
         raise UserError(
-            "a worker process was killed, perhaps for want of memory; start the same command to go "
-            "on"
+            "a worker process was killed, perhaps because memory ran out; start the same command "
+            "to go on"
         ) from None
     if not good:
         raise result
@@ -114,10 +114,10 @@ def in_order(
       pool: threads or processes.
       function: as in ordered_map.
       arguments: as in ordered_map; they may be endless.
-      ahead: number of calls that are computed beyond the one whose result is taken next.
+      ahead: number of calls that are submitted beyond the one whose result is taken next.
 
     Raises:
-      What function raises, when that result is taken.
+      Exception: whatever function raises, when that result is taken.
     """
     calls: collections.deque[Future] = collections.deque()
     try:

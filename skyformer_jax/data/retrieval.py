@@ -53,19 +53,19 @@ def find_files(source: Path) -> dict[str, Path]:
 def read_pairs(
     path: Path, size: int, *, report: Callable[[str], None]
 ) -> Iterator[tuple[bytes, bytes, int]]:
-    """Reads a file line by line, in memory that does not grow with it.
+    """Reads a file line by line, so that memory does not grow with the file.
 
     Args:
-      path: path of the file.
+      path: the file, new_aan_pairs.{train,eval,test}.tsv.
       size: number of pairs that the file must have.
-      report: called at the end with a line of text if there are pairs that are not UTF-8.
+      report: called at the end with a line of text if some pairs are not UTF-8.
 
     Yields:
       First text, second text, and label: 1 if one paper cites the other, else 0.
 
     Raises:
-      UserError: naming file and line, if a line has another number of columns, an unknown label or
-        an empty text; and at the end, if there are more or fewer pairs than size.
+      UserError: if a line has another number of columns, an unknown label or an empty text, naming
+        file and line; and at the end, if there are more or fewer pairs than size.
     """
     count = foreign = 0
     with path.open("rb") as lines:
@@ -91,7 +91,7 @@ def read_pairs(
 
 
 def _shown(label: bytes) -> str:
-    """The start of a malformed label, which may be a whole text."""
+    """Shortens a malformed label, which may be as long as a whole text, for an error."""
     return repr(label[:20])[1:]
 
 
@@ -120,14 +120,14 @@ class Retrieval(LraBuilder):
     BUILDER_CONFIGS = (
         RetrievalConfig(name="aan", description="The files new_aan_pairs.{train,eval,test}.tsv."),
     )
-    _PAIRS_A_FILE = 10_000  # because the memory of TFDS's writer grows with its file
+    _PAIRS_A_FILE = 10_000  # few, because the memory of TFDS's writer grows with its file
 
     def source_files(self) -> list[Path]:
-        """The three published files."""
+        """Returns the three published files."""
         return list(find_files(self.source).values())
 
     def shards(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Shard]]:
-        """Reads the published files as streams, from the source or as downloaded."""
+        """Reads the published files as streams, from the source or after downloading them."""
         del dl_manager
         config = self.builder_config
         paths = find_files(self.source) if self.source else self._download()
@@ -139,8 +139,8 @@ class Retrieval(LraBuilder):
 
         shards = {}
         for split, size in zip(SPLITS, config.sizes, strict=True):
-            # TFDS writes the files one after another, so that one stream can serve them all. The
-            # last file takes what is left, so that a wrong number of pairs is noticed.
+            # TFDS writes the files one after another, so one stream can serve them all. The last
+            # file takes the rest of the stream, so that a wrong number of pairs is noticed.
             stream = pairs(split, size)
             shards[split] = [
                 functools.partial(itertools.islice, stream, self._PAIRS_A_FILE)

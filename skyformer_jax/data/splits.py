@@ -1,4 +1,7 @@
-"""The splits, and the choice of their examples by a hash of what these are, not by their order."""
+"""The splits, and the assignment of examples to them.
+
+The assignment depends on a hash of an example's content or name, not on the order of the examples.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -15,22 +18,22 @@ def hold_out(
 ) -> np.ndarray:
     """Chooses examples of every class by a hash of their content.
 
-    The choice does not depend on the order of the examples, and a larger count chooses what a
-    smaller one does and more. Examples with the same content and label are all chosen or all left,
-    except where the count ends among them.
+    The choice does not depend on the order of the examples. A larger count chooses everything that
+    a smaller one does, and more. Examples with the same content and label are either all chosen or
+    all left, unless the count runs out among them.
 
     Args:
       contents: the content of each example: bytes, or a contiguous uint8 array.
       labels: int [examples].
-      count: number of examples to choose. Every class gives the same number; if the classes do not
-        divide the count, the first ones give one more.
+      count: number of examples to choose, the same number from every class. If the number of
+        classes does not divide count, the first classes give one more.
       seed: seed of the hash, not negative.
 
     Returns:
       bool [examples], True for the chosen ones.
 
     Raises:
-      UserError: if a class has fewer than its share.
+      UserError: if a class has fewer examples than it must give.
     """
     hashes = np.array([content_hash(content, seed) for content in contents], np.uint64)
     classes = np.unique(labels)
@@ -48,10 +51,10 @@ def hold_out(
 
 
 def split_by_name(name: str, seed: int = 0) -> str:
-    """Assigns an example to a split, of 80, 10 and 10 %, by its name alone.
+    """Assigns an example to train (80 %), validation or test (10 % each), by its name alone.
 
     Args:
-      name: name of the example.
+      name: the example's name, such as the path of its file in the data set.
       seed: seed of the hash, not negative.
 
     Returns:
@@ -62,6 +65,6 @@ def split_by_name(name: str, seed: int = 0) -> str:
 
 
 def content_hash(content: bytes | np.ndarray, seed: int = 0) -> int:
-    """A hash of 64 bits that is the same on every machine."""
+    """Computes a 64-bit hash that is the same on every machine."""
     digest = hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "big")

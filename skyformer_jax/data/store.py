@@ -1,4 +1,4 @@
-"""Data sets on disk: a TFDS builder prepares each once; splits are read whole."""
+"""Data sets on disk: a TFDS builder prepares each one once, and splits are read whole."""
 
 import contextlib
 import functools
@@ -22,20 +22,20 @@ from skyformer_jax.progress import say
 
 _READ_AT_ONCE = 4096
 _say_once = functools.cache(say)
-# What errors say that are no fault of the data.
+# Texts of errors that are not due to damaged data.
 _OF_MACHINE = ("Permission denied", "Too many open files", "Cannot allocate memory")
 
 
 def make(builder: type[LraBuilder], config: str | Any, data_dir: str) -> LraBuilder:
-    """Makes the builder of a data set below data_dir.
+    """Makes the builder of a data set in data_dir.
 
     Args:
       builder: class of the builder.
-      config: name of one of its configs, or a config of the caller's own.
+      config: name of one of the builder's configs, or another config object.
       data_dir: folder of all data sets.
 
     Raises:
-      UserError: if the data set is there, but its description cannot be read.
+      UserError: if the data set exists but its description cannot be read.
     """
     folder = expand(data_dir)
     check_name(folder.absolute())
@@ -54,7 +54,7 @@ def _damaged(place: Path, reason: str) -> UserError:
 
 
 def _record(place: Path) -> dict[str, Any]:
-    """What a data set was made of; raises UserError if that cannot be read."""
+    """Returns the record of what a data set was made from; raises UserError if it is unreadable."""
     try:
         return json.loads((place / SOURCE_FILE).read_text())
     except (FileNotFoundError, ValueError) as error:
@@ -62,22 +62,23 @@ def _record(place: Path) -> dict[str, Any]:
 
 
 def prepare(builder: LraBuilder, source: str | None = None) -> None:
-    """Prepares a data set unless it is there.
+    """Prepares a data set unless it exists.
 
-    A process that is killed here leaves nothing that looks finished. If several processes prepare
-    the same data set at once, one does it and the others wait.
+    If the process is killed, it leaves nothing that looks like a complete data set. If several
+    processes prepare the same data set at once, one of them does it and the others wait.
 
     Args:
       builder: builder of the data set, from make.
       source: folder or archive with the published files; None generates or downloads.
 
     Raises:
-      UserError: if the source is missing or malformed, or the data set was made from another one.
+      UserError: if the source is missing or malformed, or the data set exists but was made from
+        another source.
     """
     builder.source = expand(source) if source else None
     place = Path(builder.data_dir)
     if place.is_dir():
-        builder.clean_up()  # in case an earlier process was killed before it did so
+        builder.clean_up()  # in case an earlier process was killed before it could
         if builder.source is not None:
             _check_same_source(place, builder)
         return
@@ -87,7 +88,7 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
                 f"{place} is not there, and the source {builder.source} does not exist either; "
                 "name the folder that all data sets were moved to, or the source"
             )
-        builder.source_files()  # complains before anything is written
+        builder.source_files()  # raises before anything is written
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,7 +111,7 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
 
 
 def describe(builder: LraBuilder) -> dict[str, Any]:
-    """Name and version of a prepared data set, the name of its source, and notes on that."""
+    """Returns a prepared data set's name with version, its source's name, and the notes on it."""
     record = _record(Path(builder.data_dir))
     return {
         "name": builder.info.full_name,
@@ -122,7 +123,8 @@ def describe(builder: LraBuilder) -> dict[str, Any]:
 def _check_same_source(place: Path, builder: LraBuilder) -> None:
     """Raises UserError if the data set was made from other files than those of the source.
 
-    What the data set was made from may be gone. A line says so if the source was another place.
+    A source that no longer exists is not compared. If it is not the one that the data set was made
+    from, a line says so.
     """
     record = _record(place)
     if not builder.source.exists():
@@ -141,7 +143,7 @@ def _check_same_source(place: Path, builder: LraBuilder) -> None:
             f"{builder.source} holds {', '.join(sorted(names))}; name another data.dir, or delete "
             "that folder to make it again"
         )
-    for path in filter(Path.exists, files):  # links may lead nowhere by now
+    for path in filter(Path.exists, files):  # links may be broken by now
         if path.name in known and known[path.name] != archives.fingerprint(path):
             raise UserError(
                 f"the data set in {place} was made from another {path.name} than {path}; "
@@ -151,7 +153,7 @@ def _check_same_source(place: Path, builder: LraBuilder) -> None:
 
 @contextlib.contextmanager
 def _without_tfds_bars() -> Iterator[None]:
-    """Hides the progress bars of TFDS, as ours are shown."""
+    """Hides the progress bars of TFDS, because this package shows its own."""
     tfds.disable_progress_bar()
     try:
         yield
@@ -167,7 +169,7 @@ def load(builder: LraBuilder, split: str) -> Examples:
       split: "train", "validation" or "test".
 
     Raises:
-      UserError: if the data set is not prepared, or a file of it is missing or damaged.
+      UserError: if the data set is not prepared, or one of its files is missing or damaged.
     """
     place = Path(builder.data_dir)
     if not place.is_dir():
@@ -185,7 +187,7 @@ def load(builder: LraBuilder, split: str) -> Examples:
                     values += example[name].data
                     lengths.append(len(example[name]))
                 labels.append(example["label"])
-    except Exception as error:  # TFDS, array_record and the parser of examples raise many kinds
+    except Exception as error:  # TFDS, array_record and the parser of examples raise many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, MemoryError) or any(words in reason for words in _OF_MACHINE):
             raise UserError(f"the data set in {place} cannot be read: {reason}") from None

@@ -1,8 +1,8 @@
-"""Reads examples from tables, one file a split: TSV, CSV, Parquet, or arrays of NumPy.
+"""Reads examples from tables, one for each split: TSV, CSV, Parquet, or NumPy arrays (.npz).
 
-A TSV file is lines of columns between tabs, without quoting; a CSV file is quoted as RFC 4180 says.
-Both begin with the names of the columns, a byte-order mark before these is no part of them, and
-empty lines are left out.
+A TSV file has columns that are separated by tabs, without quoting; a CSV file is quoted as in
+RFC 4180. Both begin with a line of column names. A byte-order mark before it and empty lines are
+ignored.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ Column = Sequence | np.ndarray
 
 
 def find(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split that a folder holds, as train.tsv or train-00000-of-00002.parquet.
+    """Finds the files of each split in a folder: train.tsv or train-00000-of-00002.parquet.
 
     Raises:
-      UserError: if a split is there twice, in two forms or under two names, or in parts that are
-        not all there.
+      UserError: if the folder holds a split twice, in two formats or under two names, or if a part
+        is missing.
     """
     splits = {}
     for split, names in SPLIT_NAMES.items():
@@ -59,7 +59,7 @@ def find(folder: Path) -> dict[str, list[Path]]:
 
 
 def _parts(folder: Path, name: str, ending: str) -> list[Path]:
-    """The files train-00000-of-00002.parquet and so on, in order; raises UserError if some lack."""
+    """Finds NAME-00000-of-00002.parquet and so on, in order; raises UserError if one is missing."""
     pattern = re.compile(rf"{name}-(\d+)-of-(\d+)(-[0-9a-f]+)?{re.escape(ending)}")
     found = [
         (int(match[1]), int(match[2]), path)
@@ -78,19 +78,19 @@ def _parts(folder: Path, name: str, ending: str) -> list[Path]:
 
 
 def read(paths: Sequence[Path], columns: Sequence[Sequence[str]]) -> list[Column]:
-    """Columns of a table, or of several that follow one another.
+    """Reads columns of a table, which may be split into several files.
 
     Args:
-      paths: the files.
-      columns: the names that each wanted column may have.
+      paths: the files of the table, in order.
+      columns: for each wanted column, the names that it may have.
 
     Returns:
-      For each wanted column its values: str or bytes from TSV and CSV, and what is stored in
-      others.
+      The values of each wanted column: bytes from TSV, str from CSV, and the stored values from
+      Parquet and .npz.
 
     Raises:
-      UserError: naming the file, and the line if it has lines, if it is malformed, has no examples,
-        or lacks a column.
+      UserError: if a file is malformed, has no examples, or lacks a column. The message names the
+        file, and the line if a line of a text file is malformed.
     """
     parts = [_read_file(path, columns) for path in paths]
     if len(parts) == 1:
@@ -99,22 +99,22 @@ def read(paths: Sequence[Path], columns: Sequence[Sequence[str]]) -> list[Column
 
 
 def as_bytes(value: object) -> bytes | None:
-    """A text as bytes, those that are not UTF-8 included; None if it is no text."""
+    """Returns a text as bytes, including those that are not UTF-8; None if it is not a text."""
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
     return bytes(value) if isinstance(value, bytes) else None
 
 
 def class_numbers(place: Path, labels: Column, numbers: Mapping[str, int]) -> np.ndarray:
-    """The numbers of the classes of examples, int64 [examples].
+    """Returns the class numbers of examples, int64 [examples].
 
     Args:
-      place: what errors name.
-      labels: their labels, texts or numbers.
-      numbers: the number of each label, written as a text.
+      place: the file or folder, for errors.
+      labels: the label of each example, a string, bytes or a number.
+      numbers: the class number of each label; the keys are the labels as strings.
 
     Raises:
-      UserError: naming the first example whose label is none of these.
+      UserError: if a label is not a key of numbers. The message names the first such example.
     """
     found = np.zeros(len(labels), np.int64)
     for i, label in enumerate(labels):
@@ -129,12 +129,12 @@ def class_numbers(place: Path, labels: Column, numbers: Mapping[str, int]) -> np
 
 
 def has_columns(paths: Sequence[Path], columns: Sequence[Sequence[str]]) -> bool:
-    """Whether every table has one of the names of every wanted column; see read."""
+    """Returns True if every table has all wanted columns, under any of their names; see read."""
     return all(not set(names).isdisjoint(_names(path)) for path in paths for names in columns)
 
 
 def _names(path: Path) -> Sequence[str]:
-    """The names of a table's columns."""
+    """Reads the names of a table's columns."""
     if path.suffix == ".parquet":
         with _unreadable(path):
             return pyarrow.parquet.read_schema(path).names
@@ -153,11 +153,11 @@ _UNREADABLE = (
 
 @contextlib.contextmanager
 def _unreadable(path: Path) -> Iterator[None]:
-    """Turns what libraries raise for a file that is cut or of another form into one line."""
+    """Turns what libraries raise for a truncated file or another format into a UserError."""
     try:
         yield
     except _UNREADABLE as e:
-        if isinstance(e, OSError) and e.errno:  # a fault of the machine
+        if isinstance(e, OSError) and e.errno:  # a failure of the machine
             raise
         form = "arrays of numpy.savez" if path.suffix == ".npz" else "Parquet"
         raise UserError(f"{path} cannot be read as {form}: {' '.join(str(e).split())}") from None
@@ -184,7 +184,7 @@ def _read_file(path: Path, columns: Sequence[Sequence[str]]) -> list[Column]:
 
 
 def _read_csv(path: Path) -> dict[str, Column]:
-    csv.field_size_limit(sys.maxsize)  # of the module, whose default is 128 KiB
+    csv.field_size_limit(sys.maxsize)  # for the whole module; the default is 128 KiB
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = csv.reader(lines, strict=True)
         try:

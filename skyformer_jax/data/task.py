@@ -1,4 +1,4 @@
-"""A benchmark task: a data set, how a model reads it, and its trivial accuracies."""
+"""Task: a data set, how a model reads it, and the accuracies of trivial classifiers."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,28 +17,28 @@ from skyformer_jax.files import expand
 from skyformer_jax.progress import say
 
 KINDS = ("generated", "published")
-DOCUMENT_LENGTH = 4_000  # bytes of a document that the benchmark reads
+DOCUMENT_LENGTH = 4_000  # bytes that the benchmark reads of each document
 
-LoadStored = Callable[[str], Examples]  # a split of the prepared data set, by its name
+LoadStored = Callable[[str], Examples]  # loads a split of the prepared data set by name
 
 
 def as_stored(load: LoadStored, split: str) -> Examples:
-    """A split as it is stored."""
+    """Returns a split as it is stored."""
     return load(split)
 
 
 def cut_documents(load: LoadStored, split: str, length: int) -> Examples:
-    """A split with the first length bytes of each document."""
+    """Returns a split with each document cut to its first length bytes."""
     return load(split).cut(length)
 
 
 def shrink_images(load: LoadStored, split: str, shrink: int) -> Examples:
-    """A split of images at a resolution that is shrink times lower."""
+    """Returns a split of images, downsampled by the factor shrink."""
     return load(split).shrunk(shrink)
 
 
 def no_extra_floors(examples: Examples) -> dict[str, float]:
-    """No trivial classifiers beyond the commonest label."""
+    """Returns no accuracies: the commonest label is the only trivial classifier."""
     del examples
     return {}
 
@@ -48,18 +48,20 @@ class Task:
     """A classification task.
 
     Attributes:
-      name: name of the task.
-      builder: class of the TFDS builder of its data set.
-      config: config of the builder, of the generated data set if there is one.
+      name: the task's name, as config.task and --task give it.
+      builder: class of the TFDS builder of the data set.
+      config: config of the builder for generated data, or for published data if the task has no
+        generated data.
       source_config: config of the builder for published files; None if there are none.
-      max_length: no document is longer.
+      max_length: largest number of tokens of a document.
       tokenizer: maps stored values to token ids.
-      options: the options of load, config.data.NAME, and their defaults.
-      make_split: makes a split: called with a function that loads a stored split by its name, the
-        name of the wanted split, and the options.
-      extra_floors: accuracies of trivial classifiers, by name, besides the commonest label.
-      definition: what make_task of skyformer_jax.data.own made the user's own task of; None
-        for a task of this package.
+      options: the options of load and their defaults; in a config, option NAME is data.NAME.
+      make_split: makes a split. It is called with a function that loads a stored split by name,
+        the name of the wanted split, and the options as keyword arguments.
+      extra_floors: computes the accuracies, by name, of trivial classifiers besides the commonest
+        label.
+      definition: for a task of the user's own, the arguments from which make_task of
+        skyformer_jax.data.own made it; None for a task of this package.
     """
 
     name: str
@@ -75,7 +77,7 @@ class Task:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, that of padding included."""
+        """Number of token ids, including that of padding."""
         return self.tokenizer.vocab_size
 
     @property
@@ -85,23 +87,23 @@ class Task:
 
     @property
     def num_documents(self) -> int:
-        """Documents of an example, 1 or 2."""
+        """Number of documents of each example, 1 or 2."""
         return self.builder.NUM_DOCUMENTS
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Which of KINDS there are of this task."""
+        """The kinds of data that this task has, one or both of KINDS."""
         if self.source_config is None:
             return ("generated",)
         return KINDS if self.config != self.source_config else ("published",)
 
     def data_set(self, data_dir: str, *, source: str | None = None, kind: str = "") -> LraBuilder:
-        """The TFDS builder of the task's data, prepared or not.
+        """Returns the TFDS builder of the task's data, prepared or not.
 
         Args:
           data_dir: folder of all data sets.
           source: folder or archive with the published files, or None.
-          kind: as settled_kind returns it; "" settles it.
+          kind: "generated" or "published"; "" chooses one as settled_kind does.
 
         Raises:
           UserError: as settled_kind.
@@ -113,22 +115,24 @@ class Task:
         return store.make(self.builder, config, data_dir)
 
     def first_kind(self, source: str | None) -> str:
-        """The kind that is read if data_dir holds none yet."""
+        """Returns the kind that is read if data_dir does not hold any yet."""
         return self.kinds[-1] if source else self.kinds[0]
 
     def settled_kind(self, data_dir: str, *, source: str | None = None, kind: str = "") -> str:
-        """Which of the kinds is read: generated or published examples.
+        """Decides whether generated or published examples are read.
 
-        Where that is not said, a line says what was chosen if data_dir holds published examples.
+        If the task has both kinds, neither kind nor source is given, and data_dir holds published
+        examples, prints a line that says which ones are read.
 
         Args:
           data_dir: folder of all data sets.
           source: folder or archive with the published files, or None.
-          kind: one of kinds; "" means the published one if a source is named, else what is prepared
-            in data_dir, else the generated one.
+          kind: one of kinds; "" means the published one if a source is given, else the one that is
+            prepared in data_dir, else the generated one. If both are prepared, the generated one is
+            read; if the task has only one kind, that one is.
 
         Raises:
-          UserError: if the task has no such kind, or the source is not for it.
+          UserError: if the task has no such kind, or a source is given for generated examples.
         """
         if source and self.source_config is None:
             raise UserError(f"task {self.name} is generated: it takes no data.source")
@@ -156,17 +160,17 @@ class Task:
         return "published"
 
     def is_prepared(self, kind: str, data_dir: str) -> bool:
-        """Whether data_dir holds the data set of that kind."""
+        """Returns True if data_dir holds the task's data set of this kind."""
         return Path(self._make(kind, data_dir).data_dir).is_dir()
 
     def longest(self, options: Mapping[str, Any]) -> int:
-        """The most tokens that a document can have, with these options of load."""
+        """Returns the largest number of tokens of a document, given these options of load."""
         return min(self.max_length, options.get("length", self.max_length)) // (
             options.get("shrink", 1) ** 2
         )
 
     def is_in(self, source: str) -> bool:
-        """Whether the folder or archive holds published files of the task, whole or not."""
+        """Returns True if the folder or archive holds files of the task, complete or not."""
         if self.source_config is None:
             return False
         data_set = store.make(self.builder, self.source_config, source)
@@ -175,7 +179,7 @@ class Task:
             data_set.source_files()
         except archives.NotHereError:
             return False
-        except UserError:  # it is there, and load will say what is wrong with it
+        except UserError:  # the files are there but faulty: load reports the fault
             pass
         return True
 
@@ -188,15 +192,16 @@ class Task:
         kind: str = "",
         **options: Any,
     ) -> Examples:
-        """A split; the data set is prepared first if it is missing.
+        """Loads a split, preparing the data set first if it is missing.
 
         Args:
           split: "train", "validation" or "test".
           data_dir: folder of all data sets.
-          source: folder or archive with the published files; None takes what is prepared in
-            data_dir, or else generates or downloads.
-          kind: "generated" or "published"; "" as settled_kind says.
-          **options: see the attribute of that name; those left out have their defaults.
+          source: folder or archive with the published files; None reads what is prepared in
+            data_dir, or else generates or downloads the data.
+          kind: "generated" or "published"; "" chooses one as settled_kind does.
+          **options: options of the task, such as length; see the attribute options, which has the
+            defaults.
 
         Raises:
           UserError: if the split or an option is unknown, the source is missing or malformed, or
@@ -217,7 +222,7 @@ class Task:
         return self.make_split(stored, split, **{**self.options, **options})
 
     def floors(self, examples: Examples) -> dict[str, float]:
-        """Accuracies, in 0..1, of trivial classifiers that are fitted to these very examples."""
+        """Computes the accuracies, in 0..1, of trivial classifiers fitted to these examples."""
         counts = np.bincount(examples.label)
         commonest = {"commonest label": float(counts.max() / len(examples))}
         return commonest | self.extra_floors(examples)

@@ -36,17 +36,18 @@ def read_reviews(
     """Reads the labelled reviews, in an order that is the same for a folder and an archive.
 
     Args:
-      source: the folder aclImdb, its tar file of any compression, or a folder that holds either.
-      report: called with a line of text if there are reviews that are not UTF-8.
-      sizes: examples of each split, half of them of each class.
+      source: the folder aclImdb, its tar file with any compression, or a folder that holds either.
+      report: called with a line of text if some reviews are not UTF-8.
+      sizes: number of examples of each split, half of them of each class.
 
     Returns:
-      For "train" and "test": the texts, without white space at their ends, first all negative and
-      then all positive ones, each by their numbers; and labels, uint8 [examples], 1 for positive.
+      For "train" and "test": the texts, stripped of white space, first all negative and then all
+      positive ones, each in the order of their numbers; and labels, uint8 [examples], 1 for
+      positive.
 
     Raises:
-      UserError: naming the file, if there is no such data set, its archive is damaged, a review
-        is missing or empty, or the rating in the name of a file does not belong to its class.
+      UserError: if there is no such data set, its archive is damaged, a review is missing or empty,
+        or the rating in a file's name does not belong to its class. The message names the file.
     """
     place = archives.locate(source, FORMS)
     found: dict[str, list[tuple[int, int, int, bytes]]] = {split: [] for split in sizes}
@@ -82,7 +83,7 @@ def read_reviews(
 
 
 def _stripped(text: bytes) -> bytes:
-    """A review without what is no part of it: a byte-order mark, white space at its ends."""
+    """Strips a review of a byte-order mark, and of white space at both ends."""
     return text.removeprefix(archives.BYTE_ORDER_MARK).strip()
 
 
@@ -131,10 +132,10 @@ def _as_arrays(texts: Sequence[bytes]) -> list[np.ndarray]:
 
 
 def _make_split(load: LoadStored, split: str, length: int, validate_on_test: bool) -> Examples:
-    """A split with the first length bytes of each review.
+    """Returns a split with each review cut to its first length bytes.
 
-    With validate_on_test, as in the published code, nothing is held out of train, and validation is
-    test.
+    With validate_on_test, as in the published code, nothing is held out of train, and the
+    validation split is the test split.
     """
     if not validate_on_test:
         return cut_documents(load, split, length)

@@ -1,7 +1,7 @@
-"""A process that computes for parallel.ordered_map: python -m skyformer_jax.data.worker FD.
+"""Worker process of parallel.ordered_map: python -m skyformer_jax.data.worker FD.
 
-FD is the number of an inherited connection. Over it come calls, (function, arguments), and go
-answers, (True, result) or (False, exception).
+FD is the file descriptor of an inherited connection. The worker receives calls, (function,
+arguments), and sends answers, (True, result) or (False, exception).
 """
 
 import os
@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 
 def main(connection: Connection) -> None:
-    """Answers calls until the other end is closed, be it that its process was killed."""
+    """Answers calls until the other end closes, even because its process was killed."""
     calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, calls), daemon=True).start()
     while True:
@@ -27,7 +27,7 @@ def main(connection: Connection) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The exception with its traceback as a note, or, if it cannot be pickled, one that can."""
+    """Adds the traceback to an exception as a note; replaces one that cannot be pickled."""
     error.add_note(f"in a worker:\n{traceback.format_exc()}")
     try:
         pickle.loads(pickle.dumps(error))
@@ -37,7 +37,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _receive(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
-    """Takes calls in, and ends the process, even while it computes, when there will be no more."""
+    """Queues calls. When the connection closes, ends the process, even while it computes."""
     while True:
         try:
             calls.put(connection.recv_bytes())
