@@ -91,7 +91,7 @@ def test_the_packed_release_is_named_for_what_it_is(tmp_path, find):
             find(source)
         assert not isinstance(e.value, archives.NotHereError)
     (tmp_path / "file.zip").write_bytes(b"PK\x03\x04")
-    with pytest.raises(archives.NotHereError, match=r"file\.zip is a zip archive, where a folder"):
+    with pytest.raises(archives.NotHereError, match=r"file\.zip is a zip archive, but a folder"):
         find(tmp_path / "file.zip")
 
 

@@ -333,7 +333,7 @@ def _check_unpacked(source: Path) -> None:
     if source.is_file():
         kind = kind_of(source) or Kind("a file", "name the folder of lra_release")
         error = UserError if kind is _RELEASE else NotHereError
-        raise error(f"{source} is {kind.what}, where a folder is wanted: {kind.advice}")
+        raise error(f"{source} is {kind.what}, but a folder is needed: {kind.advice}")
     packed = next(filter(Path.is_file, (source / name for name in _PACKED_RELEASES)), None)
     if packed is not None and not (source / "lra_release").exists():
         raise UserError(f"{packed} is {_RELEASE.what}: {_RELEASE.advice}")

@@ -93,7 +93,7 @@ def prepare(builder: LraBuilder, source: str | None = None) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"data.dir={builder.data_dir_root} cannot be made a folder ({error.strerror}); "
+            f"data.dir={builder.data_dir_root} cannot be created as a folder ({error.strerror}); "
             "name another"
         ) from None
     with lock(place.parent / "lock", wait=True) as held:

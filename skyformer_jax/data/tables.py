@@ -1,8 +1,8 @@
 """Reads examples from tables, one for each split: TSV, CSV, Parquet, or NumPy arrays (.npz).
 
 A TSV file has columns that are separated by tabs, without quoting; a CSV file is quoted as in
-RFC 4180. Both begin with a line of column names. A byte-order mark before it and empty lines are
-ignored.
+RFC 4180. Both begin with a line of column names. A byte-order mark before that line is ignored, and
+so are empty lines.
 """
 
 import contextlib

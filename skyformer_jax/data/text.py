@@ -41,9 +41,9 @@ def read_reviews(
       sizes: number of examples of each split, half of them of each class.
 
     Returns:
-      For "train" and "test": the texts, stripped of white space, first all negative and then all
-      positive ones, each in the order of their numbers; and labels, uint8 [examples], 1 for
-      positive.
+      For "train" and "test": the texts, stripped of white space at both ends, first all negative
+      and then all positive ones, each in the order of their numbers; and labels, uint8 [examples],
+      1 for positive.
 
     Raises:
       UserError: if there is no such data set, its archive is damaged, a review is missing or empty,

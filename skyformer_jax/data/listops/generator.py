@@ -160,7 +160,7 @@ def _medians(values: np.ndarray, first: np.ndarray, num_args: np.ndarray) -> np.
 
 
 def _write(levels: list[_Level], lengths: list[np.ndarray], roots: np.ndarray) -> np.ndarray:
-    """Writes the token ids of all trees, one after another; roots has each tree's first position."""
+    """Returns the token ids of all trees, one after another; roots are where each tree begins."""
     tokens = np.zeros(lengths[0].sum(), np.uint8)
     position = roots
     for depth, level in enumerate(levels):

@@ -12,7 +12,7 @@ _TRIES_PER_DASH = 3
 _TRIES_PER_DISTRACTOR = 5
 _LEAST_WEIGHT = 1e-4  # a contour is given up if the weights of free candidates sum to less
 _LEAST_FREE = 0.01  # no distractor is begun if a smaller share of the image is free
-_BLOCKED = 77  # mask (0.3 in the original) at or above which first dashes are blocked
+_BLOCKED = 77  # mask value (0.3 in the original) from which first dashes are blocked
 
 
 class Fields(NamedTuple):

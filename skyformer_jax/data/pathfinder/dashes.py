@@ -24,8 +24,8 @@ class Dashes(NamedTuple):
 
     Stamps are uint8 [kinds, width, width]; a first dash begins at the centre of its stamp, any
     other ends there. Fields are uint8 [side, side], images with a rim on all sides. The rim is
-    blocked for further dashes. The original looks only inside the image, whose own
-    edge is blocked, so the result is the same.
+    blocked for further dashes. The original looks only inside the image, whose own edge is blocked,
+    so the result is the same.
 
     Attributes:
       settings: settings of the images.
