@@ -1,4 +1,4 @@
-"""The shared part of train.py, eval.py and the other command lines: errors in one line."""
+"""Shared by train.py, eval.py and the other command lines: flags, and errors in one line."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from skyformer_jax.errors import UserError, missing_package
 from skyformer_jax.files import expand
 from skyformer_jax.shipped import find_config, make_configs_importable
 
-# Failures of the machine, not of the program: the person can mend them.
+# Failures of the machine, not of the program: the user can fix them.
 _MACHINE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),  # of shared file systems
@@ -27,31 +27,31 @@ _MACHINE_ERRORS = (
 def _open_standard_streams() -> None:
     """Opens the null device for standard streams that the process was started without.
 
-    The next file that is opened would otherwise have the number of such a stream, and get what
-    libraries print.
+    Otherwise the next file that is opened would get the descriptor of such a stream, and with it
+    everything that libraries print.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest number that is free is this one; programs that we start get it too.
+            # os.open returns the lowest free number, which is this one. Child processes inherit it.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader ended."""
+    """Returns True if standard output is a pipe whose reader has ended."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are reported all the same
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported without being asked for
     return bool(poll.poll(0))
 
 
 def _fail(text: str, status: int = 2) -> NoReturn:
     """Prints one line and ends the process at once.
 
-    Our own files are closed by now. On a full disk, threads and exit handlers of libraries would
-    add their tracebacks to the line.
+    Files of this package are closed by now. On a full disk, threads and exit handlers of libraries
+    would add tracebacks to the line.
     """
     for stream, line in ((sys.stdout, ""), (sys.stderr, f"error: {' '.join(text.split())}\n")):
         with contextlib.suppress(OSError):
@@ -61,16 +61,16 @@ def _fail(text: str, status: int = 2) -> NoReturn:
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Parses a command line by absl, the config file and its overrides included.
+    """Parses a command line with absl, including the config file and its overrides.
 
     Args:
-      values: the flags, which get their values.
-      argv: the command line, the program's name first. A ~ that begins the value of a flag is
-        the home folder, though shells leave it alone after the sign =. A config that is not there
-        is looked for among those that come with the package.
+      values: the flags to parse into.
+      argv: the command line, beginning with the program's name. A ~ at the beginning of a flag's
+        value is replaced by the home folder, because shells leave it alone after =. A config file
+        that does not exist is looked up among those that come with the package.
 
     Raises:
-      UserError: one line for what is wrong.
+      UserError: with one line that says what is wrong.
     """
     make_configs_importable()
     try:
@@ -78,7 +78,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
     except UserError:
         raise
     except flags.Error as error:
-        # A config file's own error comes as the last line of a traceback in the text.
+        # A UserError of the config file itself comes as the last line of a traceback in the text.
         _, _, own = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
         raise UserError(own.strip() or str(error)) from None
     except ModuleNotFoundError as error:
@@ -89,7 +89,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise UserError(f"the config file imports {error.name}, which {where}") from None
     except (AttributeError, KeyError) as error:
         reason = error.args[0]
-        if isinstance(reason, KeyError):  # in which ml_collections wraps it
+        if isinstance(reason, KeyError):  # ml_collections wraps one in another
             reason = reason.args[0]
         raise UserError(f"no such config field: {' '.join(str(reason).split())}") from None
     except (OSError, TypeError, ValueError) as error:
@@ -99,7 +99,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def _with_whole_path(argument: str) -> str:
-    """The argument with the path that is its value made whole; no other value begins with ~."""
+    """Expands ~ in an argument (only paths begin with ~), or finds a shipped config."""
     name, equals, value = argument.partition("=")
     if argument.startswith("~"):
         return str(expand(argument))
@@ -117,11 +117,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _without_late_arrays(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A sys.unraisablehook that calls report for all errors but one kind.
+    """Returns a sys.unraisablehook that calls report for all errors except one kind.
 
     If an array of a checkpoint cannot be read or written, Orbax closes its event loop while
-    TensorStore still works on others. Each of these then prints a traceback beside the error that
-    matters.
+    TensorStore still works on other arrays. Each of these then prints a traceback beside the error
+    that matters.
     """
 
     def hook(unraisable: Any) -> None:
@@ -133,17 +133,17 @@ def _without_late_arrays(report: Callable[[Any], None]) -> Callable[[Any], None]
 
 
 def run(main: Callable[[], None], module: str = "__main__") -> None:
-    """Runs main() with parsed flags; a UserError is printed without a traceback, exit status 2.
+    """Runs main() with parsed flags; on a UserError, prints one line and exits with status 2.
 
     Args:
-      main: the program.
+      main: the program, called without arguments once the flags are parsed.
       module: name of the module whose docstring and flags --help shows.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         del argv
         if not flags.FLAGS["verbosity"].present:
-            # Orbax warns of its routine, and reports what it raises a second time.
+            # Orbax warns about routine work, and also logs the errors that it raises.
             logging.set_verbosity(logging.FATAL)
             python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
             sys.unraisablehook = _without_late_arrays(sys.unraisablehook)
@@ -158,7 +158,7 @@ def run(main: Callable[[], None], module: str = "__main__") -> None:
             _fail(missing_package(error))
         except OSError as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
-                os._exit(128 + signal.SIGPIPE)  # as a program ends that leaves the signal alone
+                os._exit(128 + signal.SIGPIPE)  # as if SIGPIPE had ended the program
             if error.errno not in _MACHINE_ERRORS:
                 raise
             _fail(f"{error.strerror}: {error.filename or 'while writing'}")

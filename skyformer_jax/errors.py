@@ -1,4 +1,4 @@
-"""The exception that is meant for the person at the keyboard, and what raises it everywhere."""
+"""UserError, the exception for faults that the user can fix, and helpers that raise it."""
 
 import contextlib
 import difflib
@@ -8,30 +8,30 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user can mend: one line, what was wrong, what is allowed, what to do.
+    """An error that the user can fix; one line says what was wrong, what is allowed, what to do.
 
-    The command lines print its text without a traceback and exit with status 2.
+    The command lines print the message without a traceback and exit with status 2.
     """
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """What to do about a package of the benchmark's that is not installed.
+    """Returns a message about a package of the lra extra that is not installed.
 
     Raises:
-      ModuleNotFoundError: the error itself, if what is missing is a module of ours.
+      ModuleNotFoundError: the error itself, if the missing module is one of this repository's.
     """
     package = (error.name or "").partition(".")[0]
     if package in ("", "skyformer_jax", "configs", "experiments"):
         raise error
     return (
-        f"{package} is not installed, which the data and the training need: pip install "
-        '"skyformer_jax[lra]", or in a checkout pip install -e ".[lra]"'
+        f"{package} is not installed, but the data sets and training need it: pip install "
+        '"skyformer_jax[lra]", or in a clone pip install -e ".[lra]"'
     )
 
 
 @contextlib.contextmanager
 def lra_imports() -> Iterator[None]:
-    """For the imports of a command: ends it in one line if a package of the extra is missing."""
+    """Wraps a command's imports: exits with one line if a package of the lra extra is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -43,7 +43,7 @@ def one_of(what: str, got: str, allowed: Iterable[str]) -> str:
     """Returns got if it is allowed.
 
     Raises:
-      UserError: otherwise, with what is allowed and the closest of it.
+      UserError: if it is not. The message lists the allowed values and suggests the closest one.
     """
     allowed = tuple(allowed)
     if got not in allowed:
@@ -55,13 +55,13 @@ def one_of(what: str, got: str, allowed: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def full_disk(directory: str | Path) -> Iterator[None]:
-    """Turns a failed write on a full disk, which libraries raise in many shapes, into one line.
+    """Turns a write that fails on a full disk, whatever a library raises for it, into a UserError.
 
     Args:
-      directory: the folder that its block writes to.
+      directory: the folder that the block writes to.
 
     Raises:
-      UserError: for an error of any kind whose text speaks of no space or quota left.
+      UserError: for an error of any type whose text says that no space or quota is left.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Paths, locks and owners of files, on systems that lack a home folder, locks or names of users."""
+"""Paths, locks and owners of files, also on systems without home folders, locks or user names."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,7 @@ from skyformer_jax.progress import say
 
 
 def expand(path: str | Path) -> Path:
-    """The path with a leading ~ or ~user replaced by that home folder.
+    """Returns the path with a leading ~ or ~user replaced by that home folder.
 
     Raises:
       UserError: if the home folder is not known.
@@ -27,9 +27,13 @@ def expand(path: str | Path) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Raises a UserError for a path that is no text, which the storage of arrays cannot open.
+    """Checks that a path is valid text, because the libraries that store arrays open no other.
 
-    Python reads the bytes of such a name as it can: of another encoding than that of the locale.
+    Python accepts a name whose bytes are not valid in the encoding of the locale, but the path is
+    then no valid Unicode.
+
+    Raises:
+      UserError: for such a path.
     """
     try:
         str(path).encode()
@@ -42,17 +46,20 @@ def check_name(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds a lock while its block runs, and yields whether it does.
+    """Holds a file lock while its block runs.
 
-    Some file systems of clusters and containers have no locks. A line then says so, and the block
-    runs without one.
+    Some file systems of clusters and containers have no locks. There, a line says so, and the block
+    runs without a lock.
 
     Args:
-      path: the file of the lock, made if it is missing.
-      wait: whether to wait while another process holds it.
+      path: the lock file, created if it is missing.
+      wait: whether to wait while another process holds the lock.
+
+    Yields:
+      True if the lock is held, False if the file system has no locks.
 
     Raises:
-      BlockingIOError: if another process holds it and wait is False.
+      BlockingIOError: if another process holds the lock and wait is False.
     """
     with path.open("w") as file:
         try:
@@ -71,11 +78,10 @@ def lock(path: Path, *, wait: bool) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def unnamed_owners() -> Iterator[None]:
-    """Gives users and groups that have no name their number for one while its block runs.
+    """Lets users and groups without a name go by their number while its block runs.
 
-    TFDS asks for the owner of every file that it writes, through a stat of etils which raises
-    KeyError for a user without an entry in passwd (google/etils, issue 790). Containers often run
-    as such a user.
+    TFDS looks up the owner of every file that it writes through etils, which raises KeyError for a
+    user without an entry in passwd (google/etils, issue 790). Containers often run as such a user.
     """
     users, groups = pwd.getpwuid, grp.getgrgid
 
@@ -85,7 +91,7 @@ def unnamed_owners() -> Iterator[None]:
         except KeyError:
             return pwd.struct_passwd((str(uid), "x", uid, uid, "", "/", ""))
 
-    def group(id: int) -> grp.struct_group:  # named as Python's
+    def group(id: int) -> grp.struct_group:  # the parameter's name in Python
         try:
             return groups(id)
         except KeyError:

@@ -3,9 +3,9 @@
 python -m skyformer_jax.prepare --task=all [--source=DIR] [--data_dir=data]
 python -m skyformer_jax.prepare --config=FILE: the task, folders and kind that a config names
 
-Without a source, what data_dir does not hold is generated or downloaded. The source is a published
-folder (lra_release, aclImdb or cifar-10-batches-bin), its archive, a folder in which TFDS prepared
-imdb_reviews or cifar10, or a folder that holds several of these; docs/data.md has further forms.
+Without a source, data sets that data_dir lacks are generated or downloaded. The source is a
+published folder (lra_release, aclImdb or cifar-10-batches-bin), its archive, a folder in which TFDS
+prepared imdb_reviews or cifar10, or a folder that holds several of these; docs/data.md lists more.
 """
 
 import os
@@ -33,11 +33,11 @@ _HEADER = (
 
 
 def row(task: str, split: str, examples: Examples, num_bytes: int) -> list[str]:
-    """One row of the table, as texts in the order of _HEADER.
+    """Returns one row of the table, as strings in the order of _HEADER.
 
     Args:
-      task: name of the task.
-      split: name of the split.
+      task: the task's name.
+      split: "train", "validation" or "test".
       examples: the split, with at least one example.
       num_bytes: size of the split's files on disk.
     """
@@ -58,7 +58,7 @@ def row(task: str, split: str, examples: Examples, num_bytes: int) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The rows below _HEADER, as lines of aligned columns."""
+    """Formats the table: a header and the rows, as lines of aligned columns."""
     lines = [_HEADER, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -71,7 +71,7 @@ def rows_of(task: tasks.Task, data_dir: str, source: str | None, kind: str = "")
     """Prepares the data set of a task if it is missing, and returns a row for each split.
 
     Raises:
-      UserError: as Task.load.
+      UserError: as Task.load does.
     """
     rows = []
     kind = task.settled_kind(data_dir, source=source, kind=kind)
@@ -86,14 +86,16 @@ def main(name: str, data_dir: str, source: str | None, kind: str = "") -> None:
     """Prepares one task, or all six of the benchmark, and prints the table.
 
     Args:
-      name: name of a task; or "all", with which a task that fails does not keep the others from
-        being prepared, and a task that is not in the source is made as without one.
+      name: the task, one of tasks.NAMES, or "all". With "all", a task that fails does not keep the
+        others from being prepared, and a task that the source does not hold is prepared as if no
+        source were given.
       data_dir: folder of all data sets.
       source: folder or archive with the published files, or None.
-      kind: "generated" or "published" for one task; "" means as Task.settled_kind says.
+      kind: "generated" or "published", for one task; "" chooses one as Task.settled_kind does.
 
     Raises:
-      UserError: as Task.load; with "all" after the others are done, naming the tasks that failed.
+      UserError: as Task.load does; with "all", after the other tasks are done, naming the tasks
+        that failed.
     """
     if name == "all" and kind:
         raise UserError(f"--kind={kind} is for one task; name it by --task")
@@ -106,7 +108,7 @@ def main(name: str, data_dir: str, source: str | None, kind: str = "") -> None:
     for task in tasks.BENCHMARK:
         found = source if source and task.is_in(source) else None
         if source and not found:
-            say(f"{source} does not hold {task.name}: made as without a source")
+            say(f"{source} does not hold {task.name}: prepared as without a source")
         try:
             rows += rows_of(task, data_dir, found)
         except UserError as error:
@@ -123,10 +125,12 @@ def main(name: str, data_dir: str, source: str | None, kind: str = "") -> None:
 def main_of_config(
     config: Mapping[str, Any], data_dir: str | None, source: str | None, kind: str
 ) -> None:
-    """As main, of the task of a config; what is None or "" is as the config has it.
+    """Prepares the task of a config, and prints the table, as main does.
+
+    Arguments that are None or "" take their values from the config.
 
     Raises:
-      UserError: as Task.load.
+      UserError: as Task.load does.
     """
     data = config["data"]
     rows = rows_of(
@@ -136,16 +140,16 @@ def main_of_config(
 
 
 def command() -> None:
-    """The command line; importing this module adds no flags to another program."""
-    task = flags.DEFINE_enum("task", None, ("all", *tasks.NAMES), "Which task's data set.")
+    """Runs the command line. Defines the flags here, so that an import of the module adds none."""
+    task = flags.DEFINE_enum("task", None, ("all", *tasks.NAMES), "The task, or all six.")
     config = config_flags.DEFINE_config_file("config", None, "A config file, in place of --task.")
     source = flags.DEFINE_string("source", None, "Folder or archive of the published files.")
-    data_dir = flags.DEFINE_string("data_dir", None, "Folder of all data sets; default data.")
+    data_dir = flags.DEFINE_string("data_dir", None, "Folder of all data sets; default: data.")
     kind = flags.DEFINE_enum(
         "kind",
         "",
         ("", *KINDS),
-        "Of one task; default published with a source, else what is there.",
+        "For one task; default: published with a source, else what data_dir holds, else generated.",
     )
 
     def _main() -> None:

@@ -16,7 +16,7 @@ _muted = False
 
 
 def mute() -> None:
-    """Silences this module in all but the first of several processes."""
+    """Silences this module, for all but the first of several processes."""
     global _muted
     _muted = True
 
@@ -24,8 +24,8 @@ def mute() -> None:
 def say(text: str) -> None:
     """Prints a line to standard error, above a progress bar if there is one.
 
-    A line that cannot be written, as to a pipe whose reader ended, is dropped: it is not worth a
-    run.
+    A line that cannot be written, such as to a pipe whose reader has ended, is dropped: it must not
+    end a run.
     """
     if _muted or sys.stderr is None:
         return
@@ -34,24 +34,24 @@ def say(text: str) -> None:
 
 
 def open_bar(total: int, **options: Any) -> tqdm.tqdm | None:
-    """A tqdm bar on a terminal, with further options of tqdm; None elsewhere."""
+    """Opens a tqdm bar with further options of tqdm; returns None unless on a terminal."""
     if _muted or sys.stderr is None or sys.stderr.closed or not sys.stderr.isatty():
         return None
     return tqdm.tqdm(total=total, dynamic_ncols=True, file=sys.stderr, **options)
 
 
 class Progress:
-    """Counts up to a total, with rate and time left."""
+    """Shows progress towards a total, with the rate and the time left."""
 
     def __init__(self, total: int, what: str, unit: str = "examples") -> None:
-        """Starts at 0 of total; what names the work."""
+        """Starts at 0 of total; what names the work, and unit what is counted."""
         self._total, self._what, self._unit = total, what, unit
         self._count, self._start = 0, time.monotonic()
         self._said = self._start
         self._bar = open_bar(total, desc=what, unit=f" {unit}", unit_scale=True)
 
     def update(self, count: int) -> None:
-        """Count more are done; all of them close the bar."""
+        """Adds count to the progress; closes the bar when the total is reached."""
         self._count += count
         if self._bar is not None:
             self._bar.update(count)
@@ -69,7 +69,7 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Ends the bar where it is."""
+        """Closes the bar, even before the total is reached."""
         if self._bar is not None:
             self._bar.close()
 

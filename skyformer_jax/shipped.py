@@ -1,4 +1,4 @@
-"""The configs that come with the package: configs/ of a clone, skyformer_jax/configs of a wheel."""
+"""Configs that come with the package: configs/ in a clone, skyformer_jax/configs in a wheel."""
 
 import importlib.util
 import sys
@@ -10,11 +10,11 @@ _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def find_config(path: str) -> str:
-    """The path itself, or that of the shipped config of this name if there is no such file.
+    """Returns the path itself, or if no such file exists, the shipped config of the same name.
 
     Args:
-      path: FILE or FILE:ARGUMENT, as --config takes it; FILE may be configs/text.py wherever the
-        program is started.
+      path: FILE or FILE:ARGUMENT, as --config takes it. FILE may be configs/text.py whatever the
+        working directory is.
     """
     file, colon, argument = path.partition(":")
     if Path(file).parent != Path("configs") or Path(file).exists():
@@ -26,7 +26,7 @@ def find_config(path: str) -> str:
 
 
 def make_configs_importable() -> None:
-    """Lets config files import from configs, which is on Python's path in a clone alone."""
+    """Lets config files import from configs, which is on Python's path only in a clone."""
     if "configs" in sys.modules or importlib.util.find_spec("configs") is not None:
         return
     for folder in _FOLDERS:

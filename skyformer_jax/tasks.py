@@ -20,10 +20,10 @@ NAMES = tuple(TASKS)
 
 
 def get(name: str) -> Task:
-    """The task of that name.
+    """Returns the task of this name.
 
     Raises:
-      UserError: if there is none; NAMES lists them.
+      UserError: if name is not one of NAMES.
     """
     return TASKS[one_of("task", name, TASKS)]
 
@@ -31,13 +31,13 @@ def get(name: str) -> Task:
 def define(
     name: str, *, inputs: str, classes: own.Classes, max_length: int, num_documents: int = 1
 ) -> Task:
-    """Defines a task of one's own: see skyformer_jax.data.own.make_task, and docs/your_own_data.md.
+    """Defines a new task: see skyformer_jax.data.own.make_task and docs/your_own_data.md.
 
     Raises:
-      UserError: as make_task; or if a task of this package has the name.
+      UserError: as make_task does; or if a task of this package has the same name.
     """
     if name in TASKS:
-        raise UserError(f"a task of this package is named {name!r}; name yours otherwise")
+        raise UserError(f"a task of this package is named {name!r}; choose another name")
     return own.make_task(
         name,
         inputs=inputs,
@@ -48,10 +48,10 @@ def define(
 
 
 def of(config: Mapping[str, Any]) -> Task:
-    """The task of a config: what config.own_task defines if there is that, or else the named one.
+    """Returns the task of a config: the one that config.own_task defines, or else config.task.
 
     Raises:
-      UserError: as get, or as define.
+      UserError: as get and define do.
     """
     definition = config.get("own_task")
     if not definition:
