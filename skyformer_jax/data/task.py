@@ -170,7 +170,7 @@ class Task:
         )
 
     def is_in(self, source: str) -> bool:
-        """Returns True if a folder or archive holds published files of the task, complete or not."""
+        """Returns True if source holds published files of the task, complete or not."""
         if self.source_config is None:
             return False
         data_set = store.make(self.builder, self.source_config, source)
