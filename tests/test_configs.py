@@ -84,7 +84,7 @@ def test_a_config_is_a_data_sheet(name):
 def test_bad_training_fields_are_named():
     for fields, message in (
         ({"train.accumulation": 3}, "16 is not divisible by the 2 devices times .*=3; .* 18"),
-        ({"train.accumulation": -1}, "train.accumulation must be a number of parts, or 0"),
+        ({"train.accumulation": -1}, "train.accumulation must be a number of microbatches, or 0"),
         ({"train.log_every": 0}, "train.log_every must be at least 1"),
         ({"num_seeds": 0}, "num_seeds must be at least 1"),
         ({"seed": -1}, "seed must be in 0"),
@@ -170,9 +170,9 @@ def test_fields_that_there_are_not_are_named():
 def test_values_of_another_type_are_named():
     """A config that a program builds is not typed."""
     for field, value, message in (
-        ("model.dropout", "0.1", "must be float or int, as 0.1; got '0.1'"),
-        ("train.batch_size", True, "must be int, as 32; got True"),
-        ("train.statistics", 1, "must be bool, as False; got 1"),
+        ("model.dropout", "0.1", "must be float or int, like the default 0.1; got '0.1'"),
+        ("train.batch_size", True, "must be int, like the default 32; got True"),
+        ("train.statistics", 1, "must be bool, like the default False; got 1"),
     ):
         settings = ml_collections.ConfigDict(get("text").to_dict(), type_safe=False)
         settings.update_from_flattened_dict({field: value})
@@ -186,8 +186,8 @@ def test_bad_data_fields_are_named():
         ("text", "length", 0, "data.length must be in 1..4000"),
         ("image", "shrink", 0, "data.shrink must be in 1..1024"),
         ("image", "brackets", True, "unknown field of config.data, 'brackets'"),
-        ("image", "buckets", (512, 256), "rising lengths"),
-        ("image", "buckets", (1024,), "rising lengths"),
+        ("image", "buckets", (512, 256), "ascending lengths"),
+        ("image", "buckets", (1024,), "ascending lengths"),
     ):
         settings = get(name)
         with settings.unlocked():

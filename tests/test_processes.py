@@ -172,7 +172,7 @@ def test_what_one_process_cannot_do_ends_both(alone, tmp_path, data_dir):
     running[1] = start([*running[1].args, "--config.data.dir=/proc/nowhere"], 4)
     (status, _, stderr), (other_status, _, other_stderr) = finish(*running)
     assert status == other_status == 2
-    assert "error: process 1 stopped; what it printed says why" in stderr
+    assert "error: process 1 failed; its output says why" in stderr
     assert "/proc/nowhere" in other_stderr
 
 

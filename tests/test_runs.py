@@ -370,8 +370,11 @@ def test_runs_of_earlier_versions_are_read(undisturbed, tmp_path):
         ({"attention": {"name": "skyformer", "power": 2}}, "has no option 'power'"),
         ({"attention": {"name": "hyena"}}, "unknown attention 'hyena'"),
         ({"task": "chess"}, "unknown task 'chess'"),
-        ({"train": {"batch_size": 16.0}}, "config.train.batch_size must be int, as 32; got 16.0"),
-        ({"data": {"dir": None}}, "config.data.dir must be str, as 'data'; got None"),
+        (
+            {"train": {"batch_size": 16.0}},
+            "config.train.batch_size must be int, like the default 32; got 16.0",
+        ),
+        ({"data": {"dir": None}}, "config.data.dir must be str, like the default 'data'; got None"),
     ],
 )
 def test_what_a_later_version_wrote_is_read_or_refused_by_name(
@@ -537,7 +540,7 @@ def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):
         ({"model.width": "wide"}, "wide"),
         ({"task": "listop"}, "did you mean 'listops'"),
         ({"data.source": "/nowhere"}, "takes no data.source"),
-        ({"data.buckets": "(32,16)"}, "rising lengths below model.max_length=48"),
+        ({"data.buckets": "(32,16)"}, "ascending lengths below model.max_length=48"),
         ({"model.num_documents": 2}, "must be 1 for task listops_small"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Training and evaluation: a config and a workdir in, parameters and numbers out."""
+"""Training and evaluation of the model that a config describes, in a workdir."""
 
 from skyformer_jax.training.evaluation import evaluate
 from skyformer_jax.training.loop import train

@@ -1,12 +1,13 @@
-"""Checkpoints by Orbax, with a checksum of our own.
+"""Orbax checkpoints with a checksum.
 
-Each holds two items: "state" (the TrainState) and "meta" (JSON: step, examples read, config,
-validation metrics, digest). Orbax commits a checkpoint atomically, but restores flipped bytes
-without a word. So the digest covers all arrays and the rest of "meta", and is compared on restore.
+A checkpoint holds two items: "state" (the TrainState) and "meta" (JSON: step, examples read,
+config, validation metrics, data checksum, digest). Orbax commits a checkpoint atomically but does
+not detect flipped bytes. The digest therefore covers all arrays and the rest of "meta", and restore
+verifies it.
 
-A state is written from and read into host memory, so a checkpoint does not depend on the devices.
-If a run has several processes, all call these functions, with one folder that all of them see: one
-process writes, each reads and verifies for itself, and they agree on what they found.
+States are saved from and restored to host memory, so a checkpoint does not depend on the devices.
+If a run has several processes, all of them call these functions with the same shared folder. One
+process writes; each process reads and verifies for itself, and they agree on the result.
 """
 
 import contextlib
@@ -28,26 +29,27 @@ from skyformer_jax.training import processes
 
 _DELETED = "deleted"
 
-# Sums of a state that checkpoints of earlier versions do not have.
+# Sums of a TrainState that checkpoints of earlier versions lack.
 LATER_SUMS = ("residual",)
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that cannot be read, or is not what was written."""
+    """A checkpoint that cannot be read or that differs from what was written."""
 
 
 class _Best:
-    """An Orbax preservation policy: keeps the checkpoint of the greatest accuracy, first of equals.
+    """An Orbax preservation policy that keeps the checkpoint of the highest accuracy.
 
-    Orbax would keep accuracies in files of its own, which no checksum covers. If these are damaged,
-    it raises at every start, or deletes the best checkpoint.
+    Among equal accuracies it keeps the earliest step. Orbax's own policy stores accuracies in files
+    that no checksum covers; if these are damaged, Orbax raises at every start or deletes the best
+    checkpoint.
     """
 
     def __init__(self, accuracies: dict[int, float]) -> None:
         self._accuracies = accuracies
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Whether to keep each of the checkpoints."""
+        """Returns True for each checkpoint to keep."""
         del context
         ranked = [c.step for c in checkpoints if c.step in self._accuracies]
         best = max(ranked, key=lambda step: (self._accuracies[step], -step), default=None)
@@ -55,7 +57,7 @@ class _Best:
 
 
 def _accuracies(directory: Path) -> dict[int, float]:
-    """Validation accuracy of every checkpoint that was validated and whose meta can be read."""
+    """Validation accuracy by step, of the validated checkpoints whose meta can be read."""
     found = {}
     for step in steps(directory):
         try:
@@ -69,9 +71,10 @@ def _accuracies(directory: Path) -> dict[int, float]:
 
 
 def _remove_deleted(directory: Path) -> None:
-    """Removes the checkpoints that Orbax has moved away for deletion.
+    """Removes the checkpoints that Orbax has moved to the folder for deletion.
 
-    If it deleted them in place, a kill might leave half of one that looks finished.
+    Deletion in place could be interrupted, which would leave a partial checkpoint that looks
+    finished.
     """
     if processes.is_first():
         for path in (directory / _DELETED).glob("*"):
@@ -80,17 +83,17 @@ def _remove_deleted(directory: Path) -> None:
 
 @contextlib.contextmanager
 def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None]]:
-    """A function save(state, meta) that returns before its files are complete; the end waits.
+    """Yields a function save(state, meta) that saves in the background.
 
-    The two latest checkpoints are kept, in case the latest turns out to be damaged, and the best.
-    state is a TrainState of NumPy arrays, which must not change. meta holds JSON values;
-    meta["step"] numbers the checkpoint, meta["validation"]["accuracy"] ranks it (if "validation" is
-    None, the checkpoint is not ranked).
+    Leaving the context waits for all saves. The best checkpoint and the two latest are kept; two,
+    in case the latest turns out to be damaged. state is a TrainState of NumPy arrays, which must
+    not be modified afterwards. meta holds JSON values: meta["step"] numbers the checkpoint, and
+    meta["validation"]["accuracy"] ranks it. A checkpoint whose "validation" is None is not ranked.
 
     Raises:
-      RuntimeError: in save, if Orbax declines to.
-      OSError, ValueError: in save or at the end, if an earlier save failed in the background.
-      LostProcessError: if its block fails because another process ended.
+      RuntimeError: in save, if Orbax refuses to save.
+      OSError, ValueError: in save or on exit, if an earlier save failed in the background.
+      LostProcessError: if the block fails because another process ended.
     """
     _remove_deleted(directory)
     accuracies = _accuracies(directory)
@@ -116,15 +119,17 @@ def open_saver(directory: Path) -> Iterator[Callable[[Any, dict[str, Any]], None
             with processes.lost_process_errors():
                 yield save
         except processes.LostProcessError:
-            stack.pop_all()  # closing the manager would wait for that process
+            stack.pop_all()  # closing the manager would wait for the lost process
             raise
     _remove_deleted(directory)
 
 
 def digest(state: Any, meta: dict[str, Any]) -> str:
-    """SHA-256 of every array with its path, dtype and shape, and of meta without its digest.
+    """Returns the SHA-256 of every array with its path, dtype and shape, and of the metadata.
 
-    The state's arrays are NumPy's.
+    Args:
+      state: a tree of NumPy arrays.
+      meta: the metadata; its "digest" is left out.
     """
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -137,14 +142,14 @@ def digest(state: Any, meta: dict[str, Any]) -> str:
 
 
 def steps(directory: Path) -> list[int]:
-    """The numbers of the finished checkpoints, ascending."""
+    """Returns the steps of the finished checkpoints in ascending order."""
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
 def _restore(directory: Path, step: int, **items: Any) -> Any:
-    """Reads items of a checkpoint; any failure but missing rights means damage."""
+    """Reads items of a checkpoint; any error but PermissionError counts as damage."""
     path = directory.absolute() / str(step)
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -158,18 +163,18 @@ def _restore(directory: Path, step: int, **items: Any) -> Any:
             return checkpointer.restore(path, args=ocp.args.Composite(**items))
     except PermissionError:
         raise
-    except Exception as error:  # Orbax and its storage raise a dozen kinds
+    except Exception as error:  # Orbax and its storage raise many types
         if not path.exists():
             raise DamagedCheckpointError(
-                f"checkpoint {path} does not exist any longer: a run that trains there has "
-                "replaced it; evaluate again"
+                f"checkpoint {path} no longer exists: a run that is training there replaced it; "
+                "evaluate again"
             ) from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {reason}") from None
 
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
-    """The "meta" of a checkpoint, not verified.
+    """Reads the "meta" of a checkpoint without verifying it.
 
     Raises:
       DamagedCheckpointError: if it cannot be read.
@@ -181,19 +186,19 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
 
 
 def restore(directory: Path, step: int, state_spec: Any) -> tuple[Any, dict[str, Any]]:
-    """The state and the meta of a checkpoint, verified.
+    """Restores and verifies the state and the meta of a checkpoint.
 
     Args:
       directory: the folder of the checkpoints.
-      step: the checkpoint's number.
+      step: the step of the checkpoint.
       state_spec: a TrainState of ShapeDtypeStructs.
 
     Returns:
-      The state, of NumPy arrays, and the meta. Those of LATER_SUMS that the checkpoint does not
-      have are NaN.
+      The state, with NumPy arrays, and the meta. Sums named in LATER_SUMS that the checkpoint
+      lacks are NaN.
 
     Raises:
-      DamagedCheckpointError: if it cannot be read, or differs from what was written.
+      DamagedCheckpointError: if the checkpoint cannot be read or differs from what was written.
     """
     target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state_spec)
     try:
@@ -210,7 +215,7 @@ def restore(directory: Path, step: int, state_spec: Any) -> tuple[Any, dict[str,
 
 
 def _restore_as(target: Any, directory: Path, step: int) -> tuple[Any, dict[str, Any]]:
-    """The state, of the structure of the target, and the meta of a checkpoint, verified."""
+    """Restores and verifies a checkpoint whose state has the structure of target."""
     items = _restore(
         directory,
         step,
@@ -226,21 +231,21 @@ def _restore_as(target: Any, directory: Path, step: int) -> tuple[Any, dict[str,
 
 
 def restore_latest(directories: Sequence[Path], state_spec: Any) -> tuple[list[Any], int] | None:
-    """The states of the newest step that is whole in all directories, or None if there is none.
+    """Restores the newest step whose checkpoints in all directories are intact.
 
     A damaged checkpoint is reported and moved to a folder "damaged" beside its directory, since
-    Orbax would not save a step below it. Checkpoints that not all directories have, as a kill
-    between their saves leaves them, are moved to a folder "ahead".
+    Orbax does not save a step below an existing one. Newer checkpoints that some directories lack,
+    because the run was killed between their saves, are moved to a folder "ahead".
 
     Args:
-      directories: folders of the checkpoints of the models that are trained at once.
-      state_spec: the state of one model, see restore.
+      directories: the checkpoint folders of the models that are trained at once.
+      state_spec: shapes and dtypes of the state of one model, see restore.
 
     Returns:
-      The states and their step.
+      The states and their step; None if no checkpoint exists.
 
     Raises:
-      UserError: if there were checkpoints, and all are damaged.
+      UserError: if checkpoints exist but all of them are damaged.
     """
     damaged = False
     while (newest := _newest_of_all(directories)) is not None:
@@ -271,13 +276,13 @@ def restore_latest(directories: Sequence[Path], state_spec: Any) -> tuple[list[A
 
 
 def _newest_of_all(directories: Sequence[Path]) -> int | None:
-    """The newest step that all directories have."""
+    """The newest step that all directories have, or None."""
     common = set.intersection(*(set(steps(directory)) for directory in directories))
     return processes.broadcast(max(common, default=None))
 
 
 def _put_aside(directory: Path, found: Sequence[int], name: str) -> Path:
-    """Moves checkpoints to a folder of that name beside the directory; returns the folder."""
+    """Moves checkpoints to the folder of this name beside the directory; returns that folder."""
     aside = directory.parent / name
     with processes.barrier():
         if found and processes.is_first():
@@ -289,10 +294,14 @@ def _put_aside(directory: Path, found: Sequence[int], name: str) -> Path:
 
 
 def find(directory: Path, which: str) -> int:
-    """The number of the checkpoint "best", "latest" or a step given in digits.
+    """Returns the step of a checkpoint.
+
+    Args:
+      directory: the folder of the checkpoints.
+      which: "best" by validation accuracy, "latest", or a step in digits.
 
     Raises:
-      UserError: if there is none, naming those that exist.
+      UserError: if there is no such checkpoint; the message names those that exist.
     """
     found = steps(directory)
     if not found:

@@ -1,4 +1,4 @@
-"""Compiled programs on disk, so that a second start does not compile again."""
+"""Caches compiled programs on disk, so that later processes need not compile them again."""
 
 import hashlib
 import tempfile
@@ -10,12 +10,12 @@ from skyformer_jax.progress import say
 
 
 def use_cache(directory: str) -> None:
-    """Keeps programs that take over a second to compile in a folder, for later processes too.
+    """Caches programs that take over a second to compile in a folder, for later processes.
 
     Args:
-      directory: the folder, made if it is missing; "" keeps nothing. If nothing can be written
-        there, a line says so and nothing is kept. The environment variable
-        JAX_COMPILATION_CACHE_DIR, if set, names another folder that is used instead.
+      directory: the folder, created if it is missing; "" disables the cache. If the folder is not
+        writable, a line says so and nothing is cached. If the environment variable
+        JAX_COMPILATION_CACHE_DIR is set, its folder is used instead.
     """
     if directory and not jax.config.values["jax_compilation_cache_dir"]:
         try:
@@ -25,15 +25,15 @@ def use_cache(directory: str) -> None:
                 pass
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
             reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-            say(f"compilation_cache={directory}: {reason}; programs are not kept")
+            say(f"compilation_cache={directory}: {reason}; compiled programs are not cached")
             return
         jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 def _processor() -> str:
-    """A name for the CPU's instruction set, which JAX does not make part of its cache keys.
+    """Returns a name for the CPU's instruction set, which JAX's cache keys do not include.
 
-    A home folder may be shared by machines of several kinds.
+    Machines with different CPUs may share a home folder.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Configurations: their checks, made before anything is compiled or written, and their storage."""
+"""Checks a config before anything is compiled or written, and reads and stores configs."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.files import expand
 from skyformer_jax.training.defaults import added_fields, default_config
 
-# Fields that say where files lie, how it is computed and what is logged, not what is computed. They
-# may differ between two starts of one workdir, whose results then agree to rounding.
+# Fields for the location of files, the method of computation and the logging. They do not change
+# what is computed, so they may change when a run is restarted; results then agree to rounding.
 MUTABLE_FIELDS = (
     "version",
     "data.dir",
@@ -24,7 +24,7 @@ MUTABLE_FIELDS = (
     "model.remat",
     "train.accumulation",
     "train.log_every",
-    "train.non_finite",  # skipping differs from stopping at the step alone that stops
+    "train.non_finite",  # "skip" and "stop" differ only at a step that would stop the run
     "parallel.",
 )
 BACKENDS = ("shard_map", "pmap")
@@ -33,11 +33,11 @@ _SPLIT_LANDMARKS = ("uniform", "strided", "segment_means", "learned")
 
 
 def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
-    """Raises a UserError for the first thing in the config that cannot work.
+    """Raises a UserError for the first field of the config that is invalid.
 
     Args:
       config: the complete configuration.
-      num_devices: devices that the batch will be divided over.
+      num_devices: number of devices that the run uses.
     """
     task = tasks.of(config)
     _check_fields(config)
@@ -49,7 +49,7 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
 
 
 def _check_fields(config: ml_collections.ConfigDict) -> None:
-    """Raises a UserError for a field that there is not, or whose value is of another type."""
+    """Raises a UserError for an unknown field, or a value of the wrong type."""
     known = default_config(tasks.of(config), config.attention.name)
     for field, value in config.items():
         one_of("config field", field, known)
@@ -61,28 +61,28 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_type(field: str, value: Any, default: Any) -> None:
-    """Raises a UserError unless a value is of its default's type; None may stand for ""."""
+    """Raises a UserError unless the value has the type of its default; None may replace ""."""
     allowed = {float: (float, int), tuple: (tuple, list)}.get(type(default), (type(default),))
     if type(default) is dict or type(value) in allowed or (value is None and default == ""):
         return
     raise UserError(
-        f"config.{field} must be {' or '.join(kind.__name__ for kind in allowed)}, as "
-        f"{default!r}; got {value!r}"
+        f"config.{field} must be {' or '.join(kind.__name__ for kind in allowed)}, "
+        f"like the default {default!r}; got {value!r}"
     )
 
 
 def _check_attention(config: ml_collections.ConfigDict) -> None:
     options = config.attention.to_dict()
     name = one_of("attention", options.pop("name"), attention.NAMES)
-    # JAX's strict modes raise for what the attention computes, whatever its options are. So might
-    # an attention that is broken by itself; that is not the config's fault either.
+    # JAX's strict promotion modes raise for any options, so they are relaxed here. The first call,
+    # without options, raises if the attention itself is broken, which is not the config's fault.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         attention.check_options(name, {})
         try:
             attention.check_options(name, options)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"config.attention: {error} (--config=FILE:{name} sets just what {name} has)"
+                f"config.attention: {error} (--config=FILE:{name} sets the options of {name})"
             ) from None
 
 
@@ -131,7 +131,7 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"train.learning_rate must be positive; got {train.learning_rate}")
     if train.accumulation < 0:
         raise UserError(
-            f"train.accumulation must be a number of parts, or 0 for what suits the device; got "
+            f"train.accumulation must be a number of microbatches, or 0 to choose it; got "
             f"{train.accumulation}"
         )
 
@@ -149,12 +149,12 @@ def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
     longest = task.longest(data)
     if max_length < longest:
         raise UserError(
-            f"model.max_length must be at least {longest}, the length of task {task.name} as "
-            f"config.data has it; got {max_length}"
+            f"model.max_length must be at least {longest}, the length of task {task.name} with "
+            f"this config.data; got {max_length}"
         )
     if list(data.buckets) != sorted({size for size in data.buckets if 0 < size < max_length}):
         raise UserError(
-            "data.buckets must be rising lengths below model.max_length="
+            "data.buckets must be ascending lengths below model.max_length="
             f"{max_length}; got {tuple(data.buckets)}"
         )
     if data.buckets and config.num_seeds > 1:
@@ -171,17 +171,17 @@ def _check_devices(config: ml_collections.ConfigDict, num_devices: int) -> None:
             by += f" times train.accumulation={train.accumulation}"
         raise UserError(
             f"train.batch_size={train.batch_size} is not divisible by {by}; "
-            f"nearest that is: {max(1, round(train.batch_size / parts)) * parts}"
+            f"the nearest that is: {max(1, round(train.batch_size / parts)) * parts}"
         )
     if seq > 1:
         _check_split_sequences(config, seq)
 
 
 def mesh_shape(config: ml_collections.ConfigDict, num_devices: int) -> tuple[int, int]:
-    """The numbers of devices along data and along seq that config.parallel asks for.
+    """Returns the numbers of devices along data and along seq that config.parallel asks for.
 
     Raises:
-      UserError: if they do not use all num_devices devices, or the backend cannot.
+      UserError: if they do not use all num_devices devices, or the backend does not support them.
     """
     parallel = config.parallel
     one_of("parallel.backend", parallel.backend, BACKENDS)
@@ -190,7 +190,7 @@ def mesh_shape(config: ml_collections.ConfigDict, num_devices: int) -> tuple[int
         if value < 1 and value != -1:
             raise UserError(f"parallel.{field} must be at least 1, or -1 for the rest; got {value}")
     if data == seq == -1:
-        raise UserError("parallel.data and parallel.seq cannot both be -1, the rest")
+        raise UserError("parallel.data and parallel.seq cannot both be -1")
     if data == -1 and num_devices % seq == 0:
         data = num_devices // seq
     elif seq == -1 and num_devices % data == 0:
@@ -227,14 +227,14 @@ def _check_split_sequences(config: ml_collections.ConfigDict, seq: int) -> None:
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as plain dicts and values."""
+    """Returns the config as nested dicts of JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
 def stored(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What config.json of a run holds: the version that wrote it, and the config.
+    """Returns the content of a run's config.json: the package version and the config.
 
-    Locations are absolute, since eval.py may be called from elsewhere.
+    Paths are absolute, since eval.py may be started in another folder.
     """
     held = to_dict(config)
     for location in ("dir", "source"):
@@ -244,13 +244,13 @@ def stored(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def read(path: Path) -> ml_collections.ConfigDict:
-    """The config of a workdir, which this version or an earlier one wrote.
+    """Reads the config of a workdir, written by this version or an earlier one.
 
     Raises:
       UserError: if the file is missing, is not a config, or has fields that this version does not
         know.
     """
-    version = "0.1.0"  # which did not write its own
+    version = "0.1.0"  # which did not store its version
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
@@ -272,14 +272,14 @@ def read(path: Path) -> ml_collections.ConfigDict:
 
 
 def upgrade(content: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The complete config that says what another version computed by a stored one.
+    """Completes a stored config so that it describes what the version that wrote it computed.
 
-    Where an earlier version computed something else by the same fields, these are changed.
+    Fields that were added since get the values that describe the earlier behaviour.
     """
     content = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
     for section in ("model", "train", "data"):
         content.setdefault(section, {})
-    content["train"].pop("steps_per_call", None)  # of no influence on what was computed
+    content["train"].pop("steps_per_call", None)  # it did not affect the results
     for field, value in added_fields(content).items():
         section, _, name = field.partition(".")
         content[section].setdefault(name, value)
@@ -287,10 +287,10 @@ def upgrade(content: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def complete(config: ml_collections.ConfigDict | dict[str, Any]) -> ml_collections.ConfigDict:
-    """A copy of a config in which fields that it lacks have their defaults.
+    """Returns a copy of a config with defaults for the fields that it lacks.
 
     Raises:
-      UserError: if there is no such task or attention.
+      UserError: if the task or the attention is unknown.
     """
     given = ml_collections.ConfigDict(config).to_dict()
     full = default_config(tasks.of(given), given["attention"]["name"])
@@ -300,7 +300,7 @@ def complete(config: ml_collections.ConfigDict | dict[str, Any]) -> ml_collectio
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flattens nested dicts: {"a": {"b": 1}} becomes {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -313,12 +313,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(
     saved: dict[str, Any], asked: dict[str, Any], may_differ: tuple[str, ...] = MUTABLE_FIELDS
 ) -> list[str]:
-    """One text for each field that differs between two stored configs.
+    """Describes each field that differs between two stored configs.
 
     Args:
-      saved: the one.
-      asked: the other.
-      may_differ: what the fields begin with that are left out.
+      saved: the config of the earlier run.
+      asked: the config asked for now.
+      may_differ: prefixes of the fields to leave out.
+
+    Returns:
+      One text for each field, with both values.
     """
     old, new = flatten(saved), flatten(asked)
     return [

@@ -1,4 +1,4 @@
-"""The fields of a config and their defaults: the paper's setting of what no task changes."""
+"""The fields of a config and their defaults, which follow the paper where tasks agree."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,31 +8,32 @@ from skyformer_jax.errors import one_of
 
 
 def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
-    """All fields that the config of a run has, with their defaults.
+    """Returns all fields of a run's config with their defaults.
 
-    A config that lacks some of them, as those of earlier versions do, means these values.
+    Fields that a config lacks, such as one of an earlier version, have these values.
 
-    Each attention has the options that its function and its arrays have, whose defaults are the
-    paper's: 128 landmarks or features, BigBird's blocks of 64, two rounds of hashing. Options whose
-    default is None are left out.
+    "attention" holds the options of the attention function and of its arrays. Their defaults are
+    the paper's: 128 landmarks or features, blocks of 64 for BigBird, two rounds of hashing. Options
+    whose default is None are left out.
 
-    2 layers of width 64, MLP 128, 2 heads of 32, dropout 0.1, learned positions, mean pooling;
-    AdamW without weight decay, gradients clipped by value at 1, linear one-cycle schedule.
+    The model has 2 layers of width 64, an MLP of 128, 2 heads of 32, dropout 0.1, learned positions
+    and mean pooling. The optimizer is AdamW without weight decay; gradients are clipped by value at
+    1; the schedule is a linear one-cycle.
 
     Args:
-      task: the task, of this package or the user's own.
-      attention_name: name of the attention.
+      task: a task of this package or the user's own.
+      attention_name: one of attention.NAMES.
 
     Raises:
-      UserError: if there is no such attention.
+      UserError: if the attention is unknown.
     """
     one_of("attention", attention_name, attention.NAMES)
     return {
         "task": task.name,
         **({} if task.definition is None else {"own_task": dict(task.definition)}),
         "seed": 0,
-        "num_seeds": 1,  # models trained at once: of seed, seed + 1, ...
-        "compilation_cache": "~/.cache/skyformer_jax",  # "" compiles anew in every process
+        "num_seeds": 1,  # models trained at once, with seeds seed, seed + 1, ...
+        "compilation_cache": "~/.cache/skyformer_jax",  # "": every process compiles again
         "attention": {"name": attention_name, **attention.default_options(attention_name)},
         "model": {
             "vocab_size": task.vocab_size,
@@ -46,59 +47,59 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
             "mlp_dim": 128,
             "dropout": 0.1,
             "pooling": "mean",
-            "dtype": "float32",  # or bfloat16: of activations; parameters stay float32
-            "remat": False,  # compute blocks again in the backward pass, to save memory
+            "dtype": "float32",  # of activations, or bfloat16; parameters stay float32
+            "remat": False,  # recompute blocks in the backward pass to save memory
             "positions": "learned",  # or sinusoidal or rotary, without a table of max_length
         },
         "train": {
             "num_steps": 50_000,
             "batch_size": 32,
-            "accumulation": 0,  # equal parts of a batch, one after another; 0: what suits
-            "learning_rate": 1e-4,  # the peak
+            "accumulation": 0,  # microbatches of a batch; 0: chosen for the device
+            "learning_rate": 1e-4,  # peak of the schedule
             "warmup_steps": 1000,
             "weight_decay": 0.0,
             "eval_every": 500,  # steps between validations, each followed by a checkpoint
             "log_every": 50,
-            "start_from": "",  # folder of a released checkpoint; its parameters, where they fit
+            "start_from": "",  # released checkpoint whose fitting parameters to start from
             "non_finite": "stop",  # or skip: steps whose loss or gradients are not finite
-            "statistics": False,  # log gradient norms and sizes of activations
+            "statistics": False,  # log norms of gradients and activations
         },
         "parallel": {  # docs/scaling.md
-            "data": -1,  # parts of each batch; -1: the devices that seq leaves
-            "seq": 1,  # parts of each sequence
+            "data": -1,  # shards of each batch; -1: all devices that seq leaves
+            "seq": 1,  # shards of each sequence
             "backend": "shard_map",  # or pmap
-            "coordinator": "",  # several processes: auto, or host:port of process 0
-            "num_processes": 0,  # 0: as the environment says
-            "process_id": -1,  # -1: as the environment says
+            "coordinator": "",  # for several processes: auto, or host:port of process 0
+            "num_processes": 0,  # 0: read from the environment
+            "process_id": -1,  # -1: read from the environment
         },
         "data": {
-            "dir": "data",  # where prepared data sets lie or are put
-            "source": "",  # folder or archive as published; "": what dir holds, or makes anew
-            "kind": "",  # generated or published; "": what dir holds, else generated if it can
+            "dir": "data",  # folder of the prepared data sets
+            "source": "",  # published folder or archive; "": use dir, else download or generate
+            "kind": "",  # generated or published; "": the kind in dir, else generated if possible
             "buckets": (),  # lengths that batches of short examples are padded to instead
-            "mask_zeros": False,  # stored values of 0, as black pixels, count as padding
+            "mask_zeros": False,  # stored values of 0, such as black pixels, count as padding
             **task.options,
         },
     }
 
 
 def added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that a config.json did not have at first, and what was computed without them.
+    """Returns the fields that earlier versions of config.json lack, with the values they imply.
 
-    A field that is added to default_config belongs here.
+    Add every new field of default_config here.
 
     Args:
       config: the config, with "task", "attention" and "data".
 
     Raises:
-      UserError: if there is no such task or attention.
+      UserError: if the task or the attention is unknown.
     """
     name = one_of("attention", config["attention"]["name"], attention.NAMES)
     earlier = attention.REGISTRY[name].earlier_options
     return {
         "data.mask_zeros": False,
         "train.start_from": "",
-        # The source alone said it.
+        # Earlier versions chose the kind by the source alone.
         "data.kind": tasks.of(config).first_kind(config["data"].get("source")),
         **{f"attention.{option}": value for option, value in earlier.items()},
     }

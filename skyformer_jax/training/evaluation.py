@@ -1,4 +1,4 @@
-"""Evaluation: every example once, reduced on the host in float64."""
+"""Evaluates each example of a split once; metrics are computed on the host in float64."""
 
 import collections
 import time
@@ -32,16 +32,16 @@ from skyformer_jax.training.workdir import (
     write_json,
 )
 
-# Batches whose logits may be outstanding on the devices.
+# Batches whose logits may be pending on the devices.
 _IN_FLIGHT = 8
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found.
+    """The result of an evaluation, and the files to write it to.
 
     Attributes:
-      result: the result; of several seeds, a summary.
-      files: what belongs into which file of the workdir.
+      result: the result; for several seeds, a summary.
+      files: the content of each file of the workdir, by path.
     """
 
     result: dict[str, Any]
@@ -66,27 +66,28 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a workdir and writes eval_<split>.json into it.
 
-    For a run of several seeds it evaluates one checkpoint of each, writes eval_<split>.json into
-    each seed's folder, and a summary into the workdir. A line says so if these cannot be written.
+    For a run of several seeds it evaluates one checkpoint of each seed, and writes
+    eval_<split>.json into the folder of each seed and a summary into the workdir. If the files
+    cannot be written, it prints a line that says so.
 
     Args:
-      workdir: the folder of the run; nothing else is needed.
+      workdir: the folder of the run, with its config and checkpoints.
       split: "train", "validation" or "test".
-      checkpoint: "best" by validation accuracy, "latest", or a step.
-      landmark_draws: number of further evaluations with landmarks drawn at random, as the published
-        code evaluates; the result has the mean and the standard deviation of their accuracies.
-      data_dir: where the data lie, if not where they lay in training.
+      checkpoint: "best" by validation accuracy, "latest", or a step in digits.
+      landmark_draws: number of additional evaluations with randomly drawn landmarks, as in the
+        published code. The result has the mean and standard deviation of their accuracies.
+      data_dir: the folder of the prepared data; None means that of training.
       batch_size: None means that of training. It is rounded up to a multiple of the devices along
         "data", and does not change the result.
-      out: a JSON file, or a folder for eval_<split>.json, that the result is written to instead of
-        the workdir.
-      show: called with the result before it is written, in the first of several processes.
+      out: a JSON file, or a folder for eval_<split>.json, to write the result to instead of the
+        workdir.
+      show: called with the result before it is written, on the first process only.
 
     Returns:
-      What the file holds: accuracy and interval in 0..1, loss in nats,
-      confusion[label][prediction], accuracy of each class, floors, seconds, checkpoint and
-      config digest, and what the data were. For several seeds: mean and standard deviation of the
-      accuracy, mean loss, floors, and under "seeds" the figures of each.
+      The content of the file: accuracy and interval in 0..1, loss in nats,
+      confusion[label][prediction], accuracy of each class, floors, seconds, checkpoint, config
+      digest, and a description of the data. For several seeds: mean and standard deviation of the
+      accuracy, mean loss, floors, and under "seeds" the results of each seed.
 
     Raises:
       UserError: if the workdir, the checkpoint or the data are missing or damaged, or out cannot be
@@ -118,10 +119,10 @@ def evaluate(
 
 
 def write_out(out: str | Path, split: str, result: dict[str, Any]) -> None:
-    """Writes a result to out, a JSON file, or a folder for eval_<split>.json."""
+    """Writes a result to out: a JSON file, or a folder for eval_<split>.json."""
     path = expand(out)
     try:
-        if str(out).endswith("/") or path.is_dir():  # a Path does not keep the former
+        if str(out).endswith("/") or path.is_dir():  # a Path drops the trailing slash
             path = path / f"eval_{split}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
@@ -130,7 +131,7 @@ def write_out(out: str | Path, split: str, result: dict[str, Any]) -> None:
 
 
 def _write_or_say(workdir: Path, evaluation: Evaluation) -> None:
-    """Writes into a workdir, which may be somebody else's or an archive."""
+    """Writes the result into a workdir, or prints a line if that is read-only."""
     try:
         evaluation.write()
     except OSError as error:
@@ -142,7 +143,7 @@ def _write_or_say(workdir: Path, evaluation: Evaluation) -> None:
 
 
 def evaluation_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
-    """The mesh of training if these devices allow it, otherwise all of them along "data"."""
+    """Returns the mesh of training if the devices allow it; otherwise all devices on "data"."""
     try:
         return meshes.make_mesh(*configs.mesh_shape(config, jax.device_count()))
     except UserError:
@@ -159,11 +160,11 @@ def evaluate_run(
     landmark_draws: int = 0,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """As evaluate, of a run whose prediction is compiled already; writes nothing."""
+    """Evaluates like evaluate, with an already compiled prediction; writes nothing."""
     one_of("split", split, tasks.SPLITS)
     attention = run.config.attention.name
     if landmark_draws and REGISTRY[attention].stream != "landmarks":
-        raise UserError(f"attention {attention!r} draws nothing that could be redrawn")
+        raise UserError(f"attention {attention!r} draws no landmarks; leave out landmark_draws")
     seeds = seed_runs(run.config, workdir)
     restored = [_restore(run, one, checkpoint) for one in seeds]
     examples = run.load_split(split)
@@ -187,10 +188,10 @@ def evaluate_run(
 
 
 def _restore(run: Run, one: SeedRun, checkpoint: str) -> tuple[int, TrainState, dict[str, Any]]:
-    """Step, state and meta of a checkpoint; all processes read the same one."""
+    """Restores step, state and meta of a checkpoint, the same on all processes."""
     with processes.barrier():
         step = processes.broadcast(checkpoints.find(one.checkpoints, checkpoint))
-        assert step is not None  # find has raised otherwise
+        assert step is not None  # find raises if there is none
     with processes.barrier():
         check_trained_as(one, checkpoints.read_meta(one.checkpoints, step), NOT_PREDICTING)
         state, meta = checkpoints.restore(one.checkpoints, step, state_spec(run))
@@ -205,7 +206,7 @@ def measure(
     landmark_draws: int,
     batch_size: int | None,
 ) -> dict[str, Any]:
-    """The figures of one model on a split."""
+    """Computes the metrics of one model on a split."""
     start = time.perf_counter()
     variables = jax.tree.map(lambda x: np.asarray(x)[None], variables)
     variables = jax.device_put(variables, meshes.replicated(run.mesh))
@@ -214,7 +215,7 @@ def measure(
 
     drawn = []
     for draw in range(landmark_draws):
-        # Landmarks that are drawn depend on the padded length: no buckets.
+        # No buckets, since drawn landmarks depend on the padded length.
         (redrawn,) = predict(
             run,
             predict_step,
@@ -250,7 +251,7 @@ def measure(
 
 
 def describe_data(run: Run, examples: Examples) -> dict[str, Any]:
-    """What the examples of a split are: the data set, where it came from, its checksum."""
+    """Describes the examples of a split: the data set, its origin and the checksum."""
     data = run.config.data
     builder = run.task.data_set(data.dir, source=data.source or None, kind=data.kind)
     return {**store.describe(builder), "checksum": examples.checksum()}
@@ -266,17 +267,17 @@ def predict(
     rng: jax.Array | None = None,
     buckets: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """Logits of all examples, float32 [seeds, examples, classes], in their order.
+    """Computes the logits of all examples, float32 [seeds, examples, classes], in order.
 
     Args:
       run: the run.
-      predict_step: its compiled prediction.
+      predict_step: the compiled prediction of the run.
       variables: the variables of the run's states, [seeds, ...].
       examples: the split.
       batch_size: None means that of training; rounded up to a multiple of the devices along "data".
         Batch size and padding do not change the result.
-      rng: draws landmarks; None is deterministic.
-      buckets: lengths to pad to; None means data.buckets.
+      rng: key for drawing landmarks; None is deterministic.
+      buckets: lengths to pad to; None means config.data.buckets.
     """
     config, shards = run.config, meshes.local_shards(run.mesh)
     batch_size = (
@@ -309,7 +310,7 @@ def predict(
 
 
 def score(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:
-    """Mean cross-entropy in nats and accuracy in 0..1.
+    """Computes the mean cross-entropy in nats and the accuracy in 0..1.
 
     Args:
       logits: [examples, classes].

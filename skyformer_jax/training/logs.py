@@ -16,7 +16,7 @@ from skyformer_jax.progress import open_bar, say
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a line cut short by a kill ends them."""
+    """Reads the entries of a metrics.jsonl up to the first line that is incomplete."""
     entries = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -28,10 +28,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def training_seconds(entries: Sequence[dict[str, Any]], batch_size: int) -> float:
-    """The seconds that steps took, without compilation, validation and interruptions.
+    """Returns the seconds spent on steps, without compilation, validation and interruptions.
 
     Args:
-      entries: what read_metrics returned, from the first entry on.
+      entries: all entries of a run, from read_metrics.
       batch_size: train.batch_size.
     """
     seconds, before = 0.0, 0
@@ -45,9 +45,9 @@ def training_seconds(entries: Sequence[dict[str, Any]], batch_size: int) -> floa
 class MetricsLog:
     """Appends metrics to metrics.jsonl and to TensorBoard events.
 
-    It drops what an earlier, interrupted run logged after first_step, since those steps are about
-    to be taken again. It writes events without tensorboardX's thread, which dies on a full disk and
-    then makes its writer wait for ever.
+    It drops entries that an interrupted run logged after first_step, since those steps are taken
+    again. It writes events without tensorboardX's thread, which dies when the disk is full, after
+    which its writer waits forever.
     """
 
     def __init__(self, workdir: Path, first_step: int) -> None:
@@ -61,11 +61,11 @@ class MetricsLog:
         folder.mkdir(exist_ok=True)
         self._events = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}"))
         self._write_event(0, file_version="brain.Event:2")
-        # TensorBoard then hides what earlier files say of that step and later ones.
+        # TensorBoard then hides the entries of earlier files from that step on.
         self._write_event(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, split: str, **metrics: float) -> None:
-        """One line and one set of scalars, split/name."""
+        """Writes one line, and one TensorBoard scalar "split/name" for each metric."""
         self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
@@ -77,7 +77,7 @@ class MetricsLog:
         self._events.write(event.SerializeToString())
 
     def close(self) -> None:
-        """Flushes both."""
+        """Closes both files."""
         with contextlib.closing(self._events):
             self._file.close()
 
@@ -91,12 +91,12 @@ class StepProgress:
         self._bar = open_bar(num_steps, initial=first_step, unit="step")
 
     def step(self, step: int) -> None:
-        """Moves the bar to a finished step."""
+        """Advances the bar to a finished step."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def metrics(self, step: int, *, loss: float, accuracy: float, rate: float) -> None:
-        """Shows the training metrics of the last steps; rate in examples per second."""
+        """Shows the training metrics of the latest steps; rate is in examples per second."""
         text = f"loss {loss:.4f}  accuracy {accuracy:.4f}  {rate:,.0f} examples/s"
         if self._bar is not None:
             self._bar.set_postfix_str(text)
@@ -107,7 +107,7 @@ class StepProgress:
         say(f"step {step}/{self._num_steps}  {text}  ETA {eta}")
 
     def close(self) -> None:
-        """Ends the bar where it is."""
+        """Closes the bar at its current position."""
         if self._bar is not None:
             self._bar.close()
 
@@ -116,15 +116,15 @@ def plot_learning_curve(workdir: Path, floors: dict[str, float]) -> Path | None:
     """Draws learning_curve.png from metrics.jsonl.
 
     Args:
-      workdir: the run's folder.
-      floors: accuracies in 0..1 of trivial classifiers, drawn as dashed lines.
+      workdir: the folder of the run.
+      floors: accuracies in 0..1 of trivial classifiers, by name, drawn as dashed lines.
 
     Returns:
-      The picture's path; None, after a line that says so, where matplotlib is missing or has no
-      folder for its caches.
+      The path of the image. If matplotlib is missing or has no folder for its caches, prints a line
+      and returns None.
     """
     try:
-        from matplotlib.figure import Figure  # imported late: it is slow to load
+        from matplotlib.figure import Figure  # imported here, since it is slow to load
     except (ImportError, OSError) as error:
         say(f"the learning curve is not drawn: {error}")
         return None
@@ -142,7 +142,7 @@ def plot_learning_curve(workdir: Path, floors: dict[str, float]) -> Path | None:
         axes[1].axhline(accuracy, ls="--", lw=1, color="gray")
         axes[1].text(
             *(0, accuracy, f" {floor}"),
-            transform=axes[1].get_yaxis_transform(),  # x in parts of the width
+            transform=axes[1].get_yaxis_transform(),  # x as a fraction of the width
             va="bottom",
             fontsize=8,
             color="gray",

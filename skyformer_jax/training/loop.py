@@ -1,4 +1,4 @@
-"""The training loop: from a config and a workdir to an evaluated model, interruptions included."""
+"""The training loop: trains and evaluates the model of a config, and resumes interrupted runs."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -36,21 +36,22 @@ from skyformer_jax.training.workdir import (
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any] | None:
-    """Trains to the end, going on where an earlier run in the workdir stopped, then evaluates.
+    """Trains to the end, resuming the workdir's newest checkpoint if there is one, then evaluates.
 
     Args:
-      config: as the files in configs/ build it; a field that it lacks has its default.
-      workdir: gets config.json, checkpoints/, metrics.jsonl, tensorboard/, learning_curve.png and
-        eval_test.json. With num_seeds above 1 its folders seed-0, ... get these, each what a run
-        of that seed alone would make, and the workdir gets config.json and a summary,
-        eval_test.json.
+      config: a config such as those of configs/; fields that it lacks have their defaults.
+      workdir: the folder for config.json, checkpoints/, metrics.jsonl, tensorboard/,
+        learning_curve.png and eval_test.json. If num_seeds is above 1, the subfolders seed-0,
+        seed-1, ... hold these files, each as a run of that seed alone would write them, and the
+        workdir holds config.json and a summary, eval_test.json.
 
     Returns:
-      What evaluate returns for the best checkpoint on the test split; None if a signal stopped
+      The result of evaluate for the best checkpoint on the test split; None if a signal stopped
       the run before its end.
 
     Raises:
-      UserError: for a config, data or a workdir that cannot work, or if a loss is not finite.
+      UserError: if the config, the data or the workdir is invalid, or a loss or gradient is not
+        finite and train.non_finite does not skip that step.
     """
     workdir, config = expand(workdir), configs.complete(config)
     parallel = config.parallel
@@ -71,7 +72,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         predict_step = make_predict_step(run)
         with processes.stop_signals() as should_stop:
             step = _fit(run, seeds, train_split, validation_split, predict_step, should_stop)
-        with processes.barrier():  # the last checkpoint is complete
+        with processes.barrier():  # waits until the last checkpoint is complete
             pass
         if step < config.train.num_steps:
             say(f"stopped after step {step}; saved. Start the same command to go on.")
@@ -94,7 +95,7 @@ def _fit(
     predict_step: PredictStep,
     should_stop: Callable[[int], bool],
 ) -> int:
-    """Steps from the newest checkpoint to the end or to a signal; returns the last step taken."""
+    """Trains from the newest checkpoint to the end or a signal; returns the last step taken."""
     num_steps, eval_every = run.config.train.num_steps, run.config.train.eval_every
     data = train_split.checksum()
     states, step = _restore_or_init(run, seeds, len(train_split), data)
@@ -130,13 +131,13 @@ def _fit(
 def _restore_or_init(
     run: Run, seeds: Sequence[SeedRun], num_examples: int, data: str
 ) -> tuple[TrainState, int]:
-    """The states of the newest checkpoint, or those before the first step; and their step.
+    """Returns the states of the newest checkpoint, or initial states, and their step.
 
     Args:
       run: the run.
-      seeds: its models.
-      num_examples: examples to train on.
-      data: their checksum.
+      seeds: the models of the run.
+      num_examples: number of training examples.
+      data: checksum of the training examples.
 
     Raises:
       UserError: if all checkpoints are damaged, or the newest was trained on other data.
@@ -150,8 +151,8 @@ def _restore_or_init(
         if meta.get("data", data) != data:  # earlier versions did not store it
             raise UserError(
                 f"{seeds[0].workdir} was trained on other data (checksum {meta['data']}) than "
-                f"data.dir={run.config.data.dir} holds ({data}); name those by --config.data.dir "
-                "or --config.data.source, or name another --workdir"
+                f"data.dir={run.config.data.dir} holds ({data}); choose the former by "
+                "--config.data.dir or --config.data.source, or name another --workdir"
             )
         say(f"going on from the checkpoint of step {step}" + _change_of_schedule(run, meta, step))
         return jax.device_put(stacked, meshes.replicated(run.mesh)), step
@@ -166,13 +167,13 @@ def _restore_or_init(
     if config.train.start_from:
         states, kept = start_from(states, config.train.start_from)
         new = f", new: {', '.join(kept)}" if kept else ""
-        say(f"the parameters are those of {config.train.start_from}{new}")
+        say(f"the parameters start from {config.train.start_from}{new}")
         states = jax.device_put(states, meshes.replicated(run.mesh))
     return states, 0
 
 
 def _change_of_schedule(run: Run, meta: dict[str, Any], step: int) -> str:
-    """What another train.num_steps than that of a checkpoint does to the learning rate; or ""."""
+    """Describes how a changed train.num_steps affects the learning rate; "" if it is unchanged."""
     before = ml_collections.ConfigDict(meta["config"]["train"])
     num_steps = run.config.train.num_steps
     if before.num_steps == num_steps:
@@ -186,13 +187,13 @@ def _change_of_schedule(run: Run, meta: dict[str, Any], step: int) -> str:
         )
     )
     return (
-        f"; train.num_steps was {before.num_steps} and is {num_steps}, whose schedule the learning "
-        f"rate follows from here: {now} at this step, not {was}, and {end} at the end"
+        f"; train.num_steps was {before.num_steps} and is {num_steps}, so the learning rate "
+        f"follows the new schedule from here: {now} at this step, not {was}, and {end} at the end"
     )
 
 
 def _training_batches(run: Run, examples: Examples, first_step: int) -> Iterator[Batch]:
-    """The batches of all seeds, [seeds, batch, ...] on the devices, from first_step on."""
+    """Yields the batches of all seeds, [seeds, batch, ...] on the mesh, from first_step on."""
     config = run.config
     streams = [
         training_batches(
@@ -213,7 +214,7 @@ def _training_batches(run: Run, examples: Examples, first_step: int) -> Iterator
 def _validate(
     run: Run, predict_step: PredictStep, states: TrainState, examples: Examples
 ) -> list[dict[str, float]]:
-    """The scores of each seed's model on a split."""
+    """Computes the scores of each seed's model on a split."""
     logits = evaluation.predict(run, predict_step, states.variables, examples)
     return [evaluation.score(of_seed, examples.label) for of_seed in logits]
 
@@ -222,9 +223,10 @@ def _validate(
 def _open_savers(
     run: Run, seeds: Sequence[SeedRun], data: str
 ) -> Iterator[Callable[[int, TrainState, Sequence[dict[str, float]] | None], None]]:
-    """A function save(step, states, validation scores or None) for the checkpoints of all seeds.
+    """Yields a function save(step, states, scores) that saves a checkpoint of each seed.
 
-    data is the checksum of what is trained on.
+    scores are the validation scores of the seeds, or None. data is the checksum of the training
+    examples.
     """
     with contextlib.ExitStack() as stack:
         savers = [stack.enter_context(checkpoints.open_saver(one.checkpoints)) for one in seeds]

@@ -1,4 +1,4 @@
-"""The mesh of devices: "data" divides each batch, "seq" the sequences of its examples."""
+"""The device mesh: axis "data" shards each batch, axis "seq" the sequences of its examples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +16,12 @@ DATA, SEQ = "data", "seq"
 def make_mesh(
     data: int | None = None, seq: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Arranges devices along both axes.
+    """Returns a mesh of the devices with the axes "data" and "seq".
 
     Args:
-      data: shards of each batch; None means as many as the devices allow.
-      seq: shards of each sequence.
-      devices: data * seq devices; None means all, of all processes.
+      data: number of shards of each batch; None means all devices, divided by seq.
+      seq: number of shards of each sequence.
+      devices: data * seq devices; None means the devices of all processes.
     """
     data = jax.device_count() // seq if data is None else data
     auto = (jax.sharding.AxisType.Auto,) * 2
@@ -29,12 +29,12 @@ def make_mesh(
 
 
 def sequence_axis(mesh: Mesh) -> str | None:
-    """The axis_name of a model on this mesh; None if sequences are whole."""
+    """Returns the axis_name for a model on this mesh; None if sequences are not sharded."""
     return SEQ if mesh.shape[SEQ] > 1 else None
 
 
 def describe(mesh: Mesh) -> str:
-    """The mesh in words."""
+    """Describes the mesh in words."""
     text = f"{mesh.size} {mesh.devices.flat[0].platform} device(s)"
     if mesh.shape[SEQ] > 1:
         text += f" ({mesh.shape[DATA]} along data, {mesh.shape[SEQ]} along seq)"
@@ -42,12 +42,12 @@ def describe(mesh: Mesh) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays that every device holds whole."""
+    """Returns the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, P())
 
 
 def local_shards(mesh: Mesh) -> BatchShards:
-    """The shards of each batch that the devices of this process compute."""
+    """Returns the shards of each batch that the devices of this process compute."""
     process = jax.process_index()
     indices = tuple(
         i
@@ -58,14 +58,14 @@ def local_shards(mesh: Mesh) -> BatchShards:
 
 
 def batch_specs(batch: Any, axis: int = 0) -> Any:
-    """A PartitionSpec for each array of a batch, or of any tree of arrays of examples.
+    """Returns a PartitionSpec for each array of a batch, or of any tree of arrays of examples.
 
     Args:
-      batch: arrays whose axis number `axis` counts the examples; the last axis of a Batch's tokens
-        is the sequence.
-      axis: number of that axis.
+      batch: arrays whose axis `axis` is the examples; the last axis of a Batch's tokens is the
+        sequence.
+      axis: index of the examples' axis.
     """
-    examples: Any = P(*[None] * axis, DATA)  # in place of an array
+    examples: Any = P(*[None] * axis, DATA)  # Any, since it stands for an array
     if not isinstance(batch, Batch):
         return jax.tree.map(lambda _: examples, batch)
     between = [None] * (batch.tokens.ndim - axis - 2)
@@ -77,35 +77,35 @@ def shard_batch(batch: Any, mesh: Mesh, *, axis: int = 0) -> Any:
     """Puts this process's shards of a batch on its devices, as global arrays.
 
     Args:
-      batch: NumPy arrays, as in batch_specs. Its examples are those of local_shards(mesh), in
-        order, with whole sequences.
-      mesh: the devices.
-      axis: number of the examples' axis.
+      batch: NumPy arrays, see batch_specs: the examples of local_shards(mesh), in order, with
+        whole sequences.
+      mesh: the device mesh.
+      axis: index of the examples' axis.
     """
     shards = local_shards(mesh)
 
     def put(x: np.ndarray, spec: P) -> jax.Array:
-        size = x.shape[axis] // len(shards.indices)  # examples of a device
+        size = x.shape[axis] // len(shards.indices)  # examples per shard
         shape = (*x.shape[:axis], size * shards.num_shards, *x.shape[axis + 1 :])
 
-        def of_device(index: Any) -> np.ndarray:  # of a slice for each axis
+        def of_device(index: Any) -> np.ndarray:  # index: a slice for each axis
             first = shards.indices.index((index[axis].start or 0) // size) * size
             return x[*index[:axis], first : first + size, *index[axis + 1 :]]
 
         return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), of_device)
 
-    # A PartitionSpec is a leaf of a tree.
+    # tree.map treats a PartitionSpec as a leaf.
     return jax.tree.map(put, batch, batch_specs(batch, axis))
 
 
 def shard_map(
     function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """Runs the function of one device's shards on every device of the mesh.
+    """Maps a function of one device's shards over every device of the mesh.
 
     Args:
-      function: uses the names of the mesh's axes in its collectives.
-      mesh: the devices.
+      function: a function of shards; its collectives use the axis names of the mesh.
+      mesh: the device mesh.
       in_specs: a PartitionSpec for each array of the arguments.
       out_specs: a PartitionSpec for each array of the result.
     """

@@ -1,4 +1,4 @@
-"""jax.pmap in place of jax.shard_map, for parallel.backend=pmap: one process, batches divided."""
+"""jax.pmap instead of jax.shard_map, for parallel.backend=pmap: one process, sharded batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +13,13 @@ from skyformer_jax.training.mesh import DATA
 def pmap(
     function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """As mesh.shard_map, by jax.pmap.
+    """Does what mesh.shard_map does, by jax.pmap.
 
     Args:
-      function: uses the axis name "data" in its collectives.
+      function: a function of shards; its collectives use the axis name "data".
       mesh: devices of one process, all along "data".
-      in_specs: a PartitionSpec for each array of the arguments; only "data" divides.
-      out_specs: P() for all results: they are the same on all devices.
+      in_specs: a PartitionSpec for each array of the arguments; only "data" shards an array.
+      out_specs: P() for all results, which must be the same on all devices.
     """
     del out_specs
 
@@ -38,7 +38,7 @@ def pmap(
     )
 
     def divided(spec: P, arrays: Any) -> Any:
-        """The arrays with an axis of devices before that of the examples."""
+        """Splits the examples' axis into an axis of devices and one of examples."""
         at, count = axis(spec), mesh.shape[DATA]
         if at is None:
             return arrays

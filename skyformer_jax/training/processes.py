@@ -1,7 +1,7 @@
-"""Several processes of one run: how they start, agree and stop.
+"""Starts, coordinates and stops the processes of a multi-process run.
 
-With one process every function here is trivial. With several, all must call the same functions in
-the same order.
+In a single-process run these functions return at once. Otherwise all processes must call the same
+functions in the same order.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from skyformer_jax import progress
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say
 
-# How JAX and its collectives (Gloo, NCCL) report that a process is gone.
+# Parts of the messages by which JAX and its collectives (Gloo, NCCL) report a lost process.
 _LOST = (
     "Connection reset by peer",
     "Connection closed by peer",
@@ -31,22 +31,22 @@ _LOST = (
 
 
 class LostProcessError(UserError):
-    """Another process of the run is gone, so no computation that needs it can finish."""
+    """Another process of the run ended, so no computation that needs it can finish."""
 
 
 def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> None:
-    """Joins the other processes; call it before anything else asks JAX for its devices.
+    """Connects to the other processes; call it before anything queries JAX's devices.
 
     Args:
-      coordinator: "" for a process by itself; "auto" takes what the environment says: JAX knows how
-        to ask on TPU pods, under Slurm, Open MPI and Kubernetes, and reads the environment
-        variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; otherwise host:port
-        of process 0, which the others can reach.
-      num_processes: the number of processes; 0 leaves it to the environment.
-      process_id: the number of this one; -1 leaves it to the environment.
+      coordinator: "" for a single-process run; "auto" to detect the coordinator; otherwise the
+        host:port of process 0, which the others can reach. Detection works on TPU pods, under
+        Slurm, Open MPI and Kubernetes, and by the environment variables JAX_COORDINATOR_ADDRESS,
+        JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+      num_processes: the number of processes; 0 reads it from the environment.
+      process_id: the index of this process; -1 reads it from the environment.
 
     Raises:
-      UserError: if these do not fit together, or the environment says nothing.
+      UserError: if the arguments do not fit together, or detection fails.
     """
     if not coordinator or jax.distributed.is_initialized():
         return
@@ -69,12 +69,12 @@ def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> Non
 
 
 def is_first() -> bool:
-    """Whether this process writes files and prints for all."""
+    """Returns True on the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def broadcast(value: int | None) -> int | None:
-    """The first process's value, in every process."""
+    """Returns the first process's value on every process."""
     if jax.process_count() == 1:
         return value
     number = multihost_utils.broadcast_one_to_all(np.int64(-1 if value is None else value))
@@ -82,7 +82,7 @@ def broadcast(value: int | None) -> int | None:
 
 
 def all_gather(value: int) -> list[int]:
-    """The values of all processes, in every process."""
+    """Returns the values of all processes, in process order, on every process."""
     if jax.process_count() == 1:
         return [value]
     return np.asarray(multihost_utils.process_allgather(np.int64(value))).tolist()
@@ -90,10 +90,10 @@ def all_gather(value: int) -> list[int]:
 
 @contextlib.contextmanager
 def barrier() -> Iterator[None]:
-    """Waits for all processes at the end of its block, and raises in all if one block raised.
+    """Waits for all processes at the end of the block; if one raised, raises in all of them.
 
     Raises:
-      UserError: if another process failed; that process's own line says more.
+      UserError: if another process failed; the output of that process says why.
     """
     try:
         yield
@@ -102,18 +102,18 @@ def barrier() -> Iterator[None]:
         raise
     failed = [i for i, bad in enumerate(all_gather(0)) if bad]
     if failed:
-        raise UserError(f"process {failed[0]} stopped; what it printed says why")
+        raise UserError(f"process {failed[0]} failed; its output says why")
 
 
 @contextlib.contextmanager
 def lost_process_errors() -> Iterator[None]:
-    """Turns the failure of a computation into one line if it means the end of another process.
+    """Turns the error that a lost process causes in the block into an error of one line.
 
-    JAX itself aborts a process, with lines of its own, once it knows that another one is gone: at
+    JAX itself aborts a process, with its own messages, once it detects that another one ended: at
     once if that was process 0, otherwise after a hundred seconds.
 
     Raises:
-      LostProcessError: then.
+      LostProcessError: if a computation failed because another process ended.
     """
     try:
         yield
@@ -122,18 +122,18 @@ def lost_process_errors() -> Iterator[None]:
         if jax.process_count() == 1 or not any(words in reason for words in _LOST):
             raise
         raise LostProcessError(
-            f"another process of this run ended; what it printed says why. Start all of them again "
+            f"another process of this run ended; its output says why. Start all processes again "
             f"to go on. ({reason[:200]})"
         ) from error
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """A function (step) -> whether SIGTERM or SIGINT asks to stop; call it once after each step.
+    """Yields a function of the step that returns True once SIGTERM or SIGINT was received.
 
-    A second signal acts as it would without this. Several processes agree on the step, some ten
-    steps after the signal to one of them: this is JAX's protocol for preemption, whose notice is
-    SIGTERM.
+    Call that function once after each step. A second signal has its usual effect. Several processes
+    agree on the step at which all of them stop, about ten steps after one of them was signalled:
+    they use JAX's preemption protocol, whose notice is SIGTERM.
     """
     received: list[int] = []
     old: dict[int, Any] = {}
@@ -145,7 +145,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
         signal.signal(number, old[number])
         say(f"{signal.Signals(number).name}: stopping after the current step")
         if several:
-            os.kill(os.getpid(), signal.SIGTERM)  # which JAX has taken over
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX handles this signal
 
     def should_stop(step: int) -> bool:
         if several:

@@ -1,4 +1,4 @@
-"""Follows the steps that the devices are at: waits for them, checks them, logs them."""
+"""Tracks the dispatched training steps: waits for them, checks that they are finite, logs them."""
 
 import collections
 import contextlib
@@ -18,13 +18,13 @@ from skyformer_jax.training.run import Run
 from skyformer_jax.training.state import take
 from skyformer_jax.training.workdir import SeedRun
 
-# Steps that may be dispatched and not finished: enough to keep a device busy, few enough that
-# stopping is prompt and their batches fit in memory.
+# Steps that may be dispatched but unfinished: enough to keep a device busy, few enough that a run
+# stops promptly and the batches fit in memory.
 _IN_FLIGHT = 8
 
 
 class Recorder:
-    """The steps in flight, and the logs that they go to; made by open_recorder."""
+    """Tracks the steps in flight and logs them; made by open_recorder."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class Recorder:
         self._compiled: set[tuple[int, ...]] = set()  # shapes of batches
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Counts its block as waiting for input."""
+        """Counts the time of its block as waiting for input."""
         return self._clock.input()
 
     def dispatching(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
-        """Counts its block as compiling if it is the first step on a batch of this shape."""
+        """Counts the time of its block as compilation if the shape of the batch is new."""
         shape = batch.tokens.shape
         if shape in self._compiled:
             return contextlib.nullcontext()
@@ -53,27 +53,27 @@ class Recorder:
         return self._clock.compiling()
 
     def pausing(self) -> contextlib.AbstractContextManager[None]:
-        """Leaves its block out of the time of steps."""
+        """Excludes the time of its block from the time of steps."""
         return self._clock.paused()
 
     def add(self, step: int, sums: dict[str, jax.Array]) -> None:
-        """Takes a dispatched step, and finishes the oldest if too many are in flight."""
+        """Adds a dispatched step; waits for the oldest if too many are in flight."""
         self._in_flight.append((step, sums))
         if len(self._in_flight) > _IN_FLIGHT:
             self._finish_oldest()
 
     def flush(self) -> None:
-        """Finishes all steps in flight; the last one is checked whatever its number.
+        """Waits for all steps in flight, and checks the last one even if it is not logged.
 
         Raises:
-          UserError: if a loss or gradient was not finite and train.non_finite does not skip that.
+          UserError: see check_finite.
         """
         while self._in_flight:
             self._finish_oldest(is_last=len(self._in_flight) == 1)
 
     def validation(self, step: int, scores: Sequence[dict[str, float]]) -> None:
         """Logs the validation scores of each seed."""
-        for log, score in zip(self._logs, scores, strict=False):  # only the first process has logs
+        for log, score in zip(self._logs, scores, strict=False):  # other processes have no logs
             log.write(step, "validation", **score)
         mean = {k: sum(score[k] for score in scores) / len(scores) for k in scores[0]}
         say(
@@ -120,12 +120,12 @@ class Recorder:
 
 @contextlib.contextmanager
 def open_recorder(run: Run, seeds: Sequence[SeedRun], first_step: int) -> Iterator[Recorder]:
-    """A Recorder of a run that has taken first_step steps.
+    """Yields a Recorder of a run that has taken first_step steps.
 
     Args:
       run: the run.
-      seeds: its models; each logs into its own folder, in the first process.
-      first_step: steps taken so far.
+      seeds: the models of the run. On the first process, each is logged into its own folder.
+      first_step: number of steps taken so far.
     """
     with contextlib.ExitStack() as stack:
         progress = StepProgress(first_step, run.config.train.num_steps)
@@ -145,17 +145,18 @@ def check_finite(
     *,
     report: bool,
 ) -> None:
-    """Refuses steps whose loss or gradients were not finite, or reports that they were skipped.
+    """Raises for steps whose loss or gradients were not finite, or reports them as skipped.
 
     Args:
       non_finite: train.non_finite, "stop" or "skip".
       sums: the sums of all seeds' states since the last multiple of train.log_every.
       step: the last step of the sums.
-      seeds: the models.
-      report: whether to say how many steps were skipped.
+      seeds: the models of the run.
+      report: whether to print the number of skipped steps.
 
     Raises:
-      UserError: for a step that was not finite, unless non_finite is "skip" and another step was.
+      UserError: if a step was not finite, unless non_finite is "skip" and another step of the sums
+        was finite.
     """
     for skipped, first, examples, one in zip(
         sums["skipped"], sums["first_skipped"], sums["examples"], seeds, strict=True
@@ -178,16 +179,16 @@ def check_finite(
 
 
 def _statistics(sums: dict[str, np.ndarray], batch_size: int) -> dict[str, Any]:
-    """What is logged beside loss and accuracy of the steps of some sums.
+    """Returns the metrics that are logged besides loss and accuracy.
 
     skipped is the number of steps that were not finite. With train.statistics, gradient_norm is the
-    mean norm of the gradient before clipping, block_<i>_rms the root mean square of what a block
-    returns at real tokens, and block_<i>_nystrom_residual, of Skyformer, the mean of
+    mean norm of the gradient before clipping, block_<i>_rms the root mean square of the output of a
+    block at real tokens, and, for Skyformer, block_<i>_nystrom_residual the mean of
     attention.nystrom_residual.
     """
     found: dict[str, Any] = {"skipped": int(sums["skipped"])} if sums["skipped"] else {}
     if "gradient_norm" in sums:
-        # Not train.log_every, which an earlier start may have had another value of.
+        # Counted, since train.log_every may have been different before a restart.
         finite = float(sums["examples"]) / batch_size
         found["gradient_norm"] = float(sums["gradient_norm"]) / finite
         for i, mean_square in enumerate(sums["mean_square"]):
@@ -199,16 +200,17 @@ def _statistics(sums: dict[str, np.ndarray], batch_size: int) -> dict[str, Any]:
 
 
 class _Clock:
-    """Measures steps per second from lap to lap, without what is paused or compiled."""
+    """Measures steps per second in each lap, without pauses and compilation."""
 
     def __init__(self, step: int) -> None:
         self._step, self._start = step, time.perf_counter()
         self._input = self._compile = 0.0
 
     def lap(self, step: int) -> dict[str, float]:
-        """Ends a lap: its steps_per_second, and input_share, the share of time spent on input.
+        """Ends a lap and returns its steps_per_second and input_share.
 
-        If a program was compiled in the lap, compile_seconds says how long that took.
+        input_share is the share of time spent on input. If a program was compiled in the lap, the
+        result also has compile_seconds.
         """
         now = time.perf_counter()
         elapsed = now - self._start
@@ -224,14 +226,14 @@ class _Clock:
 
     @contextlib.contextmanager
     def input(self) -> Iterator[None]:
-        """Counts its block as input; the devices may be busy with earlier steps meanwhile."""
+        """Counts its block as input; the devices may be running earlier steps meanwhile."""
         begin = time.perf_counter()
         yield
         self._input += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Leaves its block, the first call of a program, out, and reports how long it took."""
+        """Excludes its block, the first call of a program, and prints how long it took."""
         begin = time.perf_counter()
         yield
         seconds = time.perf_counter() - begin
@@ -241,7 +243,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves its block out."""
+        """Excludes its block from the lap."""
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin

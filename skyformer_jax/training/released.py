@@ -1,4 +1,4 @@
-"""Released checkpoints: made of a run, and evaluated again."""
+"""Makes released checkpoints of runs, evaluates them and starts training from them."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from skyformer_jax.training.sharded_step import make_predict_step
 from skyformer_jax.training.state import TrainState, state_spec
 from skyformer_jax.training.workdir import write_json
 
-# Fields of a result that a release keeps of the run's own evaluation.
+# Fields of the run's evaluation that result.json of a release keeps.
 _OF_RESULT = (
     "task",
     "attention",
@@ -42,19 +42,19 @@ _OF_RESULT = (
 
 
 def release(workdir: str | Path, out: str | Path, trained: dict[str, Any]) -> dict[str, Any]:
-    """Makes a released checkpoint of the best checkpoint of a finished run.
+    """Makes a released checkpoint from the best checkpoint of a finished run.
 
     Args:
       workdir: the workdir of a run of one seed, with eval_test.json.
-      out: the folder to make: parameters.npz, config.json and result.json.
-      trained: how it was trained, for result.json.
+      out: the folder to create, for parameters.npz, config.json and result.json.
+      trained: JSON values for "trained" in result.json, which says how the model was trained.
 
     Returns:
-      What result.json holds.
+      The content of result.json.
 
     Raises:
-      UserError: if the run is not finished, its test result is not of its best checkpoint, or it
-        has several seeds.
+      UserError: if there is no test result or it is not of the best checkpoint, or if the run has
+        several seeds.
     """
     workdir, out = expand(workdir), expand(out)
     config = configs.read(workdir / "config.json")
@@ -77,7 +77,7 @@ def release(workdir: str | Path, out: str | Path, trained: dict[str, Any]) -> di
     state, meta = checkpoints.restore(directory, step, state_spec(run))
     out.mkdir(parents=True, exist_ok=True)
     stored = configs.stored(config)
-    # Where the data lay, and what computed, is of that machine.
+    # The data folder, the source and the devices are specific to the machine of the run.
     stored["data"] |= {"dir": "data", "source": ""}
     stored["parallel"] |= {"data": -1}
     result = {
@@ -106,19 +106,19 @@ def evaluate_released(
     """Evaluates a released checkpoint; writes nothing into its folder.
 
     Args:
-      folder: with parameters.npz, config.json and result.json.
+      folder: the folder with parameters.npz, config.json and result.json.
       split: "train", "validation" or "test".
-      landmark_draws: as evaluate.
-      data_dir: where prepared data lie or are put; None means data.
-      source: folder or archive of the published data to prepare them from; None downloads or
-        generates what data_dir lacks.
-      batch_size: as evaluate.
-      out: likewise.
-      show: likewise.
+      landmark_draws: see evaluate.
+      data_dir: the folder of the prepared data; None means that of config.json, "data".
+      source: folder or archive with the published data; None downloads or generates what data_dir
+        lacks.
+      batch_size: see evaluate.
+      out: a JSON file, or a folder for eval_<split>.json, to write the result to; None writes none.
+      show: see evaluate.
 
     Returns:
-      As evaluate; with "released", the accuracy that result.json has, where it is of this split of
-      the same data.
+      The result, see evaluate. If result.json is of this split of the same data, "released" is its
+      accuracy.
 
     Raises:
       UserError: if a file or the data are missing or damaged, or out cannot be written.
@@ -155,20 +155,20 @@ def evaluate_released(
 
 
 def start_from(states: TrainState, folder: str | Path) -> tuple[TrainState, list[str]]:
-    """The states before the first step, with the parameters of a released checkpoint.
+    """Replaces the parameters of initial states by those of a released checkpoint.
 
-    Arrays that the checkpoint does not have, or has in another shape, as a head for other classes,
-    stay as they are.
+    Parameters that the checkpoint lacks or has in another shape, such as a head for other classes,
+    keep their initial values.
 
     Args:
       states: the states of all seeds, [seeds, ...].
       folder: the folder of the released checkpoint.
 
     Returns:
-      The states, and the names of the arrays that stay as they are.
+      The states, and the names of the parameters that keep their initial values.
 
     Raises:
-      UserError: if the checkpoint cannot be read, or has no array of this model.
+      UserError: if the checkpoint cannot be read, or none of its arrays fits the model.
     """
     _, variables = pretrained.load_pretrained(expand(folder))
     found = traverse_util.flatten_dict(variables["params"], sep="/")
@@ -176,8 +176,8 @@ def start_from(states: TrainState, folder: str | Path) -> tuple[TrainState, list
     fits = {name: name in found and found[name].shape == x.shape[1:] for name, x in params.items()}
     if not any(fits.values()):
         raise UserError(
-            f"train.start_from={folder}: none of its arrays is of this model; its config.json "
-            "says which model it is"
+            f"train.start_from={folder}: none of its arrays fits this model; its config.json "
+            "describes the model that it was made for"
         )
     params = {
         name: jnp.broadcast_to(jnp.asarray(found[name], x.dtype), x.shape) if fits[name] else x

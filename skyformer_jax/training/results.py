@@ -1,4 +1,4 @@
-"""The results of evaluations: intervals, digests, summaries, and how a person reads them."""
+"""Results of evaluations: confidence intervals, digests, summaries and tables."""
 
 import hashlib
 import json
@@ -15,21 +15,21 @@ from skyformer_jax.training.defaults import added_fields
 
 
 def wilson_interval(accuracy: float, examples: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927)."""
+    """Computes the 95 % confidence interval of a proportion (Wilson, 1927)."""
     z = 1.959964
     centre = accuracy + z * z / (2 * examples)
     half = z * math.sqrt(accuracy * (1 - accuracy) / examples + (z / (2 * examples)) ** 2)
     return (centre - half) / (1 + z * z / examples), (centre + half) / (1 + z * z / examples)
 
 
-# Where files lie and what computes.
+# Prefixes of fields for the location of files and the method of computation.
 _UNDIGESTED = ("version", "data.dir", "compilation_cache", "train.accumulation", "parallel.")
 
 
 def config_digest(config: ml_collections.ConfigDict) -> str:
-    """First 16 digits of the SHA-256 of the fields of a config that its result depends on.
+    """Returns the first 16 hex digits of the SHA-256 of the fields that affect the result.
 
-    A field that was added later counts where it differs from what was computed without it, so that
+    A field that a later version added counts only if it differs from the earlier behaviour, so that
     earlier results keep their digests.
     """
     added = added_fields(config)
@@ -40,12 +40,12 @@ def config_digest(config: ml_collections.ConfigDict) -> str:
         for field, value in fields.items()
         if not field.startswith(_UNDIGESTED) and not (field in added and value == added[field])
     }
-    flat["data.source"] = bool(flat["data.source"])  # published, or generated or downloaded
+    flat["data.source"] = bool(flat["data.source"])  # whether a source was named, not which
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def summarise(of_seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """What the results of several seeds share, their means and standard deviation."""
+    """Summarises the results of several seeds: common fields, means and standard deviation."""
     found = list(of_seeds.values())
     accuracies = [result["accuracy"] for result in found]
     return {
@@ -62,7 +62,7 @@ def summarise(of_seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """The result of evaluate as a person reads it."""
+    """Formats a result of evaluate as a text table."""
     head = f"{result['task']} {result['split']}, {result['examples']:,} examples, "
     head += f"{result['attention']}, "
     if "seeds" in result:
@@ -124,7 +124,7 @@ def _lines_of_floors_and_loss(result: dict[str, Any]) -> list[str]:
 
 
 def print_summary(workdir: Path, result: dict[str, Any]) -> None:
-    """Prints a finished run's result, and where everything is."""
+    """Prints the result of a finished run and the locations of its files."""
     print(result_table(result))
     if "seeds" in result:
         print(f"\neach seed         {workdir}/seed-*: checkpoints, metrics, learning curve")

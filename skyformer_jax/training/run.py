@@ -1,4 +1,4 @@
-"""What a run is, built once from its config."""
+"""The objects of a run, built once from its config: model, optimizer, task and mesh."""
 
 import dataclasses
 
@@ -20,17 +20,17 @@ from skyformer_jax.training.optimizer import make_optimizer, make_schedule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A run: everything that its steps, its data and its evaluation depend on.
+    """Everything that the steps, the data and the evaluation of a run depend on.
 
-    It is hashable, by identity.
+    Runs are hashable by identity.
 
     Attributes:
-      config: the complete configuration. Nobody changes it.
+      config: the complete configuration; treat it as immutable.
       task: the task of the config.
-      mesh: the devices, along "data" and "seq".
-      model: the classifier, for sequences that are split along "seq" where the mesh splits them.
-      schedule: step -> learning rate.
-      optimizer: the optax transformation that follows the schedule.
+      mesh: the device mesh, with axes "data" and "seq".
+      model: the classifier; it takes shards of sequences if the mesh shards them along "seq".
+      schedule: maps a step to the learning rate.
+      optimizer: the optax transformation, with this schedule.
     """
 
     config: ml_collections.ConfigDict
@@ -47,15 +47,18 @@ class Run:
 
     @property
     def token_shape(self) -> tuple[int, ...]:
-        """Shape of an example's padded tokens: (length,), or (2, length) for pairs of documents."""
+        """Shape of the padded tokens of an example: (length,), or (2, length) for pairs."""
         length, documents = self.config.model.max_length, self.config.model.num_documents
         return (length,) if documents == 1 else (documents, length)
 
     def load_split(self, split: str) -> Examples:
-        """The examples of "train", "validation" or "test"; the data are prepared first if missing.
+        """Loads the examples of a split; prepares the data first if they are missing.
+
+        Args:
+          split: "train", "validation" or "test".
 
         Raises:
-          UserError: as the task's load; or if an example is longer than model.max_length.
+          UserError: see Task.load; or if an example is longer than model.max_length.
         """
         data = self.config.data
         options = {option: data[option] for option in self.task.options if option in data}
@@ -68,7 +71,7 @@ class Run:
 
 
 def make_run(config: ml_collections.ConfigDict, mesh: Mesh) -> Run:
-    """Builds the run of a config that has been checked, on a mesh."""
+    """Builds the run of a checked config on a mesh."""
     schedule = make_schedule(config.train)
     return Run(
         config=config,
@@ -81,10 +84,10 @@ def make_run(config: ml_collections.ConfigDict, mesh: Mesh) -> Run:
 
 
 def new_run(config: ml_collections.ConfigDict) -> Run:
-    """Checks a config and builds its run on all devices, as config.parallel arranges them.
+    """Checks a config and builds its run on all devices, on the mesh of config.parallel.
 
     Raises:
-      UserError: for the first thing in the config that cannot work.
+      UserError: for the first field of the config that is invalid.
     """
     num_devices = jax.device_count()
     check(config, num_devices)

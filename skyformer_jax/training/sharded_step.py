@@ -1,4 +1,4 @@
-"""The steps of step.py on every device of the mesh, for the models of several seeds, compiled."""
+"""Compiles the steps of step.py for all devices of the mesh and all seeds of the run."""
 
 import functools
 from collections.abc import Callable
@@ -21,10 +21,10 @@ _BACKENDS = {"shard_map": shard_map, "pmap": pmap}
 
 
 def make_train_step(run: Run) -> TrainStep:
-    """The compiled training step of a run.
+    """Returns the compiled training step of a run.
 
-    The function takes the states [seeds, ...], which it uses up, and a batch [seeds, batch, ...]
-    on the mesh. It returns the states after the step, and a copy of their sums.
+    The function takes the states [seeds, ...], whose buffers it donates, and a batch
+    [seeds, batch, ...] on the mesh. It returns the states after the step, and a copy of their sums.
     """
     over_mesh = _BACKENDS[run.config.parallel.backend]
     over_seeds = jax.vmap(functools.partial(train_step, run))
@@ -41,10 +41,11 @@ def make_train_step(run: Run) -> TrainStep:
 
 
 def make_predict_step(run: Run) -> PredictStep:
-    """The compiled prediction of a run.
+    """Returns the compiled prediction of a run.
 
-    The function takes the variables [seeds, ...] of the states, a batch [batch, ...] and rows int
-    [batch] on the mesh, and rng, see step.predict_step. It returns logits [seeds, batch, classes].
+    The function takes the variables [seeds, ...] of the states, a batch [batch, ...] on the mesh,
+    rng, and rows, int [batch] on the mesh; see step.predict_step. It returns logits
+    [seeds, batch, classes].
     """
     over_seeds = jax.vmap(functools.partial(predict_step, run), in_axes=(0, None, None, None))
 
@@ -53,5 +54,5 @@ def make_predict_step(run: Run) -> PredictStep:
         mapped = shard_map(over_seeds, run.mesh, in_specs, P(None, DATA))
         return mapped(variables, batch, rng, rows)
 
-    # All logits go to all devices, and so to every process.
+    # All logits are gathered on all devices, so every process can read them.
     return jax.jit(call, out_shardings=replicated(run.mesh))

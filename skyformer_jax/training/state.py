@@ -1,4 +1,4 @@
-"""The state of training: what a step reads and changes."""
+"""The training state, which a step reads and updates."""
 
 import functools
 from typing import Any
@@ -11,22 +11,23 @@ from skyformer_jax.attention import REGISTRY
 from skyformer_jax.training.mesh import replicated
 from skyformer_jax.training.run import Run
 
-# What models collect of each block, of their collection "statistics": the mean square of what it
-# returns, and what Skyformer's landmarks leave of the kernel (nystrom_residual).
+# Statistics of each block in a model's collection "statistics": the mean square of its output, and
+# the part of the kernel that Skyformer's landmarks miss (nystrom_residual).
 STATISTICS = ("mean_square", "residual")
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The state of one model; with a leading axis on every array, of one model for each seed.
+    """The training state of one model, or of several with a leading axis [seeds] on each array.
 
     Attributes:
-      step: int32, steps taken.
-      rng: uint32 key data; the key of a step is folded from it and the step's number.
-      params: the model's parameters.
-      fixed: random arrays that the model drew at the start and keeps, such as Performer's features.
-      opt_state: the optimizer's state.
+      step: int32, number of steps taken.
+      rng: uint32 key data; the key of a step is this key folded with the step.
+      params: the parameters of the model.
+      fixed: random arrays that the model draws at initialisation and keeps, such as Performer's
+        features.
+      opt_state: the state of the optimizer.
       sums: sums since the last multiple of train.log_every steps. Over finite steps: loss, correct
-        predictions, examples. Over the others: skipped, their number, and first_skipped, the step
+        and examples. Over the other steps: skipped, their number, and first_skipped, the step
         of the first. With train.statistics also gradient_norm, of the mean gradient before
         clipping, and those of STATISTICS that the model has, each [layers].
     """
@@ -40,12 +41,12 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables that the model is applied with."""
+        """The variables to apply the model with."""
         return {"params": self.params, "fixed": self.fixed}
 
 
 def init_state(run: Run, seed: int | jax.Array) -> TrainState:
-    """The state of one model before the first step; a pure function of the seed."""
+    """Returns the initial state of one model, a pure function of the seed."""
     init_key, train_key = jax.random.split(jax.random.key(seed))
     tokens = jnp.zeros((1, *run.token_shape), jnp.uint8)
     whole_sequences = run.model.clone(axis_name=None)
@@ -70,16 +71,16 @@ def init_state(run: Run, seed: int | jax.Array) -> TrainState:
 
 @functools.lru_cache(maxsize=8)
 def state_spec(run: Run) -> TrainState:
-    """Shapes and dtypes of the state of one model, a TrainState of jax.ShapeDtypeStructs."""
+    """Returns a TrainState of jax.ShapeDtypeStructs for one model."""
     return jax.eval_shape(functools.partial(init_state, run), run.config.seed)
 
 
 def init_states(run: Run) -> TrainState:
-    """The states of all seeds before the first step, [seeds, ...], on every device of the mesh."""
+    """Returns the initial states of all seeds, [seeds, ...], replicated on the mesh."""
     init = jax.jit(jax.vmap(functools.partial(init_state, run)), out_shardings=replicated(run.mesh))
     return init(jnp.asarray(run.seeds, jnp.uint32))
 
 
 def take(tree: Any, index: int) -> Any:
-    """One of the trees that are stacked along the leading axis of each array."""
+    """Returns the tree at an index of the leading axis of each array."""
     return jax.tree.map(lambda leaf: leaf[index], tree)

@@ -1,6 +1,6 @@
 """One training step and one prediction of one model, on one device's shard of a batch.
 
-sharded_step.py runs them on every device of a mesh; the named axes "data" and "seq" are the mesh's.
+sharded_step.py maps them over the devices of a mesh with the axes "data" and "seq".
 """
 
 import functools
@@ -17,22 +17,22 @@ from skyformer_jax.training.mesh import DATA
 from skyformer_jax.training.run import Run
 from skyformer_jax.training.state import STATISTICS, TrainState, take
 
-# Tokens that a CPU computes at a time. The activations then stay in its caches, and their memory is
-# not fetched from the system page by page (docs/speed.md).
+# Tokens in a CPU's microbatch: few enough that the activations stay in its caches, and that their
+# memory is not requested from the system page by page (docs/speed.md).
 _CPU_TOKENS = 4096
 
 
 def train_step(run: Run, state: TrainState, batch: Batch) -> TrainState:
-    """One optimizer step on this device's shard of a batch.
+    """Takes one optimizer step on this device's shard of a batch.
 
-    The axis "data" divides the examples; if the model has an axis_name, that axis divides their
-    sequences. The shard is computed in microbatches whose gradients are added up: memory is that of
-    one microbatch, and the result is the same to rounding.
+    The axis "data" shards the examples; if the model has an axis_name, that axis shards their
+    sequences. The shard is computed in microbatches whose gradients are summed: only one microbatch
+    is in memory at a time, and the result is the same up to rounding.
 
-    If the loss or a gradient is not finite, the step changes nothing but the counts in sums.
+    If the loss or a gradient is not finite, the step changes only step and the sums.
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    # A key belongs to an example's position in the global batch.
+    # An example's key depends on its position in the global batch.
     local_batch = len(batch.label)
     keys = fold_in_each(rng, jax.lax.axis_index(DATA) * local_batch + jnp.arange(local_batch))
     statistics = tuple(name for name in STATISTICS if name in state.sums)
@@ -54,8 +54,8 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> TrainState:
 
     gradient_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
     gradients, sums = _accumulate(gradient_fn, _microbatches(run, batch, keys))
-    # Every device along "seq" has the whole loss, and what it differentiates is the sum of these.
-    # So the mean of the gradients is the gradient of one loss.
+    # Every device along "seq" computes the whole loss, and differentiation gives the gradient of
+    # the sum of these losses. The mean over the devices is then the gradient of one loss.
     axes = (DATA,) if run.model.axis_name is None else (DATA, run.model.axis_name)
     gradients = jax.lax.pmean(gradients, axes)
     sums = jax.lax.psum(sums, DATA)
@@ -66,7 +66,7 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> TrainState:
 
 
 def _accumulate(gradient_fn: Any, microbatches: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """The sums of gradients and of sums over microbatches, [microbatches, ...], one by one."""
+    """Adds up gradients and sums over the microbatches [microbatches, ...], one at a time."""
     if len(jax.tree.leaves(microbatches)[0]) == 1:
         return gradient_fn(*take(microbatches, 0))
 
@@ -80,7 +80,7 @@ def _accumulate(gradient_fn: Any, microbatches: Any) -> tuple[Any, dict[str, jax
 
 
 def _update(run: Run, state: TrainState, gradients: Any, sums: dict[str, jax.Array]) -> TrainState:
-    """The next state: the optimizer's, or but for the counts the old one, if not all is finite."""
+    """Applies the optimizer, or counts the step as skipped if not all values are finite."""
     finite = jnp.isfinite(sums["loss"])
     for gradient in jax.tree.leaves(gradients):
         finite &= jnp.isfinite(gradient).all()
@@ -107,14 +107,14 @@ def _update(run: Run, state: TrainState, gradients: Any, sums: dict[str, jax.Arr
 def predict_step(
     run: Run, variables: Any, batch: Batch, rng: jax.Array | None, rows: jax.Array
 ) -> jax.Array:
-    """Logits of this device's shard of a batch, without dropout.
+    """Computes the logits of this device's shard of a batch, without dropout.
 
     Args:
       run: the run.
       variables: the variables of a TrainState.
       batch: this device's examples.
-      rng: draws landmarks, by each example's position in the split; None is deterministic.
-      rows: int [local batch], those positions.
+      rng: key for drawing landmarks, folded with each example's row; None is deterministic.
+      rows: int [local batch], positions of the examples in the split.
 
     Returns:
       float32 [local batch, classes].
@@ -136,10 +136,10 @@ def _apply(
     train: bool,
     statistics: tuple[str, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Logits [batch, classes], and of STATISTICS those asked for, each [batch, layers].
+    """Applies the model: logits [batch, classes], and the statistics, each [batch, layers].
 
-    The model is mapped over the examples, each with a key of its own. So an example's random
-    numbers depend on its position in the global batch, not on how many devices share the work.
+    The model is mapped over the examples, each with its own key, so that an example's random
+    numbers depend on its position in the global batch, not on the number of devices.
     """
     positions = shards.positions(batch.tokens.shape[-1], run.model.axis_name)
 
@@ -167,18 +167,18 @@ def _apply(
 def tokens_and_mask(
     run: Run, values: jax.Array, length: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A model's inputs from the stored values of a batch.
+    """Computes the inputs of a model from the stored values of a batch.
 
-    With data.mask_zeros, stored values of 0 count as padding wherever they are.
+    With data.mask_zeros, stored values of 0 count as padding wherever they occur.
 
     Args:
-      run: its task has the tokenizer.
+      run: the run, for its tokenizer and data.mask_zeros.
       values: uint8 [..., length].
-      length: int [...], lengths of the whole sequences.
+      length: int [...], numbers of real tokens of the whole sequences.
       positions: int [length], positions of the values in the whole sequences.
 
     Returns:
-      tokens int32 [..., length], 0 at padding; and mask bool [..., length], True at real tokens.
+      Tokens, int32 [..., length], 0 at padding; and mask, bool [..., length], True at real tokens.
     """
     mask = positions < length[..., None]
     if run.config.data.mask_zeros:
@@ -187,19 +187,19 @@ def tokens_and_mask(
 
 
 def fold_in_each(rng: jax.Array, numbers: jax.Array) -> jax.Array:
-    """A key for each of the numbers, int [examples]."""
+    """Returns a key for each of the numbers, int [examples]."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, numbers)
 
 
 def num_microbatches(accumulation: int, platform: str, num_examples: int, tokens: int) -> int:
-    """In how many microbatches a device computes its shard of a batch.
+    """Returns the number of microbatches in which a device computes its shard of a batch.
 
     Args:
-      accumulation: train.accumulation; 0 chooses: one on accelerators, and on a CPU as many as make
-        a microbatch of _CPU_TOKENS tokens at most, or of one example.
-      platform: the device's platform.
-      num_examples: examples of the shard.
-      tokens: padded tokens of an example.
+      accumulation: train.accumulation. 0 means one microbatch on accelerators, and on CPUs the
+        fewest of at most _CPU_TOKENS tokens each, or of one example each.
+      platform: the platform of the device, such as "cpu" or "gpu".
+      num_examples: number of examples of the shard.
+      tokens: number of tokens of an example, padding included.
     """
     if accumulation:
         return accumulation
@@ -213,7 +213,7 @@ def num_microbatches(accumulation: int, platform: str, num_examples: int, tokens
 def _microbatches(
     run: Run, batch: Batch, keys: jax.Array | None, accumulation: int | None = None
 ) -> tuple[Batch, jax.Array | None]:
-    """The batch and its keys, [examples, ...], as [microbatches, examples, ...]."""
+    """Reshapes a batch and its keys [examples, ...] to [microbatches, examples, ...]."""
     number = num_microbatches(
         run.config.train.accumulation if accumulation is None else accumulation,
         run.mesh.devices.flat[0].platform,

@@ -1,4 +1,4 @@
-"""The workdir of a run: its folders, its lock, the disk it needs, and the config that binds it."""
+"""The workdir of a run: its folders, its lock, the check for disk space, and its config."""
 
 import contextlib
 import json
@@ -18,28 +18,30 @@ from skyformer_jax.training import config as configs
 from skyformer_jax.training.run import Run
 from skyformer_jax.training.state import state_spec
 
-# Between two starts of a run; and further ones that change no prediction.
+# Prefixes of fields that may change when a run is restarted, and of fields that do not affect
+# predictions.
 _MAY_CHANGE = (*configs.MUTABLE_FIELDS, "train.num_steps")
 NOT_PREDICTING = ("train.", "data.buckets")
 
 
 class SeedRun(NamedTuple):
-    """One model of a run: a run of its seed alone, and the folder of that."""
+    """One model of a run of several seeds: the config for its seed alone, and its folder."""
 
     config: ml_collections.ConfigDict
     workdir: Path
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of its checkpoints."""
+        """The folder of the checkpoints."""
         return self.workdir / "checkpoints"
 
 
 def seed_runs(config: ml_collections.ConfigDict, workdir: Path) -> list[SeedRun]:
-    """The models of a run, one for each seed.
+    """Returns the models of a run, one for each seed.
 
-    With num_seeds = 1 that is the run itself. Otherwise their folders are seed-0, seed-1, ... in
-    the workdir, each just as a run of that seed alone would make it.
+    With num_seeds = 1 the model has the config and the workdir of the run. Otherwise the models
+    have the folders seed-0, seed-1, ... in the workdir, each as a run of that seed alone would
+    write it.
     """
     if config.num_seeds == 1:
         return [SeedRun(config, workdir)]
@@ -52,7 +54,7 @@ def seed_runs(config: ml_collections.ConfigDict, workdir: Path) -> list[SeedRun]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file atomically."""
     partial = path.with_name(f"{path.name}.tmp")
     try:
         partial.write_text(json.dumps(content, indent=1) + "\n")
@@ -64,13 +66,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def with_kind(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
-    """A copy of a config whose data.kind says which examples the run reads.
+    """Returns a copy of a config with data.kind set to the kind of data that the run reads.
 
-    Where it is not said, that is what the checkpoints of the workdir were trained on, so that what
-    has been prepared since changes no run; without any, it is as Task.settled_kind says.
+    If neither data.kind nor data.source is given, it is the kind that the checkpoints of the
+    workdir were trained on, so that data prepared since then do not change the run. Without
+    checkpoints, Task.settled_kind chooses.
 
     Raises:
-      UserError: as Task.settled_kind.
+      UserError: see Task.settled_kind.
     """
     config = config.copy_and_resolve_references()
     data = config.data
@@ -82,7 +85,7 @@ def with_kind(config: ml_collections.ConfigDict, workdir: Path) -> ml_collection
 
 
 def _has_checkpoints(workdir: Path) -> bool:
-    """Whether there are checkpoints of the run or of one of its seeds."""
+    """Returns True if the run or one of its seeds has checkpoints."""
     return any(checkpoints.steps(folder / "checkpoints") for folder in _folders(workdir))
 
 
@@ -93,7 +96,7 @@ def _folders(workdir: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_workdir(run: Run, workdir: Path) -> Iterator[None]:
-    """Makes or checks the workdir and the folders of its seeds; locks them while its block runs.
+    """Creates or checks the workdir and the folders of its seeds, and locks them in its block.
 
     Raises:
       UserError: if a folder cannot be used, another process trains there, the disk is too full, or
@@ -110,7 +113,7 @@ def open_workdir(run: Run, workdir: Path) -> Iterator[None]:
 
 
 def check_visible(workdir: Path) -> None:
-    """Raises a UserError in a process that does not see what the first one made in the workdir."""
+    """Raises a UserError on a process that does not see the workdir of the first process."""
     if not (workdir / "config.json").exists():
         raise UserError(
             f"process {jax.process_index()} does not see {workdir}, where process 0 made "
@@ -134,7 +137,7 @@ def _check_disk(run: Run, workdir: Path, num_models: int) -> None:
 
 @contextlib.contextmanager
 def _open_folder(one: SeedRun) -> Iterator[None]:
-    """Locks one folder, and binds it to its config once it or its seeds have checkpoints."""
+    """Locks one folder, and checks its config if it or its seeds have checkpoints."""
     workdir = one.workdir
     check_name(workdir.absolute())
     for parent in (one.checkpoints, workdir, *workdir.parents):
@@ -156,13 +159,13 @@ def _open_folder(one: SeedRun) -> Iterator[None]:
 
 
 def _bind_config(one: SeedRun) -> None:
-    """Writes config.json, unless the folder's checkpoints are of another config."""
+    """Writes config.json; raises a UserError if the checkpoints are of another config."""
     path = one.workdir / "config.json"
     asked = configs.stored(one.config)
     has_checkpoints = _has_checkpoints(one.workdir)
     if has_checkpoints and not path.exists():
         raise UserError(f"{one.workdir} has checkpoints but no config.json; name another --workdir")
-    if has_checkpoints:  # otherwise nothing depends on the config of an earlier attempt
+    if has_checkpoints:  # without checkpoints, an earlier config.json does not matter
         saved = configs.to_dict(configs.read(path))
         different = configs.differences(saved, asked, _MAY_CHANGE)
         if different:
@@ -177,13 +180,13 @@ def _bind_config(one: SeedRun) -> None:
 def check_trained_as(one: SeedRun, meta: dict[str, Any], may_differ: tuple[str, ...] = ()) -> None:
     """Raises a UserError if a checkpoint was trained with another config than the run's.
 
-    That is so if config.json was changed, or the checkpoints of another run were put there. Many
-    fields change no array's shape, and so only what is computed from them.
+    This happens if config.json was edited or checkpoints of another run were copied into the
+    folder. Many fields do not change the shape of any array, so restoring would not fail.
 
     Args:
       one: the run.
-      meta: the checkpoint's metadata.
-      may_differ: what further fields begin with that may differ.
+      meta: the metadata of the checkpoint.
+      may_differ: prefixes of additional fields that may differ.
     """
     trained = configs.to_dict(configs.upgrade(meta["config"]))
     different = configs.differences(trained, configs.to_dict(one.config), _MAY_CHANGE + may_differ)
@@ -196,7 +199,7 @@ def check_trained_as(one: SeedRun, meta: dict[str, Any], may_differ: tuple[str, 
 
 
 def _check_num_steps(one: SeedRun, folders: Sequence[Path]) -> None:
-    """Raises a UserError unless a run with checkpoints can end after train.num_steps."""
+    """Raises a UserError if a run with these checkpoints cannot end at train.num_steps."""
     asked = one.config.train.num_steps
     done, folder = max(
         (step, folder / "checkpoints")
