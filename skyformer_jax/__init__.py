@@ -1,8 +1,7 @@
 """Skyformer and its benchmark in JAX and Flax.
 
-The nine attention functions, attention_fn and load_pretrained are imported when they are first
-used, so that a program that needs only a part of the package, or only its version, does not wait
-for JAX.
+The nine attention functions, attention_fn and load_pretrained are imported on first use, so that a
+program that needs only a part of the package, or only its version, does not wait for JAX.
 """
 
 from typing import TYPE_CHECKING, Any

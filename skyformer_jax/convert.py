@@ -1,4 +1,4 @@
-"""Variables from the classifiers of the published PyTorch code."""
+"""Converts state dicts of the published PyTorch classifiers to variables."""
 
 import re
 import statistics
@@ -12,18 +12,18 @@ import numpy as np
 from skyformer_jax.attention.registry import NAMES
 from skyformer_jax.errors import UserError, one_of
 
-# One row for each variable: the name of the state dict's entry that it comes from, its path in the
-# collections of variables, and the names of the entry's axes. Axes of one name have one size;
-# "features" are the heads' features side by side. Nothing is made of an entry whose path is None.
+# One row for each variable: the name of its entry in the state dict, its path in the collections of
+# variables, and the names of the entry's axes. Axes of the same name have the same size; "features"
+# are the concatenated features of the heads. Entries whose path is None are not converted.
 _Rows = list[tuple[str, str | None, tuple[str, ...]]]
 
-# What tells the attentions that have entries of their own, which follow ".mha.attn.".
+# Entries after ".mha.attn." that only one attention has, and that identify it.
 _MARKS = {
     "linformer": "E",
     "performer": "attn_fn.projection_matrix",
     "reformer": "query_key.weight",
 }
-# Constants that the Reformer layer keeps in some versions of its library.
+# Constants that some versions of the Reformer library store in its layer.
 _CONSTANTS = tuple(
     f"{what}_value_{dtype}" for what in ("self_mask", "mask") for dtype in ("float16", "float32")
 )
@@ -44,20 +44,20 @@ def _norm(name: str, path: str) -> _Rows:
 
 
 def _attention(name: str, path: str, attention: str) -> _Rows:
-    """What is between a layer's input and its heads' outputs."""
+    """Rows for the weights between a layer's input and the outputs of its heads."""
     rows: _Rows = [
         *_linear(f"{name}.W_q", f"{path}/query", "features", "width"),
         *_linear(f"{name}.W_k", f"{path}/key", "features", "width"),
         *_linear(f"{name}.W_v", f"{path}/value", "features", "width"),
     ]
-    if attention == "linformer":  # one for keys and values
+    if attention == "linformer":  # one projection for keys and values
         of_e = ("heads", "linformer_features", "length")
         for projection in ("key_projection", "value_projection"):
             rows.append((f"{name}.attn.E", f"params/{path}/{projection}", of_e))
     if attention == "performer":
         matrix, of_matrix = f"{name}.attn.{_MARKS[attention]}", ("random_features", "head_dim")
         rows.append((matrix, f"fixed/{path}/projection", of_matrix))
-    if attention == "reformer":  # its own weights, which are those of W_q and W_v, without biases
+    if attention == "reformer":  # has its own weights in place of W_q and W_v, without biases
         rows = [(entry, None, axes) for entry, _, axes in rows]
         for entry, projection in (("query_key", "query"), ("value", "value")):
             kernel = f"params/{path}/{projection}/kernel"
@@ -89,17 +89,17 @@ def _rows(num_layers: int, attention: str) -> _Rows:
     return [
         *rows,
         *_norm("model.norm", "final_norm"),
-        *_linear("seq_classifer.mlpblock.0", "head_hidden", "mlp_dim", "pooled"),  # their spelling
+        *_linear("seq_classifer.mlpblock.0", "head_hidden", "mlp_dim", "pooled"),  # sic
         *_linear("seq_classifer.mlpblock.2", "head_out", "classes", "mlp_dim"),
     ]
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    """The entry as finite float32."""
+    """Converts an entry to float32; raises a UserError unless all values are finite."""
     array = np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise UserError(f"{name} holds {array.dtype}; expected floating-point numbers")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused here
+    with np.errstate(over="ignore"):  # overflow is reported below
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"{name} holds values that are not finite in float32")
@@ -124,7 +124,7 @@ def _check_names(names: Mapping[str, Any], rows: _Rows, attention: str) -> None:
 
 
 def _check_shapes(arrays: Mapping[str, np.ndarray], rows: _Rows, head_dim: int) -> None:
-    """Each axis must have the size that most entries give it, so that the odd one out is named."""
+    """Raises a UserError for the entry whose axis differs in size from most entries."""
     votes: dict[str, list[int]] = {}
     for name, _, axes in rows:
         if arrays[name].ndim == len(axes):
@@ -132,7 +132,7 @@ def _check_shapes(arrays: Mapping[str, np.ndarray], rows: _Rows, head_dim: int) 
                 votes.setdefault(axis, []).append(size)
     modes = {axis: statistics.mode(votes[axis]) for axis in votes}
     sizes: dict[str, int | str] = {**modes}
-    width = modes.get("width", 0)  # 0: no entry has it, so the loop below refuses
+    width = modes.get("width", 0)  # 0: no entry has this axis, so the loop below raises
     if modes.get("pooled") not in (width, 4 * width):
         sizes["pooled"] = f"{width} or {4 * width}"
     features = modes.get("features", 0)
@@ -152,50 +152,52 @@ def _check_shapes(arrays: Mapping[str, np.ndarray], rows: _Rows, head_dim: int) 
 
 
 def _variable(array: np.ndarray, path: str, axes: tuple[str, ...], head_dim: int) -> np.ndarray:
-    """The last two axes of matrices that are multiplied by from the right change places.
+    """Converts an entry to the layout of its variable.
 
-    So linear weights [out, in] become kernels [in, out]. "features" become [heads, head_dim].
+    The last two axes of kernels and projections are swapped, so linear weights [out, in] become
+    kernels [in, out]. "features" become [heads, head_dim].
     """
     if path.endswith(("/kernel", "/key_projection", "/value_projection")):
         array, axes = np.swapaxes(array, -1, -2), (*axes[:-2], axes[-1], axes[-2])
     shape: list[int] = []
     for axis, size in zip(axes, array.shape, strict=True):
         shape += [size // head_dim, head_dim] if axis == "features" else [size]
-    return np.array(array.reshape(shape))  # a copy: the caller's memory is not shared
+    return np.array(array.reshape(shape))  # a copy, since the caller owns the memory
 
 
 def variables_from_pytorch(
     state_dict: Mapping[str, np.ndarray], *, head_dim: int = 32, attention: str | None = None
 ) -> dict[str, Any]:
-    """The variables of a classifier that the published PyTorch code trained.
+    """Converts the state dict of a classifier that the published PyTorch code trained.
 
-    PyTorch is needed only where the checkpoint is read::
+    PyTorch is needed only to read the checkpoint::
 
         checkpoint = torch.load(path, map_location="cpu")
         state_dict = {k: v.numpy() for k, v in checkpoint["model_state_dict"].items()}
         logits = model.apply(variables_from_pytorch(state_dict), tokens, mask)
 
-    docs/published_weights.md says for each attention by which options the model is the published
-    one, and how closely its logits are the published model's. The published pooling is
+    docs/published_weights.md lists, for each attention, the options with which the model is the
+    published one, and how closely the logits agree. The published pooling is
     config.model.pooling = "padded_mean".
 
     Args:
-      state_dict: the entries by name, each anything that np.asarray takes. Linear weights are
-        [out, in], the query's, key's and value's [heads * head_dim, width] with each head's rows
-        together. All names may begin with "module.", as nn.DataParallel has it.
-      head_dim: features of each head, which the state dict does not tell; 32 is published.
-      attention: the model's, as we name it. None tells Linformer, Performer and Reformer by the
-        entries that they have of their own, and all others are alike.
+      state_dict: the entries by name, each anything that np.asarray accepts. Linear weights are
+        [out, in]; those of query, key and value are [heads * head_dim, width], with the rows of
+        each head together. All names may begin with "module.", as nn.DataParallel writes them.
+      head_dim: features of each head, which the state dict does not contain; the published models
+        have 32.
+      attention: the attention of the model, one of attention.NAMES. None detects Linformer,
+        Performer and Reformer by entries that only they have; all others have the same entries.
 
     Returns:
-      {"params": ...}, and for Performer {"fixed": ...}, its random directions: nested dicts of
-      float32 arrays. The parameters are those of DualClassifier where the head's first layer reads
-      4 * width features, of Classifier where it reads width. The kernels are [in, out], the
-      query's, key's and value's [width, heads, head_dim], the output's [heads, head_dim, width].
-      Linformer's projections are those of sharing="none".
+      {"params": ...}, and for Performer also {"fixed": ...} with its random directions: nested
+      dicts of float32 arrays. The parameters are those of DualClassifier if the first layer of the
+      head has 4 * width inputs, and of Classifier if it has width. Kernels are [in, out]; those of
+      query, key and value are [width, heads, head_dim], and that of the output
+      [heads, head_dim, width]. Linformer's projections are those of sharing="none".
 
     Raises:
-      UserError: for an unknown attention; if an entry is missing, unexpected, misshapen, not
+      UserError: if the attention is unknown; if an entry is missing, unexpected, misshapen, not
         floating or not finite; or if head_dim does not fit the entries. The message names the
         entry.
     """
@@ -234,9 +236,9 @@ def variables_from_pytorch(
 def from_pytorch(
     state_dict: Mapping[str, np.ndarray], *, head_dim: int = 32, attention: str | None = None
 ) -> dict[str, Any]:
-    """The "params" of variables_from_pytorch, which has the arguments and what is raised.
+    """Returns the "params" of variables_from_pytorch; see there for arguments and errors.
 
-    A Performer needs its "fixed" as well.
+    Performer needs "fixed" as well.
     """
     variables = variables_from_pytorch(state_dict, head_dim=head_dim, attention=attention)
     return variables["params"]

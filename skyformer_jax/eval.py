@@ -1,11 +1,11 @@
-"""Evaluates a run or a released checkpoint: prints a table, writes eval_<split>.json.
+"""Evaluates a run or a released checkpoint, prints a table and writes eval_<split>.json.
 
     python eval.py --workdir=runs/text-skyformer-fast --split=validation --checkpoint=latest
     python eval.py --checkpoint_dir=checkpoints/text-skyformer --source=DIR --out=result.json
 
-The result of a run is written into its workdir, or where --out says. A workdir that cannot be
-written is evaluated all the same. The result of a released checkpoint is written where --out says.
-Installed, this is the command skyformer-eval.
+The result of a run is written into its workdir, or to --out. A read-only workdir can be evaluated
+too. The result of a released checkpoint is written only if --out is given. The installed package
+provides this script as the command skyformer-eval.
 """
 
 import glob
@@ -22,7 +22,7 @@ with lra_imports():
 
 
 def _find_workdir(given: str) -> Path:
-    """The folder itself, or the only one that continues its name with -<attention>."""
+    """Returns the folder itself, or the only folder with this name and a suffix -<attention>."""
     path = Path(given)
     if path.exists():
         return path
@@ -37,38 +37,47 @@ def _find_workdir(given: str) -> Path:
 def command() -> None:
     """Evaluates, prints the table and writes the result."""
     workdir = flags.DEFINE_string(
-        "workdir", None, "Folder of the run; runs/quickstart will do for runs/quickstart-skyformer."
+        "workdir",
+        None,
+        "Folder of the run; runs/quickstart also finds runs/quickstart-skyformer if no other matches.",
     )
     checkpoint_dir = flags.DEFINE_string(
         "checkpoint_dir",
         None,
-        "Folder of a released checkpoint, as in checkpoints/ (docs/models.md).",
+        "Folder of a released checkpoint, such as those in checkpoints/ (docs/models.md).",
     )
     source = flags.DEFINE_string(
         "source",
         None,
-        "For --checkpoint_dir: folder or archive of the data as published; default: what "
-        "--data_dir holds, else downloaded or generated.",
+        "For --checkpoint_dir: folder or archive of the published data; default: the data in "
+        "--data_dir, else downloaded or generated data.",
     )
-    split = flags.DEFINE_string("split", "test", "train, validation or test.")
+    split = flags.DEFINE_string("split", "test", "Split: train, validation or test.")
     checkpoint = flags.DEFINE_string(
-        "checkpoint", "best", "best (by validation), latest, or a step."
+        "checkpoint", "best", "Checkpoint: best (by validation accuracy), latest, or a step."
     )
     landmark_draws = flags.DEFINE_integer(
-        "landmark_draws", 0, "Evaluations more, with random landmarks.", lower_bound=0
+        "landmark_draws", 0, "Additional evaluations with randomly drawn landmarks.", lower_bound=0
     )
     batch_size = flags.DEFINE_integer(
-        "batch_size", None, "Default: that of training. Does not change the result.", lower_bound=1
+        "batch_size",
+        None,
+        "Batch size; default: that of training. It does not affect the result.",
+        lower_bound=1,
     )
-    data_dir = flags.DEFINE_string("data_dir", None, "Where the data lie, if they were moved.")
+    data_dir = flags.DEFINE_string("data_dir", None, "Folder of the data sets, if it was moved.")
     out = flags.DEFINE_string(
-        "out", None, "JSON file, or folder, for the result; default: the workdir."
+        "out", None, "JSON file or folder for the result; default: the workdir."
     )
     coordinator = flags.DEFINE_string(
         "coordinator", "", "Several processes: auto, or host:port of process 0 (docs/scaling.md)."
     )
-    num_processes = flags.DEFINE_integer("num_processes", 0, "0: as the environment says.")
-    process_id = flags.DEFINE_integer("process_id", -1, "-1: as the environment says.")
+    num_processes = flags.DEFINE_integer(
+        "num_processes", 0, "Number of processes; 0: read from the environment."
+    )
+    process_id = flags.DEFINE_integer(
+        "process_id", -1, "Index of this process; -1: read from the environment."
+    )
     flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint_dir"], required=True)
 
     def main() -> None:
@@ -85,7 +94,7 @@ def command() -> None:
             training.evaluate_released(checkpoint_dir.value, source=source.value, **options)
         else:
             if source.value:
-                raise UserError("--source is for --checkpoint_dir; a run knows its data")
+                raise UserError("--source is only for --checkpoint_dir; a run stores its own")
             assert workdir.value is not None  # absl requires one of the two
             training.evaluate(_find_workdir(workdir.value), checkpoint=checkpoint.value, **options)
 

@@ -1,4 +1,4 @@
-"""A causal language model of the paper's blocks, which decodes with the state of its attention."""
+"""A causal language model of the paper's blocks, which decodes with its attention's state."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,26 +12,26 @@ from skyformer_jax.models import EncoderBlock, look_up
 
 
 class LanguageModel(nn.Module):
-    """Tokens to the logits of the next tokens, with rotary positions.
+    """Predicts the logits of the next token at each position, with rotary positions.
 
-    With decode=True it goes on from the tokens of earlier calls: init makes the collection "cache",
-    which apply has to get and to return (mutable=["cache"]). For skyformer and performer its size
-    does not depend on the length; for softmax and kernelized the tokens given to init say for how
-    many there is room.
+    With decode=True, each call continues the tokens of earlier calls. init creates the collection
+    "cache"; pass it to apply with mutable=["cache"], which returns the next one. For skyformer and
+    performer its size does not depend on the length. For softmax and kernelized it has room for as
+    many tokens as init was given.
 
     Attributes:
-      attention: one that is causal: softmax, kernelized, performer, or skyformer with the option
+      attention: a causal attention: softmax, kernelized, performer, or skyformer with the option
         landmarks="learned".
-      attention_options: its options.
-      vocab_size: number of tokens; 256 for bytes.
+      attention_options: the options of the attention.
+      vocab_size: number of token ids; 256 for bytes.
       num_layers: number of blocks.
       width: features of a token.
       num_heads: number of heads.
       head_dim: features of each head.
-      mlp_dim: features between the two layers of a block's MLP.
-      dropout: rate, of the embeddings and both branches of a block.
-      dtype: the dtype of everything between the embeddings and the final norm.
-      decode: whether calls go on from each other.
+      mlp_dim: hidden features of a block's MLP.
+      dropout: dropout rate of both branches of a block.
+      dtype: dtype of everything between the embeddings and the final norm.
+      decode: whether a call continues the tokens of earlier calls.
     """
 
     attention: str
@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Predicts.
+        """Computes the logits of the next token at each position.
 
         Args:
           tokens: int [batch, length].
@@ -67,7 +67,7 @@ class LanguageModel(nn.Module):
           deterministic: False applies dropout, by the "dropout" random stream.
 
         Returns:
-          float32 [batch, length, vocab_size]: the logits of the token after each.
+          float32 [batch, length, vocab_size], the logits of the token after each position.
         """
         init = nn.initializers.normal(0.02)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
@@ -101,15 +101,15 @@ def generate(
     *,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """Samples tokens after a prompt, which is read in one go.
+    """Samples tokens after a prompt, which is processed in one call.
 
     Args:
-      model: any of LanguageModel; its decode is set here.
-      variables: its "params" and "fixed".
+      model: the language model; generate sets decode=True itself.
+      variables: the collections "params" and "fixed" of the model.
       prompt: int [batch, length].
-      num_tokens: tokens to sample.
+      num_tokens: number of tokens to sample.
       rng: a jax.random key.
-      temperature: what logits are divided by; 0 takes the likeliest token.
+      temperature: divisor of the logits; 0 selects the most likely token.
 
     Returns:
       int32 [batch, num_tokens].

@@ -1,4 +1,4 @@
-"""Flax linen modules around the attention functions."""
+"""Flax Linen modules for the attention functions."""
 
 import functools
 import warnings
@@ -18,17 +18,18 @@ from skyformer_jax.attention.rotary import positions_in_segments, rotate
 
 
 def dense_inits(fan_in: int) -> dict[str, Any]:
-    """How nn.Dense and its like start here: uniform within 1/sqrt(fan_in) of 0, biases as well.
+    """Returns initializers for dense layers: uniform in [-1/sqrt(fan_in), 1/sqrt(fan_in)].
 
-    That is how PyTorch's Linear starts, and with it the published code of the paper. It matters
-    to the Gaussian kernel: queries and keys then have a third of the variance that Flax's own
-    start gives them, so the kernel is wider, its matrix of lower rank, and fewer landmarks do.
+    Kernels and biases are initialized as in PyTorch's Linear, and so as in the published code of
+    the paper. This matters for the Gaussian kernel: queries and keys have a third of the variance
+    that Flax's default initializers give them, so the kernel is wider, its matrix has lower rank,
+    and fewer landmarks suffice.
 
     Args:
-      fan_in: features of the input.
+      fan_in: number of input features.
 
     Returns:
-      Keyword arguments of nn.Dense, nn.DenseGeneral, nnx.LinearGeneral.
+      Keyword arguments for nn.Dense, nn.DenseGeneral or nnx.LinearGeneral.
     """
 
     def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
@@ -38,7 +39,7 @@ def dense_inits(fan_in: int) -> dict[str, Any]:
 
 
 def hide_padding(inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Inputs of self-attention with zeros at padding, where NaN must not get into the gradients.
+    """Sets the inputs of self-attention to zero at padding, so that NaN there affects no gradient.
 
     Args:
       inputs: [batch, length, width].
@@ -55,12 +56,12 @@ def hide_padding(inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether the module is applied with mutable=["statistics"]."""
+    """Returns True if the module is applied with mutable=["statistics"]."""
     return module.is_mutable_collection("statistics") and not module.is_initializing()
 
 
 def sow_statistic(module: nn.Module, name: str, value: jax.Array) -> None:
-    """Puts an array into the collection "statistics", which no gradient comes from."""
+    """Stores an array in the collection "statistics"; gradients do not flow through it."""
     value = jax.lax.stop_gradient(value)
     module.sow("statistics", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
@@ -71,12 +72,12 @@ def with_rotary_positions(
     first: jax.Array | int = 0,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """Queries or keys [batch, length, heads, head_dim], rotated by their positions.
+    """Rotates queries or keys [batch, length, heads, head_dim] by their positions.
 
-    These count from first, or within each segment from 0.
+    Positions count from first, or from 0 within each segment.
 
     Raises:
-      ValueError: for segments of a sequence that is divided over devices.
+      ValueError: for segments of a sequence that is split over devices.
     """
     if segment_ids is None:
         positions = first + shards.positions(x.shape[1], axis_name)
@@ -90,17 +91,17 @@ def with_rotary_positions(
 def masking_options(
     attention: str, *, is_causal: bool, decodes: bool, segment_ids: jax.Array | None
 ) -> dict[str, Any]:
-    """is_causal and segment_ids as options of an attention function, where they are given.
+    """Returns is_causal and segment_ids, where given, as options of an attention function.
 
     Raises:
-      ValueError: if the attention, or decoding, cannot honour one of them.
+      ValueError: if the attention or decoding does not support one of them.
     """
     if is_causal or decodes:
         check_decodable(attention)
     if segment_ids is None:
         return {"is_causal": True} if is_causal else {}
     if decodes:
-        raise ValueError("decoding goes on with one sequence: leave out segment_ids")
+        raise ValueError("decoding does not support segments: leave out segment_ids")
     able = [name for name, entry in REGISTRY.items() if "segment_ids" in entry.masks]
     if attention not in able:
         raise ValueError(f"{attention} takes no segment_ids; those that do: {', '.join(able)}")
@@ -110,7 +111,7 @@ def masking_options(
 def projected_heads(
     num_heads: int, num_kv_heads: int | None, head_dim: int, value_head_dim: int
 ) -> dict[str, tuple[int, int]]:
-    """The heads and features that a layer projects to: {"query": (heads, head_dim), ...}.
+    """Returns the shapes that a layer projects to: {"query": (heads, head_dim), ...}.
 
     Raises:
       ValueError: if num_heads is not a multiple of num_kv_heads.
@@ -128,49 +129,50 @@ def projected_heads(
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head self- or cross-attention on any attention of skyformer_jax.attention.
+    """Multi-head self- or cross-attention with any attention of skyformer_jax.attention.
 
-    Random streams, used if apply gets them in rngs:
+    Random streams, used if they are in the rngs of apply:
 
     - "landmarks": draws Skyformer's landmarks, Informer's samples of keys and Reformer's hashes
-      anew in every call, as training does.
+      again in every call, as in training.
     - "features": redraws Performer's features and BigBird's random blocks, which otherwise stay as
       init drew them.
 
-    Without these streams the layer is deterministic, as evaluation wants it.
+    Without these streams the layer is deterministic, as in evaluation.
 
     Collections of variables:
 
-    - "params": what is learned, Linformer's projections and Nystromformer's convolution included.
+    - "params": the learned parameters, including Linformer's projections and Nystromformer's
+      convolution.
     - "fixed": Performer's features, Reformer's rotations, the key of BigBird's blocks. Keep it with
-      the parameters. If apply does not get it, the layer warns and uses the function's own fixed
+      the parameters. If it is missing in apply, the layer warns and uses the function's own fixed
       draw.
-
-    - "statistics", if apply has it among `mutable`: for Skyformer `residual`, nystrom_residual's
-      [batch, heads].
+    - "statistics", if it is in `mutable` of apply: for Skyformer `residual`, the [batch, heads] of
+      nystrom_residual.
 
     Attributes:
-      attention: a name of skyformer_jax.attention.NAMES.
-      num_heads: number of heads.
+      attention: one of skyformer_jax.attention.NAMES.
+      num_heads: number of query heads.
       head_dim: features of each head.
-      options: options of the attention function (num_landmarks for example) and of its variables
+      options: options of the attention function (such as num_landmarks) and of its variables
         (Nystromformer's conv_size, Linformer's sharing).
-      num_kv_heads: number of heads of keys and values, which num_heads is a multiple of: groups of
-        query heads share them. None means num_heads. Reformer, whose queries are its keys, has
-        fewer heads of values alone.
+      num_kv_heads: number of heads of keys and values, a divisor of num_heads; groups of query
+        heads share a head of keys and values. None means num_heads. In Reformer, whose queries are
+        its keys, only the values have fewer heads.
       value_head_dim: features of each head of the values; None means head_dim.
-      dtype: dtype of the projections and their results; parameters and the attention's own
-        computation stay float32.
+      dtype: dtype of the projections and their results; the parameters and the computation of the
+        attention itself stay float32.
       rotary: rotates queries and keys by their positions (Su et al., 2021), which count from the
-        first of each segment.
-      is_causal: position i attends to positions 0..i only. For softmax, kernelized and performer,
-        and for skyformer with landmarks="learned".
-      decode: attends causally from the positions of a call to these and all of earlier calls, by
-        what the collection "cache" keeps of them, which apply has to get and to return
-        (mutable=["cache"]). init makes it, for as many positions as its inputs have (softmax and
-        kernelized; the others' has no limit).
-      axis_name: name of a mesh axis, within jax.shard_map, over which the sequence is split: inputs
-        and mask are then this device's shard of it. For the attentions of SPLITTABLE; not for init.
+        first position of each segment.
+      is_causal: position i attends to positions 0..i only. Supported by softmax, kernelized and
+        performer, and by skyformer with landmarks="learned".
+      decode: attends causally to the positions of this call and of all earlier calls, whose state
+        is in the collection "cache". Pass "cache" to apply with mutable=["cache"], which returns
+        the next one. init creates it. For softmax and kernelized it has room for as many positions
+        as the inputs of init; for the others there is no limit.
+      axis_name: name of the mesh axis, within jax.shard_map, over which the sequence is split:
+        inputs and mask are this device's shard. Supported by the attentions of SPLITTABLE, and not
+        for init.
     """
 
     attention: str
@@ -203,26 +205,27 @@ class MultiHeadAttention(nn.Module):
 
         Args:
           inputs_q: [batch, q_length, width].
-          inputs_kv: [batch, kv_length, width]; None means inputs_q (self-attention). Initialise
-            Linformer with the greatest kv_length that it will see.
+          inputs_kv: [batch, kv_length, width]; None means inputs_q (self-attention). Initialize
+            Linformer with the largest kv_length that it will be applied to.
           mask: bool [batch, kv_length], True at real tokens. Masked inputs, even NaN, never affect
-            the output at real positions, nor any gradient.
-          segment_ids: int [batch, length]: positions of one segment, which are consecutive, attend
-            to that segment alone. Skyformer and performer take them for causal attention.
+            the output at real positions or any gradient.
+          segment_ids: int [batch, length]. Positions attend only within their segment; the
+            positions of a segment are consecutive. Skyformer and performer support segments only
+            for causal attention.
 
         Returns:
           [batch, q_length, width].
 
         Raises:
-          ValueError: for an unknown attention or option, for inputs_kv where the attention shares
-            queries and keys, or for axis_name where the attention needs the whole sequence.
+          ValueError: for an unknown attention or option, for inputs_kv if the attention shares
+            queries and keys, or for axis_name if the attention needs the whole sequence.
         """
         function_options, _ = split_options(self.attention, self.options)
         if self.axis_name is not None:
             if self.attention not in SPLITTABLE:
                 raise ValueError(
-                    f"{self.attention} needs the whole sequence on one device; one that is split "
-                    f"can have: {', '.join(SPLITTABLE)}"
+                    f"{self.attention} needs the whole sequence on one device; those that take a "
+                    f"split sequence: {', '.join(SPLITTABLE)}"
                 )
             function_options["axis_name"] = self.axis_name
         entry = REGISTRY[self.attention]
@@ -249,7 +252,7 @@ class MultiHeadAttention(nn.Module):
         query = project("query", inputs_q)
         key = None if entry.shared_query_key else project("key", inputs_kv)
         value = project("value", inputs_kv)
-        # What the layer keeps stands for options that ask it to, such as landmarks="learned".
+        # The variables replace the options that created them, such as landmarks="learned".
         options = {
             **function_options,
             **self._kept_variables(kv_length, redraw=rng is not None),
@@ -285,7 +288,7 @@ class MultiHeadAttention(nn.Module):
         )(out)
 
     def _cache(self, query: jax.Array, value: jax.Array, options: Mapping[str, Any]) -> nn.Variable:
-        """The variable that holds the state of decoding."""
+        """Returns the variable that holds the decoding state."""
         batch, length, heads, head_dim = query.shape
         start = functools.partial(
             init_decoding,
@@ -302,7 +305,7 @@ class MultiHeadAttention(nn.Module):
         return self.variable("cache", "state", start)
 
     def _kept_variables(self, kv_length: int, *, redraw: bool) -> dict[str, jax.Array]:
-        """The arrays that this layer keeps for its attention, without those that are redrawn."""
+        """Returns the variables of the attention function, without those that are redrawn."""
         kept: dict[str, jax.Array] = {}
         specs = layer_variables(
             self.attention,
@@ -316,8 +319,8 @@ class MultiHeadAttention(nn.Module):
             collection = "params" if spec.trained else "fixed"
             value: Any
             if self.has_variable(collection, name):
-                # With its stored shape: Linformer's may be for longer sequences than this one.
-                # Without the box of nn.with_partitioning and its like, as nn.Dense takes it.
+                # In its stored shape, since Linformer's may be for longer sequences than this one.
+                # Unboxed, as in nn.Dense, in case of nn.with_partitioning and the like.
                 value = nn.unbox(self.get_variable(collection, name))
             elif spec.trained:
                 value = self.param(name, spec.init, spec.shape)
@@ -328,7 +331,7 @@ class MultiHeadAttention(nn.Module):
                 if not redraw:
                     warnings.warn(
                         f"{self.attention} was applied without the collection 'fixed', which init "
-                        f"returned beside 'params': a default draw stands in for its {name}",
+                        f"returned beside 'params': a default draw replaces its {name}",
                         stacklevel=2,
                     )
                 continue

@@ -1,4 +1,4 @@
-"""The classifier of the paper: embeddings, pre-norm encoder blocks, pooling, a small head."""
+"""The paper's classifier: embeddings, pre-norm encoder blocks, pooling and an MLP head."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ from skyformer_jax.norms import LayerNorm
 POSITIONS = ("learned", "sinusoidal", "rotary")
 POOLINGS = ("mean", "cls", "padded_mean")
 DTYPES = ("float32", "bfloat16")
-_STREAMS = ("dropout", "landmarks", "features")  # of random keys, that a block may use
+_STREAMS = ("dropout", "landmarks", "features")  # random streams that a block may use
 _EMBEDDING_SCALE = 0.02
 
 
 class EncoderBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both branches."""
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both."""
 
     attention: str
     attention_options: Mapping[str, Any]
@@ -48,7 +48,16 @@ class EncoderBlock(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None, segment_ids: jax.Array | None = None
     ) -> jax.Array:
-        """X [batch, length, width], mask bool [batch, length] -> [batch, length, width]."""
+        """Applies the block.
+
+        Args:
+          x: [batch, length, width].
+          mask: bool [batch, length], True at real tokens, or None.
+          segment_ids: int [batch, length], see layers.MultiHeadAttention, or None.
+
+        Returns:
+          [batch, length, width].
+        """
         dtype = jnp.dtype(self.dtype)
 
         def drop(y: jax.Array) -> jax.Array:
@@ -80,17 +89,17 @@ class EncoderBlock(nn.Module):
 
 
 def pool(x: jax.Array, mask: jax.Array, pooling: str, axis_name: str | None = None) -> jax.Array:
-    """One vector for each sequence.
+    """Pools each sequence to one vector.
 
     Args:
       x: [batch, length, width].
       mask: bool [batch, length], True at real tokens.
-      pooling: "mean" over the real tokens, "cls" (the first token), or "padded_mean", the
-        published code's: the sum over the real tokens divided by the padded length.
-      axis_name: mesh axis over which the length is split.
+      pooling: "mean" over the real tokens; "cls", the first token; or "padded_mean", as in the
+        published code, the sum over the real tokens divided by the padded length.
+      axis_name: the mesh axis over which the length is split, or None.
 
     Returns:
-      [batch, width]; zeros for a mean over no token.
+      [batch, width]; zeros for a mean over no tokens.
     """
     if pooling == "cls":
         first = jnp.where(shards.shard_index(axis_name) == 0, x[:, 0], 0)
@@ -103,15 +112,15 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str, axis_name: str | None = No
 
 
 def sinusoids(positions: jax.Array, width: int) -> jax.Array:
-    """Positions as sines and cosines (Vaswani et al., 2017, section 3.5).
+    """Encodes positions as sines and cosines (Vaswani et al., 2017, section 3.5).
 
     Args:
       positions: int [length].
-      width: features, even.
+      width: number of features; must be even.
 
     Returns:
       float32 [length, width]: sines of width / 2 wavelengths from 2 pi to 10,000 times that, then
-      their cosines.
+      the cosines.
     """
     if width % 2:
         raise ValueError(f"sinusoidal positions need an even width; got {width}")
@@ -121,9 +130,9 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of a table [rows, width] for tokens, int [...], sharded as the tokens are.
+    """Looks up rows of a table [rows, width] for tokens, int [...]; sharded as the tokens are.
 
-    nn.Embed's own call does not say so, as meshes with explicit axes want it.
+    nn.Embed's own call does not specify this sharding, which meshes with explicit axes require.
     """
 
     def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -133,20 +142,23 @@ def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 class _Encoder(nn.Module):
-    """What both classifiers share. The attributes are fields of config.model and config.attention.
+    """The encoder and the head that both classifiers share.
 
-    dtype is the dtype of everything between the embeddings and the final norm; parameters, the
-    statistics of norms, the pooling and the head are float32. remat keeps only the blocks' inputs
-    for the backward pass, which computes the rest again; its dropout drops other elements.
-    positions are "learned", a table of max_length x width; "sinusoidal", without parameters; or
-    "rotary", of queries and keys in every block, nothing being added to the embeddings.
-    Applied with mutable=["statistics"] a model also returns mean_square [num_layers], of each
-    block's output at real tokens, and with Skyformer residual [num_layers], the means of
+    The attributes are fields of config.model and config.attention:
+
+    - dtype is the dtype of everything between the embeddings and the final norm. Parameters, the
+      statistics of norms, the pooling and the head are float32.
+    - remat keeps only the blocks' inputs for the backward pass, which recomputes the rest. With
+      remat, dropout drops other elements than without.
+    - positions are "learned", a table of max_length x width; "sinusoidal", without parameters; or
+      "rotary", which rotates queries and keys in every block and adds nothing to the embeddings.
+    - axis_name is the mesh axis, within jax.shard_map, over which the length is split. Tokens and
+      mask are then this device's shard of each sequence, and the logits are the same on all
+      devices. init requires None.
+
+    A model that is applied with mutable=["statistics"] also returns mean_square [num_layers], of
+    each block's output at real tokens, and with Skyformer residual [num_layers], the means of
     nystrom_residual.
-
-    axis_name names the mesh axis, within jax.shard_map, over which the length is split: tokens and
-    mask are then this device's shard of each sequence, and the logits are the same on all devices.
-    It is not for init.
 
     The methods create submodules, so the compact __call__ of a subclass calls each of them once.
     """
@@ -174,12 +186,12 @@ class _Encoder(nn.Module):
         super().__post_init__()
 
     def _encode(self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Tokens int [batch, length], mask bool [batch, length] -> pooled [batch, width]."""
+        """Encodes tokens int [batch, length] with their mask to pooled features [batch, width]."""
         _check_choice("pooling", self.pooling, POOLINGS)
         _check_choice("positions", self.positions, POSITIONS)
         length = tokens.shape[1] * shards.num_shards(self.axis_name)
         if length == 0:
-            raise ValueError(f"sequences must have a token at least; got tokens {tokens.shape}")
+            raise ValueError(f"sequences must have at least one token; got tokens {tokens.shape}")
         if length > self.max_length:
             raise ValueError(
                 f"sequences of {length} tokens do not fit model.max_length={self.max_length}"
@@ -192,11 +204,11 @@ class _Encoder(nn.Module):
             table = self.param(
                 "position_embedding", init, (self.max_length, self.width), jnp.float32
             )
-            # A slice, which is cheaper than a lookup of the positions.
+            # A slice is cheaper than a lookup of the positions.
             rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=len(positions))
             x = x + on_automatic_axes(rows, (None, spec_of(table)[1]), table, positions[0])[None]
         elif self.positions == "sinusoidal":
-            # Their root mean square is then that of the tokens' embeddings.
+            # Scaled to the root mean square of the token embeddings.
             x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)[None]
         x = x.astype(self.dtype)
         if self.dropout and not deterministic:
@@ -231,7 +243,7 @@ class _Encoder(nn.Module):
     def _statistics(
         self, x: jax.Array, mask: jax.Array, variables: Mapping[str, Any]
     ) -> dict[str, jax.Array]:
-        """Means over the examples of what a block returned and sowed; {} unless they are kept."""
+        """Returns the statistics of a block, averaged over the examples; {} if none are kept."""
         if not keeps_statistics(self):
             return {}
         square = (x.astype(jnp.float32) ** 2).mean(axis=-1, keepdims=True)
@@ -242,10 +254,10 @@ class _Encoder(nn.Module):
     def _recomputed_blocks(
         self, block: nn.Module, x: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """All blocks as one loop, which keeps only the carried x for the backward pass.
+        """Applies all blocks in one loop, which keeps only the carried x for the backward pass.
 
-        Without a loop, compilers may merge the second computation of a block with the first, as XLA
-        does on CPUs, and then everything would be kept after all.
+        Without a loop, compilers may merge the recomputation of a block with its first computation,
+        as XLA does on CPUs, and then all activations would be kept after all.
         """
         layers = [
             (
@@ -265,7 +277,7 @@ class _Encoder(nn.Module):
         return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 
     def _head(self, x: jax.Array) -> jax.Array:
-        """Features [batch, any] -> logits [batch, num_classes]."""
+        """Maps features [batch, any] to logits [batch, num_classes]."""
         x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden", **dense_inits(x.shape[-1]))(x))
         return nn.Dense(self.num_classes, name="head_out", **dense_inits(x.shape[-1]))(x)
 
@@ -276,7 +288,7 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _tokens_and_mask(tokens: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Both as arrays.
+    """Converts tokens and mask to arrays and checks them.
 
     Raises:
       TypeError: for tokens that are not integers.
@@ -294,13 +306,13 @@ def _tokens_and_mask(tokens: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
 
 
 class Classifier(_Encoder):
-    """Tokens to logits."""
+    """Classifies sequences of tokens."""
 
     @nn.compact
     def __call__(
         self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
-        """Classifies.
+        """Computes the logits of sequences.
 
         Args:
           tokens: int [batch, length], length at most max_length.
@@ -312,21 +324,21 @@ class Classifier(_Encoder):
 
         Raises:
           TypeError: if tokens are not integers.
-          ValueError: if the sequence is empty, or longer than the table of positions, if the mask
-            is not boolean or has another shape, or for an unknown option.
+          ValueError: if the sequences are empty or longer than max_length, if the mask is not
+            boolean or has another shape, or for an unknown option.
         """
         tokens, mask = _tokens_and_mask(tokens, mask)
         return self._head(self._encode(tokens, mask, deterministic=deterministic))
 
 
 class DualClassifier(_Encoder):
-    """Two documents to logits: one encoder for both, a head on [a, b, a * b, a - b]."""
+    """Classifies pairs of documents: one encoder for both, and a head on [a, b, a * b, a - b]."""
 
     @nn.compact
     def __call__(
         self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
-        """Classifies pairs.
+        """Computes the logits of pairs of documents.
 
         Args:
           tokens: int [batch, 2, length], length at most max_length.
@@ -338,7 +350,7 @@ class DualClassifier(_Encoder):
 
         Raises:
           TypeError: if tokens are not integers.
-          ValueError: if the tokens are not pairs of documents, or as Classifier.
+          ValueError: if the tokens are not pairs of documents; also see Classifier.
         """
         tokens, mask = _tokens_and_mask(tokens, mask)
         if tokens.ndim != 3 or tokens.shape[1] != 2:
@@ -350,13 +362,13 @@ class DualClassifier(_Encoder):
 
 
 def _merged(x: jax.Array) -> jax.Array:
-    """[batch, 2, ...] -> [batch * 2, ...], sharded as the batch is."""
+    """Reshapes [batch, 2, ...] to [batch * 2, ...], sharded as the batch is."""
     spec = (spec_of(x)[0], *spec_of(x)[2:])
     return on_automatic_axes(lambda x: x.reshape(2 * len(x), *x.shape[2:]), spec, x)
 
 
 def _split(x: jax.Array) -> list[jax.Array]:
-    """[batch * 2, width] -> two of [batch, width], sharded as the batch is."""
+    """Splits [batch * 2, width] into two of [batch, width], sharded as the batch is."""
     return on_automatic_axes(lambda x: [x[::2], x[1::2]], [spec_of(x), spec_of(x)], x)
 
 
@@ -365,20 +377,20 @@ def build_model(
 ) -> Classifier | DualClassifier:
     """Builds the model that a config describes.
 
-    model.apply({"params": params}, tokens, mask, deterministic=True, rngs=...) gives logits
+    model.apply({"params": params}, tokens, mask, deterministic=True, rngs=...) returns logits
     [batch, num_classes].
 
     Args:
-      config: its "attention" holds the attention's name and options, its "model" the attributes of
-        the classes below. A plain dict or an ml_collections.ConfigDict.
+      config: a dict or an ml_collections.ConfigDict. "attention" holds the name and the options of
+        the attention, "model" the attributes of the classes below.
       axis_name: see Classifier.
 
     Returns:
-      A Classifier; a DualClassifier, of tokens and mask [batch, 2, length], where num_documents of
-      "model" is 2.
+      A Classifier; or, if num_documents of "model" is 2, a DualClassifier, whose tokens and mask
+      are [batch, 2, length].
 
     Raises:
-      UserError: if num_documents is neither 1, its default, nor 2.
+      UserError: if num_documents is neither 1, the default, nor 2.
     """
     options, fields = dict(config["attention"]), dict(config["model"])
     num_documents = fields.pop("num_documents", 1)
@@ -386,7 +398,7 @@ def build_model(
         raise UserError(f"model.num_documents must be 1 or 2, not {num_documents!r}")
     return (DualClassifier if num_documents == 2 else Classifier)(
         attention=options.pop("name"),
-        attention_options=flax.core.FrozenDict(options),  # hashable, so the model is
+        attention_options=flax.core.FrozenDict(options),  # hashable, so that the model is
         **fields,
         axis_name=axis_name,
     )

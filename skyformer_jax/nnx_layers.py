@@ -1,4 +1,4 @@
-"""Flax NNX modules around the attention functions."""
+"""Flax NNX modules for the attention functions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,36 +20,36 @@ from skyformer_jax.layers import (
 
 
 class Fixed(nnx.Variable):
-    """Random numbers that are drawn when a module is made and kept; not a parameter."""
+    """Random numbers that a module draws at construction and keeps; not a parameter."""
 
 
 class MultiHeadAttention(nnx.Module):
-    """Multi-head self- or cross-attention on any attention of skyformer_jax.attention.
+    """Multi-head self- or cross-attention with any attention of skyformer_jax.attention.
 
-    The NNX form of skyformer_jax.layers.MultiHeadAttention, with the same mathematics and, for the
-    same parameters, the same numbers. As there, the streams "landmarks" and "features" of the rngs
-    given to a call feed what is random.
+    The NNX form of skyformer_jax.layers.MultiHeadAttention: it computes the same function and, with
+    the same parameters, the same numbers. As there, the streams "landmarks" and "features" of the
+    rngs of a call provide the random numbers.
 
     Args:
-      attention: a name of skyformer_jax.attention.NAMES.
-      num_heads: number of heads.
+      attention: one of skyformer_jax.attention.NAMES.
+      num_heads: number of query heads.
       in_features: width of the inputs and of the output.
       head_dim: features of each head.
       options: options of the attention function and of its variables (see
         skyformer_jax.attention.registry).
-      max_length: the greatest kv_length; only Linformer needs it.
-      num_kv_heads: number of heads of keys and values, which num_heads is a multiple of: groups of
-        query heads share them. None means num_heads. Reformer, whose queries are its keys, has
-        fewer heads of values alone.
+      max_length: the largest kv_length; only Linformer needs it.
+      num_kv_heads: number of heads of keys and values, a divisor of num_heads; groups of query
+        heads share a head of keys and values. None means num_heads. In Reformer, whose queries are
+        its keys, only the values have fewer heads.
       value_head_dim: features of each head of the values; None means head_dim.
       rotary: rotates queries and keys by their positions (Su et al., 2021), which count from the
-        first of each segment.
-      is_causal: position i attends to positions 0..i only. For softmax, kernelized and performer,
-        and for skyformer with landmarks="learned".
+        first position of each segment.
+      is_causal: position i attends to positions 0..i only. Supported by softmax, kernelized and
+        performer, and by skyformer with landmarks="learned".
       dtype: dtype of the projections and their results; None means that of inputs and parameters.
-        The attention's own computation stays float32.
-      param_dtype: dtype of the projections' parameters.
-      rngs: draws the parameters and the fixed random numbers, by its "params" stream.
+        The computation of the attention itself stays float32.
+      param_dtype: dtype of the parameters of the projections.
+      rngs: its "params" stream draws the parameters and the fixed random numbers.
 
     Raises:
       ValueError: for an unknown attention or option, a missing max_length, or a num_heads that is
@@ -109,14 +109,15 @@ class MultiHeadAttention(nnx.Module):
             setattr(self, name, kind(spec.init(rngs.params(), spec.shape)))
 
     def init_cache(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> None:
-        """Begins decoding: from here on each call attends from its positions to all so far.
+        """Starts decoding: each later call attends to its own and all earlier positions.
 
-        It sets `decode`; with `decode` set to False the module attends as before.
+        Sets `decode` to True. Set it to False to attend as before.
 
         Args:
           batch: number of sequences.
-          max_length: the most positions, which softmax and kernelized keep the keys and values of.
-          dtype: the dtype of these.
+          max_length: largest number of positions; softmax and kernelized cache the keys and values
+            of that many.
+          dtype: dtype of the cached keys and values.
         """
         heads, kv_heads, head_dim, value_dim = self._shapes
         state = init_decoding(
@@ -133,8 +134,8 @@ class MultiHeadAttention(nnx.Module):
         self.cache, self.decode = nnx.Cache(state), True
 
     def _arrays(self, *, redrawn: bool) -> dict[str, Any]:
-        """The options, and the arrays that the module keeps, but for those drawn anew."""
-        # What the layer keeps stands for options that ask it to, such as landmarks="learned".
+        """Returns the options and the variables, without those that are redrawn."""
+        # The variables replace the options that created them, such as landmarks="learned".
         return {
             **self._options,
             **{
@@ -159,16 +160,17 @@ class MultiHeadAttention(nnx.Module):
           inputs_q: [batch, q_length, in_features].
           inputs_kv: [batch, kv_length, in_features]; None means inputs_q (self-attention).
           mask: bool [batch, kv_length], True at real tokens. Masked inputs, even NaN, never affect
-            the output at real positions, nor any gradient.
-          segment_ids: int [batch, length]: positions of one segment, which are consecutive, attend
-            to that segment alone. Skyformer and performer take them for causal attention.
-          rngs: with a stream "landmarks" or "features" to draw by; None is deterministic.
+            the output at real positions or any gradient.
+          segment_ids: int [batch, length]. Positions attend only within their segment; the
+            positions of a segment are consecutive. Skyformer and performer support segments only
+            for causal attention.
+          rngs: has the stream "landmarks" or "features" for drawing; None is deterministic.
 
         Returns:
           [batch, q_length, in_features].
 
         Raises:
-          ValueError: for inputs_kv where the attention shares queries and keys.
+          ValueError: for inputs_kv if the attention shares queries and keys.
         """
         entry = REGISTRY[self.attention]
         if inputs_kv is None:

@@ -1,4 +1,4 @@
-"""Layer normalisation, with sums that are fast on CPUs too."""
+"""Layer normalization, with sums that are also fast on CPUs."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ EPSILON = 1e-5  # as in the published code
 
 
 class LayerNorm(nn.Module):
-    """What flax.linen.LayerNorm computes over the last axis, with the same parameters.
+    """Layer normalization over the last axis, with the parameters of flax.linen.LayerNorm.
 
     Attributes:
       dtype: dtype of the result; the statistics and the parameters are float32.
@@ -22,7 +22,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """X [..., width] -> [..., width], of mean 0 and variance 1 before scale and bias."""
+        """Normalizes x [..., width] to mean 0 and variance 1, then applies scale and bias."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         normed = on_automatic_axes(
@@ -32,10 +32,10 @@ class LayerNorm(nn.Module):
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """(x - mean) / sqrt(variance + EPSILON) * scale + bias over the last axis.
+    """Computes (x - mean) / sqrt(variance + EPSILON) * scale + bias over the last axis.
 
-    XLA's sums take several times as long on CPUs as the product with a vector of ones, so there
-    this function, and a gradient rule of its own, take such products. Other platforms get sums.
+    On CPUs, XLA's sums take several times as long as products with a vector of ones. This function
+    and its custom gradient rule therefore use such products on CPUs, and sums elsewhere.
 
     Args:
       x: float32 [..., width].
@@ -87,14 +87,14 @@ _by_products = with_rules(_value, _tangent, _gradients)
 
 
 def _normed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """X less its mean and over its standard deviation, and what it is multiplied by for that."""
+    """Returns normalized x, and the reciprocal of its standard deviation."""
     centred = x - _mean(x)
     root = jax.lax.rsqrt(_mean(centred * centred) + EPSILON)
     return centred * root, root
 
 
 def _across(normed: jax.Array, moved: jax.Array) -> jax.Array:
-    """Without what the mean and the variance take away: a symmetric map, linear in moved."""
+    """Subtracts the parts of moved that mean and variance absorb; symmetric, linear in moved."""
     return moved - _mean(moved) - normed * _mean(normed * moved)
 
 
@@ -104,6 +104,6 @@ def _mean(x: jax.Array) -> jax.Array:
 
 
 def _sum_of_rows(x: jax.Array) -> jax.Array:
-    """[..., width] -> [1, ..., width], the shape of scale and bias."""
+    """Sums [..., width] to [1, ..., width], the shape of scale and bias."""
     total = product_rows(x.reshape(-1, x.shape[-1]))
     return total.reshape((*[1] * (x.ndim - 1), x.shape[-1]))

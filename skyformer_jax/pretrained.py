@@ -1,7 +1,7 @@
-"""Models that were trained and released: a folder with parameters, config and test result.
+"""Released models: folders with parameters, config and test result.
 
-The parameters are a .npz file of plain arrays, which is read without pickle. Nothing but the core
-is needed to load them.
+The parameters are an .npz file of plain arrays, which is read without pickle. Loading needs only
+the core package.
 """
 
 import json
@@ -23,16 +23,18 @@ RESULT = "result.json"
 
 
 def load_pretrained(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a released checkpoint, and its variables.
+    """Loads the model of a released checkpoint and its variables.
 
-    model, variables = load_pretrained("checkpoints/text-skyformer")
-    logits = model.apply(variables, tokens, mask)
+    For example::
+
+        model, variables = load_pretrained("checkpoints/text-skyformer")
+        logits = model.apply(variables, tokens, mask)
 
     Args:
-      path: folder with parameters.npz and config.json, as those in checkpoints/.
+      path: a folder with parameters.npz and config.json, such as those in checkpoints/.
 
     Returns:
-      A models.Classifier or DualClassifier; and {"params": ..., "fixed": ...}, NumPy arrays.
+      A models.Classifier or DualClassifier; and {"params": ..., "fixed": ...} with NumPy arrays.
 
     Raises:
       UserError: if the folder or one of its files is missing or damaged.
@@ -43,7 +45,7 @@ def load_pretrained(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         with np.load(folder / PARAMETERS, allow_pickle=False) as file:
             flat = {name: file[name] for name in file.files}
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {PARAMETERS}: it is no released checkpoint") from None
+        raise UserError(f"{folder} has no {PARAMETERS}: it is not a released checkpoint") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder / PARAMETERS} is damaged: {error}") from None
     variables = traverse_util.unflatten_dict(flat, sep="/")
@@ -51,27 +53,27 @@ def load_pretrained(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a released checkpoint.
+    """Reads the config of a released checkpoint.
 
     Raises:
-      UserError: if it is missing or damaged.
+      UserError: if the config is missing or damaged.
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
         if not {"attention", "model"} <= set(config):
-            raise ValueError("it has no attention or no model")
+            raise ValueError("it lacks attention or model")
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {CONFIG}: it is no released checkpoint") from None
+        raise UserError(f"{folder} has no {CONFIG}: it is not a released checkpoint") from None
     except ValueError as error:
         raise UserError(f"{folder / CONFIG} is damaged: {error}") from None
     return config
 
 
 def save_parameters(path: Path, variables: Mapping[str, Any]) -> None:
-    """Writes variables as a .npz file of one array for each path, such as params/block_0/...
+    """Writes variables to an .npz file, one array for each path such as params/block_0/...
 
     Args:
-      path: the file to write; its folder exists.
+      path: the file to write, in an existing folder.
       variables: nested dicts of arrays.
     """
     flat = traverse_util.flatten_dict(dict(variables), sep="/")

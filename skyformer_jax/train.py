@@ -1,13 +1,14 @@
-"""Trains what a config describes, or continues an interrupted run.
+"""Trains the model of a config, or continues an interrupted run.
 
-Skyformer on Text of the Long Range Arena, in 40 minutes on a CPU core, and softmax on ListOps in
-the paper's setting, into folders below runs/:
+These commands train Skyformer on Text of the Long Range Arena, in 40 minutes on a CPU core, and
+softmax on ListOps in the paper's setting. The runs are written to folders in runs/:
 
     python train.py --config=configs/text.py:skyformer,fast
     python train.py --config=configs/listops.py:softmax --config.seed=1 --workdir=runs/listops-1
 
 --config.FIELD=VALUE sets any field of the config; skyformer_jax/training/defaults.py lists them.
-The same command again continues an interrupted run. Installed, this is the command skyformer-train.
+To continue an interrupted run, start the same command again. The installed package provides this
+script as the command skyformer-train.
 """
 
 from pathlib import Path
@@ -23,21 +24,21 @@ with lra_imports():
 
 
 def default_workdir(path: str, argument: str, config: ml_collections.ConfigDict) -> Path:
-    """runs/<config file>-<attention>[-<variant>], by what the command line says."""
+    """Returns runs/<config file>-<attention>[-<variant>] for the values of the command line."""
     parts = [Path(path).stem, config.attention.name, *argument.split(",")[1:]]
     return Path("runs") / "-".join(part for part in parts if part)
 
 
 def command() -> None:
-    """Trains, evaluates the best checkpoint on the test split, and prints where things are."""
+    """Trains, evaluates the best checkpoint on the test split, and prints where the files are."""
     config = config_flags.DEFINE_config_file(
         "config",
         None,
-        "Config file, as configs/listops.py:ATTENTION[,VARIANT].",
+        "Config file, such as configs/listops.py:ATTENTION[,VARIANT].",
         lock_config=True,
     )
     workdir = flags.DEFINE_string(
-        "workdir", None, "Folder of the run; default runs/<config file>-<attention>[-<variant>]."
+        "workdir", None, "Folder of the run; default: runs/<config file>-<attention>[-<variant>]."
     )
     flags.mark_flag_as_required("config")
 

@@ -138,7 +138,7 @@ def test_models_are_hashable_and_name_what_is_wrong():
         ({"width": 7, "positions": "sinusoidal"}, tokens, tokens > 0, "an even width; got 7"),
         ({}, tokens, tokens, "mask must be bool, of the shape"),
         ({}, tokens, tokens[:1] > 0, "mask must be bool, of the shape"),
-        ({}, tokens[:, :0], tokens[:, :0] > 0, "sequences must have a token at least"),
+        ({}, tokens[:, :0], tokens[:, :0] > 0, "sequences must have at least one token"),
         ({}, tokens / 2, tokens > 0, "tokens must be integers; got float32"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -177,7 +177,7 @@ def start_from(states: TrainState, folder: str | Path) -> tuple[TrainState, list
     if not any(fits.values()):
         raise UserError(
             f"train.start_from={folder}: none of its arrays fits this model; its config.json "
-            "describes the model that it was made for"
+            "describes the model that they fit"
         )
     params = {
         name: jnp.broadcast_to(jnp.asarray(found[name], x.dtype), x.shape) if fits[name] else x
