@@ -1,6 +1,6 @@
-"""The packages; all other metadata is in pyproject.toml.
+"""Lists the packages; all other metadata is in pyproject.toml.
 
-The configs lie beside the package in a clone, and in it once installed.
+The folder configs/ is beside the package in a clone, and inside the installed package.
 """
 
 from setuptools import find_packages, setup

@@ -1,4 +1,4 @@
-"""Trains what a config describes, or continues an interrupted run: see skyformer_jax/train.py.
+"""Trains the model of a config, or continues an interrupted run: see skyformer_jax/train.py.
 
 python train.py --config=configs/listops.py:skyformer [--config.train.batch_size=16] [--workdir=DIR]
 """

@@ -1,7 +1,7 @@
-"""What the experiments share: the paper's model, optimizer and attentions.
+"""What the config files share: the paper's model, optimizer and attentions.
 
-A config file builds on this and says what is its own. Its get_config takes "attention[,variant]",
-as in --config=configs/listops.py:kernelized,paper.
+A config file starts from paper_config and sets the fields of its task. Its get_config takes
+"attention[,variant]", as in --config=configs/listops.py:kernelized,paper.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from skyformer_jax import attention, tasks
 from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.training.defaults import default_config
 
-VARIANTS = ("paper", "small")  # beside "", the right one
+VARIANTS = ("paper", "small")  # besides "", the default
 
 
 def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
-    """Splits "attention[,variant]" in two; skyformer and "" where left out."""
+    """Splits "attention[,variant]" into both parts; the defaults are skyformer and ""."""
     name, _, variant = argument.partition(",")
     one_of("attention", name or "skyformer", attention.NAMES)
     if variant and not variants:
@@ -27,14 +27,14 @@ def parse(argument: str, variants: Sequence[str] = ()) -> tuple[str, str]:
 def paper_config(
     task: str | tasks.Task, name: str, *, max_length: int
 ) -> ml_collections.ConfigDict:
-    """The paper's setting of everything that does not depend on the task (its appendix).
+    """Returns a config with the settings of the paper (its appendix) that all tasks share.
 
-    skyformer_jax/training/defaults.py lists all fields, with what they mean.
+    skyformer_jax/training/defaults.py lists and explains all fields.
 
     Args:
-      task: the name of a task of this package, or a task of one's own, from tasks.define.
-      name: name of the attention.
-      max_length: length that sequences are padded to.
+      task: the name of a task of this package, or your own task, made by tasks.define.
+      name: the attention, one of attention.NAMES.
+      max_length: the length that sequences are padded to.
     """
     task = tasks.get(task) if isinstance(task, str) else task
     config = ml_collections.ConfigDict(default_config(task, name))
@@ -43,18 +43,24 @@ def paper_config(
 
 
 def restore_published(config: ml_collections.ConfigDict) -> None:
-    """Changes a config to what the published code computes, where that is an option.
+    """Changes a config to compute what the published code computes, where an option allows it.
 
-    The mean pooling divides by the padded length, Performer's scores are scaled twice, and
-    BigBird's global blocks are the first and the last.
+    Mean pooling divides by the padded length, Performer's scores are scaled twice, and BigBird's
+    global blocks are the first and the last.
 
-    Not restored, beside what only differs in its random numbers: Skyformer and Nystromformer start
-    their iteration from a maximum over the batch, Nystromformer averages padding into its
-    landmarks, Linformer has a projection for each head, the same for keys and values, which is
-    never trained on a GPU, Performer adds 1e-4 to its features and counts padding in its
-    denominator, Informer measures each query by keys of its own, padding among them, and Reformer
-    attends to other buckets of its chunk as well. Landmarks and Performer's directions are not
-    drawn anew at evaluation. docs/published_weights.md says what that makes of the logits.
+    The following behaviour of the published code is not restored, besides differences in random
+    numbers alone:
+
+    - Skyformer and Nystromformer start their iteration from a maximum over the batch.
+    - Nystromformer averages padding into its landmarks.
+    - Linformer has one projection for each head, shared by keys and values, which is never trained
+      on a GPU.
+    - Performer adds 1e-4 to its features and counts padding in its denominator.
+    - Informer samples keys separately for each query, padding included.
+    - Reformer also attends to other buckets of its chunk.
+
+    Landmarks and Performer's directions are not redrawn at evaluation. docs/published_weights.md
+    lists the effect of these differences on the logits.
     """
     config.model.pooling = "padded_mean"
     if config.attention.name == "performer":
@@ -64,16 +70,17 @@ def restore_published(config: ml_collections.ConfigDict) -> None:
 
 
 def use_few_landmarks(config: ml_collections.ConfigDict) -> None:
-    """Gives an attention 32 landmarks or features, where it has them, for short sequences."""
+    """Sets 32 landmarks or features, if the attention has them, for short sequences."""
     for option in ("num_landmarks", "num_features"):
         if option in config.attention:
             config.attention[option] = 32
 
 
 def make_small(config: ml_collections.ConfigDict, *, num_steps: int) -> None:
-    """Changes a config to a model and a number of steps for two CPU cores: minutes, not days.
+    """Reduces model and steps of a config so that two CPU cores train it in minutes, not days.
 
-    One layer, 32 landmarks or features, a higher learning rate; five validations.
+    The model has one layer and 32 landmarks or features. The learning rate is higher, and there
+    are five validations.
     """
     config.model.num_layers = 1
     use_few_landmarks(config)

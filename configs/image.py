@@ -1,20 +1,20 @@
 """Image of the Long Range Arena: CIFAR-10 in gray, pixel by pixel, in the setting of the paper.
 
-Data: 45,000 / 5,000 / 10,000 photographs (Krizhevsky, 2009) of 32 x 32 pixels and 10 classes, to
-gray by the ITU-R 601 weights, row by row: 1,024 tokens of 256 gray levels, all of them real, black
-ones included. Downloaded (170 MB), or read from where --config.data.source=DIR says:
-cifar-10-batches-bin/, its archive, or what TFDS prepared as cifar10. No licence is stated; its
-authors ask for the citation.
+Data: 45,000 / 5,000 / 10,000 photographs (Krizhevsky, 2009) of 32 x 32 pixels in 10 classes,
+converted to gray with the ITU-R 601 weights and read row by row: 1,024 tokens of 256 gray levels.
+No token counts as padding, not even black pixels. The data are downloaded (170 MB), or read from
+--config.data.source=DIR: cifar-10-batches-bin/, its archive, or cifar10 as TFDS prepared it. No
+licence is stated; the authors ask for citation.
 
-Validation is held out of train by the hashes of the photographs, 500 of each class.
+The validation split is held out of the training data by a hash of the photographs, 500 per class.
 
 Floor: 10 %. Test accuracy in the paper's table 1 (mean of three seeds, 50,000 steps): softmax
 40.57, kernelized 41.29, Nystromformer 41.30, Linformer 37.96, Informer 38.10, Performer 41.43,
 Reformer 48.87, BigBird 43.16, Skyformer 40.77.
 
-Variant "paper" restores of the published code that black pixels count as padding, and what
-common.restore_published says. Variant "small" is 16 x 16 pixels, each the mean of four, and a
-smaller model, for a CPU.
+Variant "paper" restores behaviour of the published code: black pixels count as padding; see also
+common.restore_published. Variant "small" has 16 x 16 pixels, each the mean of four, and a smaller
+model, for a CPU.
 
     python train.py --config=configs/image.py:skyformer
     python train.py --config=configs/image.py:performer,small
@@ -26,7 +26,7 @@ from configs import common
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """argument: "attention[,variant]", variant "", "paper" or "small"."""
+    """Returns the config for "attention[,variant]"; variant is "", "paper" or "small"."""
     attention, variant = common.parse(argument, common.VARIANTS)
     config = common.paper_config("image", attention, max_length=1024)
     config.train.learning_rate = 1e-4

@@ -1,14 +1,15 @@
-"""A byte-level language model: train in parallel, decode with the state of the attention.
+"""A byte-level language model: trains in parallel, decodes with the state of the attention.
 
-Data: bytes of any text, of which the last twentieth is held out: of the folder that --text names,
-such as aclImdb/, or else the sources and pages of this repository.
+Data: the bytes of the text in the folder --text, such as aclImdb/, or by default of the sources and
+pages of this repository. The last twentieth is held out.
 
-Bits per byte depend on the text; a uniform guess has 8. Kernelized attention and Skyformer divide
-rows by their sums here: without, the outputs of late positions are sums over more keys than those
-of early ones, and a model meets greater sums beyond the length that it was trained on.
+Bits per byte depend on the text; a uniform guess has 8. Kernelized attention and Skyformer
+normalize rows by their sums here. Otherwise the outputs at late positions would be sums over more
+keys than at early ones, and would grow further beyond the length of training.
 
-Fixed landmarks cannot tell near positions from far ones, as queries and keys of the other
-attentions do by rotary positions. A short convolution of the values gives Skyformer the last bytes.
+Landmarks are fixed, so they cannot distinguish near positions from far ones, as the queries and
+keys of the other attentions do by rotary positions. A short convolution of the values gives
+Skyformer access to the last bytes.
 
     python -m experiments.language_model --attentions=softmax,kernelized,skyformer,skyformer-conv
 """
@@ -26,10 +27,10 @@ _CONV_SIZE = 5
 
 
 def get_config(name: str = "skyformer-conv") -> ml_collections.ConfigDict:
-    """The config of an attention; the models have equal size, but for Skyformer's landmarks.
+    """Returns the config of an attention; models differ in size only by Skyformer's landmarks.
 
     Args:
-      name: one of DECODABLE, or skyformer-conv, Skyformer with a causal convolution of 5 values.
+      name: one of DECODABLE, or skyformer-conv: Skyformer with a causal convolution of 5 values.
     """
     attention, _, conv = name.partition("-")
     one_of("attention", name, (*DECODABLE, "skyformer-conv"))

@@ -1,18 +1,19 @@
 """Pathfinder of the Long Range Arena: are two discs the ends of one contour?
 
 Data: about 160,000 / 20,000 / 20,000 images of 32 x 32 pixels (Linsley et al., 2018), "hard": two
-contours of 14 dashes among shorter ones, row by row: 1,024 tokens of 256 gray levels, all of them
-real, the black ground included. Generated here on the first run (minutes, all cores, no licence to
-mind), or the published PNGs where --config.data.source=DIR names the folder of lra_release.
+contours of 14 dashes among shorter ones. They are read row by row: 1,024 tokens of 256 gray levels.
+No token counts as padding, not even the black background. The images are generated on the first run
+(minutes on all cores; no licence restrictions), or read from the published PNGs if
+--config.data.source=DIR names the folder of lra_release.
 
-Splits are by a hash of the images' names.
+The splits are chosen by a hash of the names of the images.
 
 Floor: 50 %. Test accuracy in the paper's table 1 (mean of three seeds, 50,000 steps): softmax
 65.26, kernelized 70.73, Nystromformer 69.48, Linformer 60.93, Informer 57.83, Performer 66.30,
 Reformer 66.49, BigBird 68.72, Skyformer 70.73.
 
-Variant "paper" restores of the published code that black pixels, two thirds of an image, count as
-padding, and what common.restore_published says. Variant "small" is the first 20,000 generated
+Variant "paper" restores behaviour of the published code: black pixels, two thirds of an image,
+count as padding; see also common.restore_published. Variant "small" has the first 20,000 generated
 images at 16 x 16 pixels, each the mean of four, and a smaller model, for a CPU; it learns little.
 
     python train.py --config=configs/pathfinder.py:skyformer
@@ -25,7 +26,7 @@ from configs import common
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """argument: "attention[,variant]", variant "", "paper" or "small"."""
+    """Returns the config for "attention[,variant]"; variant is "", "paper" or "small"."""
     attention, variant = common.parse(argument, common.VARIANTS)
     task = "pathfinder_small" if variant == "small" else "pathfinder"
     config = common.paper_config(task, attention, max_length=1024)

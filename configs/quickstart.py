@@ -1,10 +1,10 @@
 """Skyformer on short ListOps expressions: the whole system in a few minutes on two CPU cores.
 
-Data: 50,000 / 2,000 / 5,000 expressions of 5 to 47 tokens, at most 4 levels deep, by the grammar
-and in the file format of the full task (configs/listops.py), generated on the first run.
+Data: 50,000 / 2,000 / 5,000 expressions of 5 to 47 tokens and at most 4 levels, generated on the
+first run. The grammar and the file format are those of the full task (configs/listops.py).
 
-The learning rate is higher, and the batch larger, than in the paper's setting, since short
-sequences allow both; 32 landmarks or features stand for the at most 94 rows of queries and keys.
+The learning rate and the batch are larger than in the paper's setting, since short sequences allow
+both. 32 landmarks or features represent the rows of queries and keys, at most 94.
 
     python train.py --config=configs/quickstart.py
     python train.py --config=configs/quickstart.py:softmax
@@ -16,7 +16,7 @@ from configs import common
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """argument: "attention"."""
+    """Returns the config for an attention, one of attention.NAMES; "" means skyformer."""
     attention, _ = common.parse(argument)
     config = common.paper_config("listops_small", attention, max_length=48)
     common.use_few_landmarks(config)

@@ -1,24 +1,24 @@
 """Text of the Long Range Arena: IMDB reviews, byte by byte, in the setting of the Skyformer paper.
 
 Data: 22,500 / 2,500 / 25,000 reviews (Maas et al., 2011), negative or positive, as bytes: 1,300 on
-average, the first 4,000 read, padded to 4,096; 257 token ids. Downloaded (84 MB), or read from
-where --config.data.source=DIR says: aclImdb/, its archive, or what TFDS prepared as imdb_reviews.
+average, the first 4,000 are read, padded to 4,096; 257 token ids. The data are downloaded (84 MB),
+or read from --config.data.source=DIR: aclImdb/, its archive, or imdb_reviews as TFDS prepared it.
 The reviews are for research and belong to their authors; IMDb's conditions of use apply.
 
-Validation is held out of train by the hashes of the reviews, half of each class.
+The validation split is held out of the training data by a hash of the reviews, half of each class.
 
 Floor: 50 %. Test accuracy in the paper's table 1 (mean of three seeds, 50,000 steps, validated on
 the test set): softmax 61.95, kernelized 60.22, Nystromformer 64.83, Linformer 58.93, Informer
 62.64, Performer 64.19, Reformer 62.93, BigBird 63.86, Skyformer 64.70.
 
-Variant "paper" restores of the published code that the validation set is the test set, all 25,000
-others are trained on, in batches of 32 (the paper says 16), and what common.restore_published says.
-Variant "small" reads 512 bytes with a smaller model, for a CPU.
+Variant "paper" restores behaviour of the published code: the validation split is the test split,
+and all 25,000 other reviews are the training split, in batches of 32 (16 according to the paper);
+see also common.restore_published. Variant "small" reads 512 bytes with a smaller model, for a CPU.
 
-Variant "fast" is trained for time to accuracy: batches padded by length, rotary positions, 2,000
+Variant "fast" minimizes the time to accuracy: batches padded by length, rotary positions, and 2,000
 steps at three times the learning rate. The table of learned positions has three quarters of the
-parameters, and overfits. Runs with sinusoidal positions and a rate of 1e-3 had learned nothing
-after 500 steps (results/recipes.json).
+parameters, and overfits. Runs with sinusoidal positions and a learning rate of 1e-3 had learned
+nothing after 500 steps (results/recipes.json).
 
     python train.py --config=configs/text.py:skyformer
     python train.py --config=configs/text.py:skyformer,fast
@@ -31,7 +31,7 @@ from configs import common
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """argument: "attention[,variant]", variant "", "paper", "fast" or "small"."""
+    """Returns the config for "attention[,variant]"; variant: "", "paper", "fast" or "small"."""
     attention, variant = common.parse(argument, (*common.VARIANTS, "fast"))
     config = common.paper_config("text", attention, max_length=4096)
     config.train.learning_rate = 1e-4

@@ -1,11 +1,11 @@
-"""Executes notebooks of this folder from a clean kernel and writes their outputs into them.
+"""Executes notebooks of this folder in a clean kernel and writes the outputs into them.
 
     pip install -e ".[notebooks]"
     python notebooks/execute.py                 # all of them
     python notebooks/execute.py 01_what*.ipynb  # some
 
-What changes from one execution or machine to the next and is no output is left out: timestamps,
-the versions of the kernel, the metadata of cells.
+Metadata that changes between executions or machines is dropped: timestamps, the versions of the
+kernel, and the metadata of cells.
 """
 
 import sys
@@ -23,15 +23,15 @@ METADATA = {
 
 
 def execute(path: Path, folder: Path, timeout: int = 3600) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a clean kernel.
+    """Executes a notebook in a clean kernel and returns it with its outputs.
 
     Args:
-      path: of the notebook, which is only read.
-      folder: that the kernel starts in.
-      timeout: seconds that a cell may take.
+      path: the notebook file, which is not modified.
+      folder: the working folder of the kernel.
+      timeout: the most seconds that a cell may take.
 
     Raises:
-      nbclient.exceptions.CellExecutionError: if a cell does.
+      nbclient.exceptions.CellExecutionError: if a cell raises.
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -54,7 +54,7 @@ def execute(path: Path, folder: Path, timeout: int = 3600) -> nbformat.NotebookN
 
 
 def main(names: list[str]) -> None:
-    """Executes the notebooks of these paths, or all."""
+    """Executes the notebooks at these paths, or all notebooks of the folder."""
     for path in map(Path, names) if names else sorted(FOLDER.glob("*.ipynb")):
         start = time.perf_counter()
         notebook = execute(path, FOLDER)

@@ -39,7 +39,7 @@ def command() -> None:
     workdir = flags.DEFINE_string(
         "workdir",
         None,
-        "Folder of the run; runs/quickstart also finds runs/quickstart-skyformer if no other matches.",
+        "Folder of the run; runs/quickstart finds runs/quickstart-skyformer if no other matches.",
     )
     checkpoint_dir = flags.DEFINE_string(
         "checkpoint_dir",
