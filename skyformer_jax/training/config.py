@@ -18,7 +18,7 @@ from skyformer_jax.training.defaults import added_fields, default_config
 MUTABLE_FIELDS = (
     "version",
     "data.dir",
-    "data.source",  # checkpoints are bound to the data themselves
+    "data.source",  # checkpoints store a checksum of the data instead
     "compilation_cache",
     "attention.implementation",
     "model.remat",

@@ -131,7 +131,7 @@ def write_out(out: str | Path, split: str, result: dict[str, Any]) -> None:
 
 
 def _write_or_say(workdir: Path, evaluation: Evaluation) -> None:
-    """Writes the result into a workdir, or prints a line if that is read-only."""
+    """Writes the result into a workdir, or prints a line if that fails."""
     try:
         evaluation.write()
     except OSError as error:

@@ -188,7 +188,7 @@ def _statistics(sums: dict[str, np.ndarray], batch_size: int) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"skipped": int(sums["skipped"])} if sums["skipped"] else {}
     if "gradient_norm" in sums:
-        # Counted, since train.log_every may have been different before a restart.
+        # From the examples, since train.log_every may have been different before a restart.
         finite = float(sums["examples"]) / batch_size
         found["gradient_norm"] = float(sums["gradient_norm"]) / finite
         for i, mean_square in enumerate(sums["mean_square"]):
