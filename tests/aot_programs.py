@@ -1,6 +1,7 @@
-"""Compiles for TPUs that are not there and prints what came out as JSON, for test_compiled.py.
+"""Compiles programs ahead of time for absent TPUs and prints their costs as JSON.
 
-A process of its own: libtpu is loaded here, and the flags of the tests are for CPUs.
+test_compiled.py runs this file in a separate process, because it loads libtpu and because the
+tests' XLA flags are for CPUs.
 """
 
 import functools
@@ -20,7 +21,7 @@ from skyformer_jax import attention
 
 
 def gradients(name: str, mesh: jax.sharding.Mesh) -> dict:
-    """Costs of an attention with its gradients, 2 x 1024 tokens, on one device."""
+    """Returns the costs of an attention's gradients for 2 x 1024 tokens on one device."""
     function, shared = attention.ATTENTIONS[name], attention.REGISTRY[name].shared_query_key
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -33,7 +34,7 @@ def gradients(name: str, mesh: jax.sharding.Mesh) -> dict:
 
 
 def step(devices: list, length: int) -> dict:
-    """The row of a small Skyformer's step, its sequences over four devices."""
+    """Returns compile_step's row for a one-layer Skyformer, sequences sharded over 4 devices."""
     config = text.get_config("skyformer")
     config.model.max_length = length
     config.model.positions = "sinusoidal"
@@ -43,7 +44,7 @@ def step(devices: list, length: int) -> dict:
 
 
 def causal(devices: list, length: int) -> dict:
-    """What causal Skyformer sends with its gradients, its sequence over eight devices."""
+    """Returns the collectives of causal Skyformer's gradients, sequence sharded over 8 devices."""
     mesh = jax.sharding.Mesh(devices, ("seq",))
     landmarks = jnp.arange(2048, dtype=jnp.float32).reshape(32, 2, 32) / 2048
 

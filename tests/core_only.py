@@ -1,14 +1,15 @@
-"""Uses the whole core where the packages of the benchmark are missing; test_core.py runs it.
+"""Exercises the whole core with the benchmark's packages made unavailable; run by test_core.py.
 
-Prints the files of the modules of skyformer_jax that it imported, as JSON.
+Prints JSON with the files of all imported skyformer_jax modules and the exported names.
 """
 
-# ruff: noqa: E402  (what is imported here must come after the finder)
+# ruff: noqa: E402  (imports must come after the finder is installed)
 
 import json
 import sys
 
-# Not absl, optax and orbax: Flax needs them. test_core.py reads that our own modules do not.
+# absl, optax and orbax are not listed because Flax imports them. test_core.py checks in the
+# source that our own modules do not.
 MISSING = (
     *("importlib_resources", "matplotlib", "ml_collections", "PIL", "tensorboardX"),
     *("tensorflow_datasets", "tqdm"),
@@ -16,7 +17,7 @@ MISSING = (
 
 
 class _Missing:
-    """A finder, before all others, by which these packages are not installed."""
+    """A meta path finder that makes the packages in MISSING look uninstalled."""
 
     def find_spec(self, name, path=None, target=None):
         del path, target

@@ -1,4 +1,4 @@
-"""Parametrisations over the attentions."""
+"""Parametrizations over the attentions."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from skyformer_jax import attention
 
 
 def by_default(*names):
-    """Parametrises a test over all attentions; those that are not named are slow."""
+    """Parametrizes a test over all attentions and marks all but the given names as slow."""
     return pytest.mark.parametrize(
         "name",
         [

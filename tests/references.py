@@ -1,15 +1,15 @@
-"""The attentions again, in plain float64 NumPy: the independent references of the tests."""
+"""Independent reference implementations of the attentions in plain float64 NumPy."""
 
 import numpy as np
 
 
 def gaussian_kernel(x, y, scale):
-    """[a, p], [b, p] -> [a, b], by the differences themselves."""
+    """Gaussian kernel of x [a, p] and y [b, p] as [a, b], computed from explicit differences."""
     return np.exp(-scale / 2 * ((x[:, None, :] - y[None, :, :]) ** 2).sum(-1))
 
 
 def per_head(function, query, key, value, mask=None):
-    """Applies function(q, k, v) -> out, one example and one head at a time, real keys only."""
+    """Applies function(q, k, v) -> out to each example and head, with unmasked keys only."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, q_length, heads, head_dim = query.shape
     out = np.zeros((batch, q_length, heads, head_dim))
@@ -44,14 +44,14 @@ def kernelized(query, key, value, mask=None, scale=None, normalize=False):
 
 
 def skyformer(query, key, value, landmark_indices, mask=None, scale=None, gamma=0.1):
-    """With the given rows of [query; key] as landmarks, and numpy's own solver."""
+    """Skyformer with the given rows of [query; key] as landmarks, solved by np.linalg.solve."""
     rows = np.concatenate([query, key], axis=1).astype(np.float64)
     landmarks = [rows[b, np.asarray(indices)] for b, indices in enumerate(landmark_indices)]
     return skyformer_from(query, key, value, landmarks, mask, scale, gamma)
 
 
 def skyformer_from(query, key, value, landmarks, mask=None, scale=None, gamma=0.1, normalize=False):
-    """With landmarks [batch, d, heads, head_dim]."""
+    """Skyformer with explicit landmarks [batch, d, heads, head_dim]."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     batch, _, heads, _ = query.shape
@@ -74,12 +74,12 @@ def skyformer_from(query, key, value, landmarks, mask=None, scale=None, gamma=0.
 
 
 def shared_query_key_softmax(query, value, mask=None, scale=1.0):
-    """Reformer with one bucket: keys are normalised queries, oneself only when alone."""
+    """Reformer with one bucket: keys are normalized queries; a lone token attends to itself."""
     return reformer(query, value, None, mask=mask, scale=scale)
 
 
 def segments(real, count):
-    """Positions of `count` equal runs of the True positions of real."""
+    """Splits the True positions of real into `count` runs of nearly equal size."""
     positions = np.flatnonzero(real)
     ranks = np.arange(len(positions)) * count // len(positions)
     return [positions[ranks == i] for i in range(count)]
@@ -112,7 +112,7 @@ def weights(scores):
 
 
 def linformer(query, key, value, key_projection, value_projection, mask=None):
-    """Projections [heads, length, features]."""
+    """Linformer; the projections are [heads, length, features]."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     if mask is not None:
         key, value = (np.where(np.asarray(mask)[:, :, None, None], x, 0) for x in (key, value))
@@ -136,7 +136,7 @@ def performer(query, key, value, projection, mask=None):
 
 
 def informer(query, key, value, samples, num_active, mask=None):
-    """Samples: for each example the positions of its sampled keys."""
+    """Informer; samples holds the positions of the sampled keys of each example."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     out = softmax(query, key, value, mask)
     for b in range(len(query)):
@@ -150,9 +150,17 @@ def informer(query, key, value, samples, num_active, mask=None):
 
 
 def reformer(query, value, rotations, mask=None, scale=1.0, factors=(1,), chunk_length=None):
-    """By the sets P_i and their union, one example and one head at a time.
+    """Reformer from the sets P_i of attended keys and their union over hash rounds.
 
-    factors: buckets of each hash, whose numbers are digits of the bucket's, the first the lowest.
+    Args:
+      query: also the key, before normalization; [batch, length, heads, head_dim].
+      value: [batch, length, heads, value_dim].
+      rotations: [rounds, head_dim, columns]; None for one round and one bucket.
+      mask: bool [batch, length], or None.
+      scale: factor of the scores; None for 1 / sqrt(head_dim).
+      factors: number of buckets of each hash. The hashes are the digits of the bucket's number,
+        the least significant first.
+      chunk_length: tokens per chunk; None for the whole sequence.
     """
     query, value = (np.asarray(x, np.float64) for x in (query, value))
     batch, length, heads, head_dim = query.shape
@@ -186,7 +194,7 @@ def reformer(query, value, rotations, mask=None, scale=1.0, factors=(1,), chunk_
 
 
 def masked_softmax(query, key, value, allowed):
-    """allowed: bool [batch, q_length, kv_length]; zeros for a query without any key."""
+    """Softmax attention where allowed, bool [batch, q_length, kv_length]; zeros without any key."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     scores = query.shape[-1] ** -0.5 * np.einsum("bqhp,bkhp->bhqk", query, key)
     scores = np.exp(scores - scores.max(axis=-1, keepdims=True)) * allowed[:, None]
@@ -198,7 +206,7 @@ REFERENCES = {"softmax": softmax, "kernelized": kernelized}
 
 
 def assert_directional_derivatives(gradients, reference_loss, args, rng, *, tolerance):
-    """Each gradient along a random direction against central differences of the reference."""
+    """Checks each gradient along a random direction against central differences of the loss."""
     args = [np.asarray(x, np.float64) for x in args]
     for i, gradient in enumerate(gradients):
         direction = rng.normal(size=args[i].shape)

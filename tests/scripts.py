@@ -1,4 +1,4 @@
-"""The scripts of experiments/ as modules."""
+"""Imports the scripts of experiments/ as modules."""
 
 import importlib
 
@@ -6,7 +6,7 @@ from absl import flags
 
 
 def import_script(name):
-    """experiments/NAME.py without its flags, since other scripts' flags have the same names."""
+    """Imports experiments.NAME and removes its flags, because scripts reuse flag names."""
     before = set(flags.FLAGS)
     module = importlib.import_module(f"experiments.{name}")
     flags.FLAGS.remove_flag_values(set(flags.FLAGS) - before)

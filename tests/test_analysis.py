@@ -1,4 +1,4 @@
-"""What the figures measure, against the mathematics."""
+"""The quantities in the figures, checked against their mathematical definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def test_skyformer_of_softmax_with_all_rows_is_softmax():
     all_rows = {"num_landmarks": 24, "inverse": "cholesky", "mask": mask}
     found = analysis.skyformer_of_softmax(query, key, value, gamma=1e-6, **all_rows)
     np.testing.assert_allclose(found, exact, atol=2e-4)
-    # The regularisation is of the Gaussian kernel: by hand, in float64.
+    # The regularization applies to the Gaussian kernel: recompute it in float64.
     rows = np.concatenate([query[0, :, 0], key[0, :, 0]]).astype(np.float64)
     gauss = np.exp(-(8**-0.5) / 2 * ((rows[:, None] - rows) ** 2).sum(-1))
     approximate = gauss[:12] @ np.linalg.solve(gauss + 0.5 * np.eye(24), gauss[:, 12:])
@@ -103,4 +103,4 @@ def test_the_noise_of_training_is_in_one_of_the_changes_alone(name, dropout):
     assert (change.normed == 0).all()
     assert (change.raw == 0).all()
     assert (change.with_noise > 0).all()
-    assert change.with_noise[0] != change.with_noise[1]  # a draw for each example
+    assert change.with_noise[0] != change.with_noise[1]  # each example gets its own draw

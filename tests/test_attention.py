@@ -1,4 +1,4 @@
-"""The contract of every attention, one suite for all of them."""
+"""The contract that every attention fulfils, as one test suite for all of them."""
 
 import functools
 import inspect
@@ -20,7 +20,7 @@ quick_attentions = by_default(*QUICK)
 exact_attentions = pytest.mark.parametrize("name", sorted(REFERENCES))
 
 
-# So small that the approximations approximate at the lengths of these tests.
+# Small enough that the methods really approximate at the sequence lengths of these tests.
 SMALL = {
     "skyformer": {"num_landmarks": 8},
     "nystromformer": {"num_landmarks": 6},
@@ -35,14 +35,14 @@ RANDOM = tuple(n for n, entry in attention.REGISTRY.items() if entry.stream)
 
 
 def call(name, query, key, value, **options):
-    """The attention, where reformer's key (its query) is left out."""
+    """Calls an attention, with key=None for reformer, whose query is also its key."""
     key = None if attention.REGISTRY[name].shared_query_key else key
     return attention.ATTENTIONS[name](query, key, value, **options)
 
 
 @functools.cache
 def jitted(name, **options):
-    """One compilation for each shape, where op by op there would be dozens."""
+    """Returns a cached jitted attention: one compilation per shape instead of one per operation."""
     return jax.jit(functools.partial(call, name, **options))
 
 
@@ -57,7 +57,7 @@ def inputs(q_length, kv_length, *, batch=3, heads=2, head_dim=8, seed=0, dtype=n
 
 
 def masks(batch, length, seed=1):
-    """A random pattern, a suffix of padding, and an example without any real key."""
+    """Masks with a random pattern, with padding at the end, and with no real key at all."""
     rng = np.random.default_rng(seed)
     mask = rng.random((batch, length)) < 0.6
     mask[:, 0] = True
@@ -81,7 +81,7 @@ def test_equals_float64_reference(name, lengths):
 @exact_attentions
 @pytest.mark.parametrize("length", [6, 600])
 def test_gradients_by_finite_differences_of_the_reference(name, length):
-    """Directional derivatives against central differences of the float64 reference."""
+    """Compares directional derivatives with central differences of the float64 reference."""
     q, k, v = inputs(length, length, batch=2, head_dim=4)
     mask = masks(2, length)
     rng = np.random.default_rng(5)
@@ -103,7 +103,10 @@ def test_gradients_by_finite_differences_of_the_reference(name, length):
 @all_attentions
 @pytest.mark.parametrize("with_rng", [False, True])
 def test_padding_is_invisible_to_values_and_gradients(name, with_rng):
-    """Whatever stands there, in key and value, and for reformer in the query that is its key."""
+    """Masked keys and values, even NaN, never affect real positions or gradients.
+
+    For reformer this includes masked queries, since they are its keys.
+    """
     q, k, v = inputs(11, 11)
     mask = masks(3, 11)
     rng = jax.random.key(3) if with_rng else None
@@ -168,7 +171,7 @@ def test_examples_do_not_influence_each_other(name, with_rng):
 @all_attentions
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 127, 513, 2003])
 def test_any_length(name, length):
-    """With the options of the paper, which exceed the shorter lengths."""
+    """Uses the paper's options, such as landmark counts, that exceed the shorter lengths."""
     q, k, v = inputs(length, length, batch=1, head_dim=(8, 33, 128)[length % 3])
     out = jitted(name)(q, k, v, mask=jnp.arange(length)[None] < max(1, 2 * length // 3))
     assert out.shape == q.shape
@@ -206,7 +209,7 @@ def test_bfloat16_in_and_out(name):
 
 @all_attentions
 def test_float16_and_mixed_dtypes(name):
-    """The output has the value's dtype, whatever the others have."""
+    """The output has the dtype of value, regardless of the dtypes of query and key."""
     q, k, v = inputs(10, 10)
     out = small(name)(q.astype(jnp.float16), k.astype(jnp.float16), v.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
@@ -215,7 +218,7 @@ def test_float16_and_mixed_dtypes(name):
 
 @quick_attentions
 def test_transformations(name):
-    """jit, vmap, remat and forward mode give what the plain call gives."""
+    """jit, vmap, remat and forward mode agree with the plain call and its gradient."""
     q, k, v = inputs(30, 30)
     mask = masks(3, 30)
     plain = call(name, q, k, v, mask=mask, **SMALL.get(name, {}))
@@ -270,7 +273,7 @@ def test_bad_shapes_are_refused(name, bad, message):
 
 @quick_attentions
 def test_fewer_heads_of_keys_and_values_are_shared(name):
-    """Grouped-query heads, and values of another head_dim, as if repeated for the query heads."""
+    """Key and value heads act as if repeated for the query heads, also with another value_dim."""
     q, k, v = inputs(11, 11, heads=4)
     k, v = k[:, :, ::2], jnp.concatenate([v, v], axis=-1)[:, :, ::2, :13]
     mask = masks(3, 11)
@@ -296,7 +299,7 @@ def test_fewer_heads_of_keys_and_values_are_shared(name):
 
 @exact_attentions
 def test_value_dim_differs_from_head_dim(name):
-    """Against float64, in the dense and in the tiled form of kernelized."""
+    """Compares with float64; the two lengths use the dense and the tiled form of kernelized."""
     for length, value_dim in ((9, 5), (300, 13)):
         q, k, v = inputs(length, length)
         v = jnp.concatenate([v, v], axis=-1)[..., :value_dim]
@@ -324,7 +327,7 @@ def test_empty_arrays_give_zeros(name, lengths):
 
 @quick_attentions
 def test_scale_and_gamma_may_be_learned(name):
-    """Traced, under jit and grad, by central differences."""
+    """Traced scale and gamma have gradients that agree with central differences."""
     q, k, v = inputs(11, 11)
     mask = masks(3, 11)
     options = {"scale": 0.5, **({"gamma": 0.3} if name == "skyformer" else {})}
@@ -346,7 +349,11 @@ def test_scale_and_gamma_may_be_learned(name):
 
 @all_attentions
 def test_arguments_of_numpy_and_numbers_of_any_kind(name):
-    """Float64 by default, as NumPy's arrays are; integers, which would round the result."""
+    """float64 NumPy arrays, lists and NumPy scalars work; integer arrays are refused.
+
+    Integer arrays would round the result to integers. Options that count something must be
+    integers.
+    """
     doubles = [np.asarray(x, np.float64) for x in inputs(11, 11)]
     options = {**SMALL.get(name, {}), "mask": np.ones((3, 11), bool).tolist()}
     with warnings.catch_warnings(action="error"):
@@ -388,7 +395,7 @@ def test_unknown_options_are_refused(name):
 
 @all_attentions
 def test_the_registry_says_what_the_function_takes(name):
-    """Options with their defaults, masks and axis_name, against the signatures."""
+    """The registry's options, defaults, masks and axis_name match the functions' signatures."""
     entry = attention.REGISTRY[name]
     arguments = inspect.signature(entry.function).parameters
     said = {**COMMON_OPTIONS, **entry.options}

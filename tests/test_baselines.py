@@ -16,7 +16,7 @@ from skyformer_jax.attention import bigbird, informer, landmarks, performer, ref
 LENGTH = 24
 IDENTITY = jnp.eye(LENGTH)
 
-# Where each baseline is softmax attention itself: options, and what it is compared with.
+# Options under which each baseline equals exact softmax attention.
 EXACT = {
     "nystromformer": {"num_landmarks": LENGTH, "num_iterations": 24},
     "linformer": {"key_projection": IDENTITY, "value_projection": IDENTITY},
@@ -40,9 +40,9 @@ EXACT = {
 @pytest.mark.parametrize("case", EXACT)
 @pytest.mark.parametrize("masked", [False, True])
 def test_limiting_case_is_softmax_attention(case, masked):
-    """In values, and in gradients by finite differences of the float64 reference."""
+    """Checks values, and gradients by finite differences of the float64 reference."""
     name = case.split(",")[0].split(" ")[0]
-    # Keys near their queries: the pseudo-inverse of a nearly singular matrix would be no test.
+    # Keys are near their queries: the pseudo-inverse of a nearly singular matrix tests nothing.
     q, k, v = inputs(LENGTH, LENGTH, head_dim=8)
     q, k = 3 * q, 3 * q + 0.3 * k
     mask = masks(3, LENGTH) if masked else None
@@ -143,11 +143,11 @@ def test_performer_equals_float64_reference():
 
 
 def test_performer_survives_large_inputs():
-    """Exponents of thousands, where features without the maxima taken out would be 0 or inf."""
+    """With exponents in the thousands, features without the max subtracted would be 0 or inf."""
     q, k, v = inputs(20, 20)
     out = jitted("performer")(100 * q, 100 * k, v)
     assert np.isfinite(out).all()
-    # Every row is an average of values.
+    # Every output row is a weighted average of the values.
     assert np.abs(out).max() <= np.abs(v).max() + 1e-4
 
 
@@ -169,7 +169,7 @@ def test_performer_features_are_orthogonal_normal_and_unbiased():
 
 def test_performer_error_falls_as_the_root_of_the_features():
     q, k, v = inputs(32, 32, batch=1)
-    q, k = q / 4, k / 4  # so near that the quotient's bias is small against its spread
+    q, k = q / 4, k / 4  # close enough that the bias of the ratio is far below its spread
     exact = references.softmax(q, k, v)
     errors = []
     for num_features in (32, 128, 512):
@@ -177,7 +177,7 @@ def test_performer_error_falls_as_the_root_of_the_features():
             q, k, v, rng=key, num_features=m)))  # fmt: skip
         outs = draw(jax.random.split(jax.random.key(0), 40))
         errors.append(np.sqrt(((outs - exact) ** 2).mean()))
-    # Sixteen times the features, a quarter of the error.
+    # With 16 times as many features, the error falls to a quarter.
     assert errors[0] > errors[1] > errors[2]
     assert 3 < errors[0] / errors[2] < 5
 
@@ -195,7 +195,7 @@ def test_informer_equals_float64_reference(with_rng):
     out = jitted("informer", num_active_queries=7, num_sampled_keys=10)(q, k, v, mask=mask, rng=rng)
     expected = references.informer(q, k, v, np.asarray(samples), 7, mask)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
-    # Most rows are the mean of the real values, seven are not.
+    # All rows but the seven active queries are the mean of the unmasked values.
     mean = np.where(np.asarray(mask)[:, :, None, None], v, 0).sum(1, keepdims=True)
     mean = mean / np.asarray(mask).sum(1)[:, None, None, None]
     different = np.abs(np.asarray(out) - mean).max(axis=-1) > 1e-4
@@ -203,7 +203,7 @@ def test_informer_equals_float64_reference(with_rng):
 
 
 def test_informer_moves_rows_alike_on_all_platforms():
-    """By gathers and scatters, and, on TPUs, by products; values and gradients."""
+    """Gathers and scatters agree with the matrix products used on TPUs, gradients included."""
     q, rows, default = inputs(21, 5)[0], inputs(5, 5)[0], inputs(21, 21)[1]
     order = jax.random.permutation(jax.random.key(0), 21)[:15].astype(jnp.int32)
     indices = jnp.stack([order.reshape(3, 5), 20 - order.reshape(3, 5)])  # 2 heads
@@ -237,7 +237,7 @@ def test_informer_moves_rows_alike_on_all_platforms():
     ],
 )
 def test_reformer_equals_float64_reference(length, num_buckets, chunk_length, factors):
-    """The union of several rounds, chunk borders, lone tokens, any length; combined hashes."""
+    """Covers several hash rounds, chunk borders, lone tokens, odd lengths and combined hashes."""
     q, _, v = inputs(length, length)
     mask = masks(3, length)
     rotations = jax.random.normal(jax.random.key(0), (3, 8, max(1, sum(factors) // 2)))
@@ -251,7 +251,7 @@ def test_reformer_equals_float64_reference(length, num_buckets, chunk_length, fa
 
 
 def test_reformers_factors():
-    """One hash up to 128 buckets, then as few as can be, of even numbers up to 128, about equal."""
+    """One hash up to 128 buckets; beyond that, the fewest, about equal, even factors up to 128."""
     known = {1: (1,), 128: (128,), 256: (16, 16), 512: (16, 32), 8192: (64, 128), 2**15: (32,) * 3}
     assert {number: reformer.hash_factors(number) for number in known} == known
     for num_buckets in (*range(130, 3000, 2), 16_384, 16_386, 2 * 78_125, 2**21 - 2, 2**21 + 2):
@@ -263,7 +263,7 @@ def test_reformers_factors():
 
 
 def test_reformers_combined_hash_equals_float64_reference():
-    """Three of them, whose numbers are the digits of the bucket's."""
+    """Three hashes, each a digit of the bucket's number."""
     factors = (4, 2, 6)
     rows = inputs(50, 50)[0]
     rotations = jax.random.normal(jax.random.key(0), (2, 8, 9))
@@ -280,7 +280,7 @@ def test_reformers_combined_hash_equals_float64_reference():
 
 
 def test_reformer_takes_one_hash_where_it_is_told_to_or_has_few_buckets():
-    """So do runs that began before hashes were factorized."""
+    """factorize_hash=False also serves runs that started before hashes were factorized."""
     q, _, v = inputs(150, 150)
     rotations = jax.random.normal(jax.random.key(0), (2, 8, 128))
 
@@ -296,7 +296,7 @@ def test_reformer_takes_one_hash_where_it_is_told_to_or_has_few_buckets():
 
 
 def test_reformer_costs_n_log_n():
-    """By the compiled gradients of 16 and of 256 k tokens."""
+    """Compares the flops and memory of the compiled gradients at 16k and 256k tokens."""
 
     def loss(q, v):
         return jnp.sin(attention.reformer_attention(q, None, v)).sum()
@@ -313,7 +313,7 @@ def test_reformer_costs_n_log_n():
 
 
 def test_reformers_scores_are_divided_by_the_norm_of_the_key_alone():
-    """As published; scale=None is 1/sqrt(head_dim) as in the others, and any other is an option."""
+    """The default scale is 1, as published; None means 1/sqrt(head_dim), as elsewhere."""
     q, _, v = inputs(6, 6)
     for options, scale in (({}, 1.0), ({"scale": None}, 8**-0.5), ({"scale": 0.3}, 0.3)):
         scores = scale * jnp.einsum(
@@ -335,7 +335,7 @@ def test_reformer_attends_to_itself_only_when_alone():
 
 
 def test_reformer_hashes_near_tokens_alike():
-    """The chance of one bucket falls with the angle (Andoni et al., 2015)."""
+    """The chance of sharing a bucket falls as the angle grows (Andoni et al., 2015)."""
     rotations = jax.random.normal(jax.random.key(0), (2000, 8, 4))
     angles = np.array([0.0, 0.3, 0.8, 1.57, 3.14])
     rows = np.zeros((len(angles), 8), np.float32)
@@ -356,7 +356,10 @@ def test_reformer_takes_one_array_as_query_and_key():
 
 
 def bigbird_allowed(length, block_size, num_global, num_window, num_random, rng, mask, last):
-    """Of every query and key, with `last` of the global blocks at the end of the sequence."""
+    """Returns whether each query may attend to each key, bool [batch, length, length].
+
+    `last` of the global blocks are at the end of the sequence, the others at the start.
+    """
     num_blocks = -(-length // block_size)
     first = num_global - last
     blocks, valid = bigbird.attended_blocks(rng, num_blocks, first, num_window, num_random, last)
@@ -407,7 +410,11 @@ def test_bigbird_random_blocks_are_uniform_and_distinct():
 
 
 def test_bigbird_of_global_blocks_alone():
-    """The first and last block, as published: their keys for every query, every key for theirs."""
+    """The first and last block are global, as published.
+
+    Every query attends to their keys, and their queries attend to every key. Each block also
+    attends to itself.
+    """
     q, k, v = inputs(23, 23)
     out = jitted(
         "bigbird",

@@ -1,4 +1,4 @@
-"""Examples in memory, their order, and batches: every example once, whatever the circumstances."""
+"""Examples in memory, their order, and batches that cover every example exactly once."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ from skyformer_jax.errors import UserError
 
 
 def random_examples(count, longest=40, documents=1, seed=0, tokenizer=IDENTITY):
-    """Examples, and the same as a list of (documents, label)."""
+    """Returns Examples and their content as a list of (documents, label)."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, count * documents)
     texts = [rng.integers(0, 256, n, np.uint8) for n in lengths]
@@ -136,9 +136,12 @@ def test_batches_are_padded(documents):
 @pytest.mark.parametrize("sorted_by_length", [False, True])
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (97, 8), (3, 8), (640, 5)])
 def test_every_example_once_an_epoch(count, batch_size, sorted_by_length):
-    """In the stream of whole windows; epochs are permutations of their own."""
+    """Over whole windows and epochs all examples are equally frequent.
+
+    Unless batches are sorted by length, every epoch is a permutation, and epochs differ.
+    """
     lengths = np.random.default_rng(0).integers(1, 100, count) if sorted_by_length else None
-    steps = 64 * count  # whole windows, and whole epochs
+    steps = 64 * count  # a whole number of windows and of epochs
     rows = batches.training_rows(count, batch_size, seed=1, lengths=lengths)
     stream = np.concatenate([next(rows) for _ in range(steps)])
     np.testing.assert_array_equal(np.bincount(stream), np.full(count, steps * batch_size // count))
@@ -149,7 +152,7 @@ def test_every_example_once_an_epoch(count, batch_size, sorted_by_length):
 
 
 def test_an_epoch_of_batches_by_length_holds_every_example_once():
-    """Where the windows and the epochs end together, every epoch by itself."""
+    """Holds for every epoch if an epoch is a whole number of windows."""
     count, batch_size = 64 * 6, 6
     lengths = np.random.default_rng(0).integers(1, 1000, count)
     rows = batches.training_rows(count, batch_size, seed=3, lengths=lengths)
@@ -157,9 +160,9 @@ def test_an_epoch_of_batches_by_length_holds_every_example_once():
     for epoch in epochs:
         assert sorted(epoch) == list(range(count))
     spread = np.ptp(lengths[epochs[0].reshape(-1, batch_size)], axis=1)
-    assert np.median(spread) < 50  # of 1000: like lengths stand together
+    assert np.median(spread) < 50  # out of 1000: batches hold similar lengths
     order = lengths[epochs[0].reshape(-1, batch_size)].mean(axis=1)
-    assert (np.diff(order) < 0).mean() > 0.3  # but not shortest first
+    assert (np.diff(order) < 0).mean() > 0.3  # but batches are not in order of length
 
 
 @pytest.mark.parametrize("buckets", [(), (8, 24)])
@@ -181,7 +184,7 @@ def test_resuming_reads_on_exactly(buckets):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_each_batch(processes):
-    """Their shards, joined in order, are one process's batches: none twice, none left out."""
+    """The processes' shards, concatenated in order, equal a single process's batches."""
     examples, _ = random_examples(30)
     whole = batches.training_batches(examples, 8, 40, seed=5, buckets=(16,))
     streams = [
@@ -225,7 +228,7 @@ np.savez(out, **arrays)
 
 
 def test_two_real_processes_see_one_stream(tmp_path):
-    """Over jax.distributed on 127.0.0.1: the global batches are those of one process."""
+    """Two processes under jax.distributed get the same global batches as a single process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""What the benchmarks record, when they skip, and how they go on."""
+"""What the benchmarks record, when they skip a measurement, and how they resume."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
     function, arguments = attention_cells.make_call("linformer", "gradients", SETTINGS, inputs)
     memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
     assert cell["temporaries_bytes"] == memory.temp_size_in_bytes
-    # Gradients of query, key and value, and of both projections to 128 features, in four bytes.
+    # float32 gradients of query, key and value, and of both projections to 128 features.
     assert (
         4 * (3 * 32 * 2 * 8 + 2 * 32 * 128) <= cell["output_bytes"] == memory.output_size_in_bytes
     )
@@ -59,7 +59,8 @@ def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert "linformer" in attention_cells.tables(result["cells"])
 
-    # The limits: a slow cell is timed once and not again, a large one is not run.
+    # Limits: a slow cell is timed once, longer ones are skipped, and one that needs too much
+    # memory is never run.
     hasty = dataclasses.replace(SETTINGS, passes=("forward",), max_seconds=0)
     for cell in attention_cells.measure_length(hasty, 16, []):
         assert len(cell["seconds"]) == 1
@@ -70,12 +71,12 @@ def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
     for cell in attention_cells.measure_length(narrow, 16, []):
         assert "GiB of temporaries" in cell["skipped"] and cell["temporaries_bytes"] > 1
         assert "seconds" not in cell
-    # Without the platform's library for it, a reason; nothing is raised.
+    # Without cuDNN, the cell records a reason instead of raising.
     flash = dataclasses.replace(SETTINGS, attentions=("flash",), passes=("forward",))
     (cell,) = attention_cells.measure_length(flash, 16, [])
     assert "cuDNN" in cell["skipped"]
 
-    # Going on: only what is missing is measured, and that only of the same code and settings.
+    # Resuming measures only missing lengths, and only if the code and the settings are the same.
     measured = []
 
     def record(settings, length, shorter):
@@ -117,7 +118,7 @@ def test_lists_of_positive_integers():
 def test_exponents_of_power_laws():
     lengths = [1024, 4096, 8192, 16384]
     for power in (0.0, 1.0, 2.0):
-        values = [1e9] + [3e-5 * n**power for n in lengths[1:]]  # the first is not fitted
+        values = [1e9] + [3e-5 * n**power for n in lengths[1:]]  # the first is left out of the fit
         np.testing.assert_allclose(attention_cells.fit_exponent(lengths, values), power, atol=1e-12)
     assert attention_cells.fit_exponent(lengths[:3], values[:3]) is None
     assert attention_cells.fit_exponent(lengths[1:], [0, 1, 2]) is None
@@ -134,12 +135,12 @@ def test_exponents_of_power_laws():
         for n in lengths
     ]
     (row,) = attention_cells.exponents(cells)
-    assert row["time"] is None  # of one sequence; two points are too few
+    assert row["time"] is None  # two points are too few for a fit
     np.testing.assert_allclose(row["temporaries"], 2)
 
 
 def _accelerator(tmp_path, *flags, xla_flags=""):
-    """Runs the command, tiny, on a CPU; returns its result and its standard output."""
+    """Runs a tiny accelerator benchmark on the CPU; returns its JSON result and its stdout."""
     root = Path(__file__).resolve().parent.parent
     out = tmp_path / "accelerator.json"
     command = [sys.executable, "-m", "experiments.benchmarks.accelerator"]
@@ -162,7 +163,7 @@ def test_accelerator_command_measures(tmp_path):
     bounds = {"float32": 2e-5, "bfloat16": 1e-1}
     assert {row["attention"] for row in checked} == {*attention_cells.ATTENTIONS} - {"flash"}
     assert all(max(row["errors"].values()) < bounds[row["dtype"]] for row in checked)
-    # Four sequences of 128 tokens, two heads of 32 and 128 landmarks; by hand.
+    # Computed by hand for 4 sequences of 128 tokens, 2 heads of dimension 32 and 128 landmarks.
     forward, gradients = result["gaussian"]["rows"][:2]
     pairs, bytes_of_array = 4 * 2 * 128 * 128, 4 * (4 * 2 * 128 * 32)
     assert forward["operations"] == pairs * (2 * 32 + 2 * 32)
@@ -173,7 +174,7 @@ def test_accelerator_command_measures(tmp_path):
     timed = {cell["attention"] for cell in result["attention"]["cells"] if "seconds" in cell}
     assert timed >= {"skyformer", "softmax", "kernelized", "kernelized-dense"}
     steps = result["steps"]["rows"]
-    assert len(steps) == 20  # five tasks with Skyformer, with three seeds of it, and with two more
+    assert len(steps) == 20  # 5 tasks x (Skyformer, Skyformer with three seeds, two more)
     assert all(row["steps_per_second"] > 0 for row in steps)
     assert "steps/s" in shown
     assert (tmp_path / "accelerator.png").exists()
@@ -181,7 +182,7 @@ def test_accelerator_command_measures(tmp_path):
 
 @pytest.mark.slow
 def test_accelerator_command_trains_and_goes_on(tmp_path):
-    """Without time it begins nothing; with time it trains; the third call finds it finished."""
+    """With no time left nothing starts; with time it trains; a third call finds it finished."""
     flags = ["--sections=training", "--run=listops:skyformer", f"--run_dir={tmp_path / 'runs'}"]
     flags += [f"--data_dir={tmp_path / 'data'}", "--num_seeds=2", "--commit=abc"]
     result, _ = _accelerator(tmp_path, *flags, "--minutes=0")
@@ -198,7 +199,10 @@ def test_accelerator_command_trains_and_goes_on(tmp_path):
 
 
 def test_training_leaves_a_kernel_that_fails_or_is_wrong():
-    """Each attention's by itself; what was not reached, or has no forms, is not said."""
+    """Each attention is judged by itself.
+
+    Attentions that were not checked, or that have no kernels to choose from, are left out.
+    """
 
     def row(attention, errors=None, dtype="float32"):
         found = {"skipped": "XlaRuntimeError"} if errors is None else {"errors": errors}

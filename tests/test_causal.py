@@ -1,4 +1,4 @@
-"""Causal attention: against float64, without any leak of the future, and decoded token by token."""
+"""Causal attention: against float64, without leaks from the future, and token-by-token decoding."""
 
 import functools
 import itertools
@@ -50,7 +50,7 @@ def attend(case, q, k, v, **more):
 
 
 def float64(case, q, k, v, mask):
-    """The output for the last query, which all keys are open to."""
+    """Float64 output for the last query, which may attend to every unmasked key."""
     name, options = OPTIONS[case]
     normalize = options.get("normalize", False)
     if name == "softmax":
@@ -84,7 +84,7 @@ def test_each_position_is_the_last_of_a_shorter_sequence(case, length):
 @each
 @pytest.mark.parametrize("length", [CHUNK + 2, *slow_lengths(3, CHUNK - 1, CHUNK)])
 def test_no_output_depends_on_a_later_position(case, length):
-    """By the gradients of the outputs up to a position, which are exactly 0 beyond it."""
+    """Gradients of the outputs up to a position are exactly 0 at later positions."""
     q, k, v, mask = inputs(length)
     for last in {0, length // 2, CHUNK - 1, CHUNK, length - 2} & set(range(length - 1)):
 
@@ -100,7 +100,7 @@ def test_no_output_depends_on_a_later_position(case, length):
 
 @each
 def test_segments_are_sequences_of_their_own(case):
-    """Borders within chunks, at them, and a segment over several chunks."""
+    """Segment borders lie within chunks and at a chunk border; one segment spans several chunks."""
     borders = [0, 5, 40, CHUNK, 2 * CHUNK + 60, 2 * CHUNK + 70]
     q, k, v, mask = inputs(borders[-1])
     ids = np.repeat(np.arange(5) + 3, np.diff(borders))
@@ -116,7 +116,7 @@ def test_segments_are_sequences_of_their_own(case):
 
 @each
 def test_decoding_equals_the_parallel_form(case):
-    """A prompt in one go, then token by token, under jit and scan; with padding."""
+    """Decodes a prompt in one call, then single tokens, under jit and scan, with padding."""
     name, options = OPTIONS[case]
     length, prompt = CHUNK + 9, CHUNK + 3
     q, k, v, mask = inputs(length)
@@ -136,13 +136,13 @@ def test_decoding_equals_the_parallel_form(case):
     state, outs = jax.jit(functools.partial(jax.lax.scan, one))(state, rest)
     np.testing.assert_allclose(jnp.moveaxis(outs, 0, 1), expected[:, prompt:], atol=1e-4)
     assert state["index"] == length
-    if "key" in state:  # there is no room left
+    if "key" in state:  # the cache is full
         assert np.isnan(step(state, q[:, :1], k[:, :1], v[:, :1])[0]).all()
 
 
 @pytest.mark.parametrize("case", ["skyformer, with a convolution", "performer"])
 def test_the_state_has_a_fixed_size(case):
-    """By the shapes for a prompt of 1,024 positions and of a million, without computing them."""
+    """Compares the state's shapes after 1,024 and about a million positions, without computing."""
     name, options = OPTIONS[case]
 
     def state_after(length):
@@ -177,7 +177,7 @@ def test_landmarks_of_the_sequence_are_refused():
     ],
 )
 def test_modules_decode_as_they_attend(name, options):
-    """Linen and NNX, with rotary positions and shared heads of keys."""
+    """Checks linen and NNX modules with rotary positions and one key-value head for two queries."""
     x = jnp.asarray(RNG.normal(size=(BATCH, 12, 16)), jnp.float32)
     fields = {"rotary": True, "num_kv_heads": 1, "is_causal": True, "options": options}
     layer = MultiHeadAttention(name, 2, 8, **fields)
@@ -207,7 +207,7 @@ def test_modules_decode_as_they_attend(name, options):
 
 @pytest.mark.parametrize("decodes", [False, True])
 def test_modules_take_segments_or_say_why_not(decodes):
-    """They are never left out in silence: without causality, or in decoding."""
+    """Modules never ignore segment_ids silently, neither without causality nor when decoding."""
     x = jnp.asarray(RNG.normal(size=(BATCH, 6, 16)), jnp.float32)
     segment_ids = jnp.asarray([[0, 0, 0, 1, 1, 1]] * BATCH)
     if decodes:

@@ -42,7 +42,7 @@ def test_a_second_process_does_not_compile_again(tmp_path):
     second, events = start(cache)
     assert "cache_misses" not in events and "cache_hits" in events
     assert second == first
-    _, events = start(cache, JAX_COMPILATION_CACHE_DIR=str(other))  # the environment's wins
+    _, events = start(cache, JAX_COMPILATION_CACHE_DIR=str(other))  # the environment variable wins
     assert "cache_misses" in events and list(other.iterdir())
     (tmp_path / "file").touch()
     for directory in ("", tmp_path / "file" / "cache"):

@@ -1,4 +1,4 @@
-"""What compiled programs say of themselves; and, with libtpu, programs compiled for TPUs."""
+"""Costs and collectives read from compiled programs and, with libtpu, from programs for TPUs."""
 
 import importlib.util
 import json
@@ -16,8 +16,8 @@ from skyformer_jax import attention
 
 ROOT = Path(__file__).parents[1]
 
-# As XLA for TPUs writes it: a loop without its number of turns, a collective that is spread over
-# three fusions, arrays in the cores' own memory, S(1), and a kernel.
+# HLO text as XLA for TPUs writes it: a loop without a known trip count, a collective spread over
+# two fusions, arrays in the core's own memory (S(1)), and a kernel.
 TEXT = """HloModule jit_step
 
 %fused_product (param_0: f32[8,4], param_1: f32[4,4]) -> f32[8,4] {
@@ -105,18 +105,21 @@ def test_costs_by_hand():
     row = costs(parse(TEXT), PEAKS["TPU v5 lite"])
     assert row["estimated_cycles"] == 1000 + 7 * 50
     assert row["loops"] == [7]
-    # The estimate's exponentials take longest: 1,024 in a cycle.
+    # The kernel's cost estimate is bound by its exponentials, 1,024 per cycle.
     assert row["kernels"] == {"gaussian": {"runs": 1, "modelled_cycles": 2, "estimated": 1}}
     by = row["by_purpose"]
     assert list(by)[:2] == ["other products", "gathers and scatters"]
-    # Of x a row is read; what is in the core's own memory does not pass the main memory.
+    # Only one row of x is read. Arrays in the core's own memory cause no main memory traffic.
     assert by["gathers and scatters"] == {"runs": 7, "bytes": 7 * (16 + 4 + 16), "cycles": 350}
     assert by["other products"] == {"runs": 1, "bytes": 8 * 4 * 4, "cycles": 1000}
     assert by["kernels"]["bytes"] == 8 * 4 * 4
 
 
 def test_kernels_for_gpus_by_hand():
-    """Their own estimates are not in the text: pairs of 3 x 64 queries and 2 x 3 x 16 keys."""
+    """HLO text for GPUs has no cost estimates, so the costs come from the shapes.
+
+    Each of 3 examples and 2 heads has 64 x 16 pairs of query and key.
+    """
     arrays = {"s": "1", "c": "3,1,2,8", "q": "3,64,2,8", "g": "3,64,2,4", "k": "3,16,2,8"}
     arrays |= {"v": "3,16,2,4"}
     lines = [f"  %{name} = f32[{sizes}]{{0}} parameter(0)" for name, sizes in arrays.items()]
@@ -171,7 +174,7 @@ def test_all_attentions_compile_for_tpus(compiled):
     assert set(compiled["attentions"]) == set(attention.NAMES)
     for name, row in compiled["attentions"].items():
         assert row["estimated_cycles"] + len(row["kernels"]) > 0, name
-        # Performer draws its directions block by block.
+        # Only performer has a loop: it draws its directions block by block.
         assert len(row["loops"]) == (name == "performer"), name
 
 

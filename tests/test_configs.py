@@ -1,4 +1,4 @@
-"""The configs of the six tasks: what they say, and that each trains with every attention."""
+"""The configs of the six tasks: their settings, and that each trains with every attention."""
 
 import importlib
 import itertools
@@ -31,7 +31,7 @@ def get(name, argument=""):
 
 
 def test_the_settings_are_the_papers():
-    """Batch, peak learning rate, warm-up, padded length, steps between validations."""
+    """Checks batch size, peak learning rate, warm-up, padded length and validation interval."""
     table = {
         "text": (16, 1e-4, 80, 4096, 500),
         "listops": (32, 1e-4, 1000, 2048, 500),
@@ -99,7 +99,7 @@ def test_bad_training_fields_are_named():
 
 
 def test_a_run_of_reformer_from_before_an_option_keeps_what_it_had(tmp_path):
-    """Scores were divided by sqrt(head_dim), scale=None, and hashes were not factorized."""
+    """Earlier runs used scale=None, which is 1/sqrt(head_dim), and did not factorize hashes."""
     stored = config.stored(get("listops", "reformer,small"))
     now, before = {"scale": 1, "factorize_hash": True}, {"scale": None, "factorize_hash": False}
     path = tmp_path / "config.json"
@@ -114,7 +114,7 @@ def test_a_run_of_reformer_from_before_an_option_keeps_what_it_had(tmp_path):
 
 
 def test_earlier_results_keep_their_digests():
-    """These are of runs before mask_zeros, global_blocks and others were fields of all configs."""
+    """Checks digests of runs from before all configs had mask_zeros, global_blocks and others."""
     published = get("text", "softmax")
     published.data.source = "somewhere"
     for settings, digest in (
@@ -128,7 +128,10 @@ def test_earlier_results_keep_their_digests():
 
 
 def test_a_fault_of_an_attention_is_not_blamed_on_the_config(monkeypatch):
-    """Nor are JAX's strict modes; an option that cannot work is."""
+    """A bug in an attention is raised as it is, and JAX's strict modes do not fail the check.
+
+    An invalid option is a UserError.
+    """
     settings = get("text", "skyformer")
     entry = registry.REGISTRY["skyformer"]
 
@@ -156,7 +159,7 @@ def test_a_fault_of_an_attention_is_not_blamed_on_the_config(monkeypatch):
 
 
 def test_fields_that_there_are_not_are_named():
-    """Also where a config is not locked, as configs are that no command line makes."""
+    """Unknown fields are refused in unlocked configs too, which programs may build."""
     for section, message in (
         ("train", "field of config.train, 'batchsize' .did you mean 'batch_size'"),
         ("parallel", "field of config.parallel, 'batchsize'"),
@@ -168,7 +171,7 @@ def test_fields_that_there_are_not_are_named():
 
 
 def test_values_of_another_type_are_named():
-    """A config that a program builds is not typed."""
+    """Wrong types are refused in configs without type safety, which programs may build."""
     for field, value, message in (
         ("model.dropout", "0.1", "must be float or int, like the default 0.1; got '0.1'"),
         ("train.batch_size", True, "must be int, like the default 32; got True"),
@@ -201,7 +204,7 @@ def test_bad_data_fields_are_named():
 
 
 def test_tokens_and_masks_are_as_defined():
-    """Bytes are shifted by one and padded by 0; black pixels are real but in the variant paper."""
+    """Bytes are shifted by one and padded with 0; only the variant "paper" masks black pixels."""
     values = np.array([[0, 255, 7, 9], [5, 0, 0, 0]], np.uint8)
     length = np.array([3, 4], np.int32)
 
@@ -225,7 +228,7 @@ def test_tokens_and_masks_are_as_defined():
 
 @pytest.fixture(scope="module")
 def tiny_benchmark(tmp_path_factory):
-    """The tasks in miniature, in place of those that the configs name, and their data."""
+    """Replaces the configs' tasks by tiny ones; yields their source and data directories."""
     source, data_dir = (tmp_path_factory.mktemp(name) for name in ("source", "data"))
     tiny = tiny_data.tiny_tasks()
     tiny_data.write_sources(source)
@@ -237,7 +240,7 @@ def tiny_benchmark(tmp_path_factory):
 
 
 def two_steps(name, argument, tiny_benchmark, workdir):
-    """Trains two steps of a config, evaluates, and returns what train does."""
+    """Trains a config for two steps with an evaluation and returns the result of train."""
     source, data_dir = tiny_benchmark
     settings = get(name, argument)
     settings.data.dir = str(data_dir)
@@ -249,12 +252,12 @@ def two_steps(name, argument, tiny_benchmark, workdir):
     return result
 
 
-# The others with the slow ones.
+# The slow tests train the other tasks.
 @pytest.mark.parametrize(
     "name", ["text", "pathfinder", pytest.param("retrieval", marks=pytest.mark.slow)]
 )
 def test_each_task_trains(name, tiny_benchmark, tmp_path, monkeypatch):
-    """With a relative source; evaluated from another folder."""
+    """Trains with a relative source path and evaluates from another working directory."""
     source, data_dir = tiny_benchmark
     monkeypatch.chdir(source)
     tiny_benchmark = Path("."), data_dir
@@ -278,7 +281,7 @@ def test_every_task_trains_with_every_attention(name, attention_name, tiny_bench
 
 @pytest.mark.slow
 def test_a_missing_source_can_be_added(tiny_benchmark, tmp_path):
-    """In the same workdir, as the error says to."""
+    """The run continues in the same workdir after data.source is set, as the error suggests."""
     source, _ = tiny_benchmark
     settings = get("retrieval", "softmax,small")
     settings.model.update({"width": 16, "mlp_dim": 16})
@@ -288,7 +291,7 @@ def test_a_missing_source_can_be_added(tiny_benchmark, tmp_path):
         training.train(settings, tmp_path / "run")
     settings.data.source = str(source)
     assert training.train(settings, tmp_path / "run")["examples"] == tiny_data.PAIRS["test"]
-    # Where the files and the prepared data lie binds nothing; what they hold does.
+    # A run may continue if its data moved, but not if their content changed.
     settings.data.source = ""
     assert training.train(settings, tmp_path / "run")["examples"] == tiny_data.PAIRS["test"]
     shutil.copytree(source, tmp_path / "moved")
@@ -302,7 +305,7 @@ def test_a_missing_source_can_be_added(tiny_benchmark, tmp_path):
 
 
 def test_buckets_change_no_prediction_and_resume_exactly(tiny_benchmark, tmp_path):
-    """Text in buckets: a run in two halves ends as one in one go; evaluation as without buckets."""
+    """A resumed run with buckets ends as an uninterrupted one; evaluation needs no buckets."""
     source, data_dir = tiny_benchmark
     settings = get("text", "softmax,small")
     settings.data.update({"dir": str(data_dir), "source": str(source), "length": 1000})

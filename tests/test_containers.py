@@ -1,4 +1,4 @@
-"""What containers lack: a name for the user, a home folder, locks, standard streams."""
+"""Containers may lack a user name, a home directory, file locks and standard streams."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ from skyformer_jax.errors import UserError
 from skyformer_jax.files import expand, lock, unnamed_owners
 from skyformer_jax.training.workdir import open_workdir
 
-# Imported by a Python that starts: there is no name for any user or group, and there are no locks.
+# sitecustomize.py, imported when Python starts: no user or group has a name, and locking fails.
 NOTHING = """
 import fcntl, grp, pwd
 
@@ -36,7 +36,7 @@ fcntl.flock = no_locks
 
 @pytest.fixture
 def bare(tmp_path):
-    """The environment of such a Python, without HOME."""
+    """Environment variables that start Python with NOTHING as sitecustomize.py and without HOME."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NOTHING)
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "HOME"}
@@ -60,7 +60,7 @@ def no_locks(*arguments):
 
 
 def test_data_are_prepared_without_names_and_locks(tmp_path, monkeypatch, capsys):
-    """TFDS looks up who owns its files; what another process may be at is left alone."""
+    """Works although TFDS looks up file owners; another process's unfinished data stay in place."""
 
     def unknown(number):
         raise KeyError(f"uid not found: {number}")
@@ -116,7 +116,7 @@ def test_a_home_that_is_not_known(tmp_path, monkeypatch, bare):
 
 
 def test_a_folder_whose_name_is_no_text_is_refused_at_once(tmp_path):
-    """The first checkpoint would fail, and so cost the steps before it."""
+    """Otherwise the first checkpoint would fail, and the steps before it would be lost."""
     name = tmp_path / os.fsdecode(b"caf\xe9")
     task = tiny_data.tiny_tasks()["listops"]
     with pytest.raises(UserError, match=r"caf.udce9' is not text .* set LC_ALL=C\.UTF-8"):
@@ -128,7 +128,7 @@ def test_a_folder_whose_name_is_no_text_is_refused_at_once(tmp_path):
 
 
 def test_a_run_goes_on_without_all_of_them(tmp_path, data_dir, bare):
-    """And without a reader of its output, who must not cost the run its end."""
+    """A run finishes without names, locks and HOME, even if nobody reads its stdout."""
     reader, writer = os.pipe()
     os.close(reader)
     done = start(bare, *train_command(tmp_path / "run", data_dir)[1:], stdout=writer)
@@ -164,7 +164,7 @@ from skyformer_jax.progress import say, Progress
 def main():
     with open(sys.argv[1].partition("=")[2], "w") as file:
         with contextlib.suppress(OSError):
-            os.write(2, b"stray")  # as libraries print
+            os.write(2, b"stray")  # libraries write to the descriptor directly
         say("progress")
         Progress(1, "work").update(1)
         file.write("own")
@@ -179,7 +179,7 @@ cli.run(main)
 
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "2>&-", ""])
 def test_standard_streams_that_are_closed(tmp_path, closed):
-    """What is printed then goes nowhere, and above all not into the next file that is opened."""
+    """Output is discarded; it must not land in the next file opened with the same descriptor."""
     done = subprocess.run(
         ["sh", "-c", f'exec "$@" {closed}', "sh", *SPEAK, f"--file={tmp_path}/file"],
         env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},

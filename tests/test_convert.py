@@ -1,4 +1,4 @@
-"""Parameters of the published code, against its model written again in float64 NumPy."""
+"""Converted parameters of the published code, against its model rewritten in float64 NumPy."""
 
 import math
 
@@ -46,7 +46,7 @@ def state_dict_of(num_documents=1, seed=0, attention="softmax"):
         if attention == "performer":
             matrix = rng.normal(size=(RANDOM_FEATURES, HEAD_DIM))
             state[f"{own}.attn_fn.projection_matrix"] = matrix
-        if attention == "reformer":  # of one memory
+        if attention == "reformer":  # the same tensors as W_q and W_v
             state[f"{own}.query_key.weight"] = state[f"{layer}.mha.W_q.weight"]
             state[f"{own}.value.weight"] = state[f"{layer}.mha.W_v.weight"]
         linear(f"{layer}.mha.ff", WIDTH, HEADS * HEAD_DIM)
@@ -60,7 +60,7 @@ def state_dict_of(num_documents=1, seed=0, attention="softmax"):
 
 
 def published_logits(state, attention, tokens, mask):
-    """The published model; tokens [batch, documents, length]."""
+    """Logits of the published model in float64; tokens and mask are [batch, documents, length]."""
     state = {name: x.astype(np.float64) for name, x in state.items()}
 
     def linear(name, x):
@@ -86,16 +86,16 @@ def published_logits(state, attention, tokens, mask):
             e = state[f"{name}.attn.E"][head]
             k, v = e @ (k * real[:, None]), e @ (v * real[:, None])
             return softmax(q @ k.T / np.sqrt(HEAD_DIM)) @ v
-        if attention == "reformer":  # of a sequence that is not longer than a chunk
+        if attention == "reformer":  # a sequence no longer than one chunk
             norms = np.sqrt((q**2).mean(axis=1, keepdims=True) + 1e-6) * np.sqrt(HEAD_DIM)
             scores = np.where(real > 0, q @ (q / norms).T, -1e9)
             return softmax(np.where(np.eye(len(q)) > 0, -1e5, scores)) @ v
         raise ValueError(attention)
 
     def performer(name, q, k, v, real):
-        """Of all heads [heads, length, head_dim]: the keys' features share one maximum."""
+        """All heads at once, [heads, length, head_dim]: the keys' features share one maximum."""
         matrix = state[f"{name}.attn.attn_fn.projection_matrix"]
-        q, k = q * HEAD_DIM**-0.5, k * HEAD_DIM**-0.5 * real[:, None]  # scaled twice
+        q, k = q * HEAD_DIM**-0.5, k * HEAD_DIM**-0.5 * real[:, None]  # scaled twice, as published
 
         def features(x, most):
             of_x = x @ matrix.T
@@ -165,7 +165,7 @@ def model_of(num_documents=1, attention="softmax", **options):
 
 
 def batch(num_documents):
-    """Tokens, mask [batch, documents, length], the padding junk and one document short."""
+    """Tokens and mask [batch, documents, length]; padding is random, one document has one token."""
     tokens = np.random.default_rng(1).integers(0, VOCAB, (3, num_documents, LENGTH))
     lengths = np.array([[LENGTH, 7], [11, LENGTH], [1, 15]])[:, :num_documents]
     return tokens, np.arange(LENGTH) < lengths[..., None]
@@ -192,7 +192,7 @@ def logits_and_published(num_documents, attention, tokens, mask):
     state = state_dict_of(num_documents, attention=attention)
     model = model_of(num_documents, attention, **OPTIONS[attention])
     inputs = squeeze(tokens, num_documents), squeeze(mask, num_documents)
-    variables = model.init(jax.random.key(0), *inputs)  # the rotations of the Reformer
+    variables = model.init(jax.random.key(0), *inputs)  # for Reformer's rotations
     variables = {**variables, **variables_from_pytorch(state, head_dim=HEAD_DIM)}
     expected = published_logits(state, attention, tokens, mask)
     assert expected.std() > 0.1
@@ -204,10 +204,10 @@ def logits_and_published(num_documents, attention, tokens, mask):
 )
 def test_logits_are_the_published_models(attention, num_documents):
     tokens, mask = batch(num_documents)
-    if attention == "performer":  # the published one counts padding
+    if attention == "performer":  # the published performer does not mask padding
         mask = np.ones_like(mask)
     logits, expected = logits_and_published(num_documents, attention, tokens, mask)
-    close = 5e-3 if attention == "performer" else 2e-6  # which adds 1e-4 to its features
+    close = 5e-3 if attention == "performer" else 2e-6  # published: features + 1e-4
     np.testing.assert_allclose(logits, expected, rtol=close, atol=close)
 
 
@@ -222,7 +222,7 @@ def test_tree_is_the_models(attention, num_documents):
     variables = variables_from_pytorch(state, head_dim=HEAD_DIM)
     expected = {name: expected[name] for name in ("params", "fixed") if name in expected}
     if attention == "reformer":
-        del expected["fixed"]  # its rotations, which the published one draws anew
+        del expected["fixed"]  # the published code has none: it redraws rotations
     assert jax.tree.map(lambda x: (x.shape, x.dtype), variables) == jax.tree.map(
         lambda x: (x.shape, x.dtype), expected
     )
@@ -233,7 +233,7 @@ def test_tree_is_the_models(attention, num_documents):
 def test_dual_model_encodes_both_documents_alike():
     model, (tokens, mask) = model_of(2), map(jnp.asarray, batch(2))
     state = state_dict_of(2)
-    # A head that reads a + b and a * b only cannot tell the order of the documents.
+    # A head that depends only on a + b and a * b cannot tell the order of the documents.
     blocks = np.split(state[HEAD].copy(), 4, axis=1)
     state[HEAD] = np.concatenate([blocks[0], blocks[0], blocks[2], 0 * blocks[3]], axis=1)
     params = {"params": from_pytorch(state, head_dim=HEAD_DIM)}
@@ -302,7 +302,7 @@ def test_entries_of_one_attention_are_checked_by_name(attention):
         assert ("on a GPU" in message) == (attention == "linformer")
         assert refused({**state, name: state[name][..., 1:]}).startswith(name)
         assert refused({**state, name: np.nan * state[name]}).startswith(f"{name} holds values")
-    # Nothing tells a Linformer whose E was not saved from another attention, but its name.
+    # Without a saved E, only the attention's name tells that a state dict is a Linformer's.
     plain = state_dict_of()
     assert refused(plain, attention=attention).count("missing") == 1
     assert f"unexpected: {own[0]}" in refused(state, attention="softmax")
@@ -321,7 +321,7 @@ def test_the_odd_size_out_is_named(num_documents):
     state = state_dict_of(num_documents)
     for name, x in state.items():
         for axis in range(x.ndim):
-            # Any vocabulary and length will do, and of the classes two entries tell.
+            # Any vocabulary size and length is valid, and the classes are tested below.
             if (name.endswith("embeddings.weight") or name.endswith("mlpblock.2.weight")) and (
                 axis == 0
             ):

@@ -1,4 +1,4 @@
-"""The core needs jax, flax and numpy, and nothing else."""
+"""The core needs only jax, flax and numpy."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ CORE = {"skyformer_jax", "skyformer_jax.attention", "skyformer_jax.attention.sky
 
 @pytest.fixture(scope="module")
 def core():
-    """What core_only.py imported and found exported."""
+    """The modules that core_only.py imported and the names it found exported."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/core_only.py")],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -44,7 +44,7 @@ def test_it_exports_the_attentions(core):
 
 
 def imported(file):
-    """The top-level packages that a file imports, anywhere in it."""
+    """Yields the top-level packages that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(Path(file).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -68,7 +68,7 @@ def test_it_imports_jax_flax_and_numpy_alone(core):
     ],
 )
 def test_commands_of_the_benchmark_name_the_extra(command, tmp_path):
-    """In one line, where its packages are missing."""
+    """Without the benchmark's packages, its commands fail with one line that names the extra."""
     missing = (ROOT / "tests/core_only.py").read_text().partition("import skyformer_jax\n")[0]
     (tmp_path / "sitecustomize.py").write_text(missing)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Forward mode, and modes over each other, at every length."""
+"""Forward-mode and higher-order derivatives, in the dense and the tiled forms."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from test_attention import SMALL, call
 from skyformer_jax.attention import gaussian, kernelized_attention
 from skyformer_jax.attention.gaussian import gaussian_attention
 
-# Below and above what is computed by the dense form.
+# One length below and one above the limit up to which the dense form is used.
 LENGTHS = (12, 150)
 
 
@@ -27,7 +27,7 @@ def inputs(q_length, kv_length, seed=0):
 
 
 def losses(implementation):
-    """A loss of query, key, value and scale, and the squared length of its gradient."""
+    """A loss of query, key, value and scale, its gradient, and the gradient's squared norm."""
     (weights,) = normal(5, (2, 40, 2, 4))
 
     def loss(*arrays):
@@ -71,7 +71,7 @@ def test_modes_are_those_of_the_dense_form(mode, implementation, tolerance, monk
 @pytest.mark.parametrize("length", LENGTHS)
 @by_default("kernelized", "skyformer")
 def test_forward_mode_agrees_with_reverse_mode(name, length):
-    """At every length: u . (J t) = (J^T u) . t, and a product with the Hessian both ways."""
+    """Checks u . (J t) = (J^T u) . t, and Hessian products in both orders of the modes."""
     sizes = ((2, length, 2, 4),) * 3
     x, tangents = normal(0, *sizes), normal(1, *sizes)
     (weights,) = normal(2, sizes[0])
@@ -100,7 +100,7 @@ def test_forward_mode_agrees_with_reverse_mode(name, length):
 
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 def test_second_derivatives_where_points_coincide(implementation):
-    """There the exponent is 0 but for rounding, and its second derivative largest."""
+    """Where a query equals a key, the exponent is 0 up to rounding and curvature is largest."""
     points, _, value, _ = inputs(9, 9)
     scale = 0.6
 
@@ -120,7 +120,7 @@ def test_second_derivatives_where_points_coincide(implementation):
 
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 def test_forward_mode_of_a_split_sequence(implementation):
-    """Forward, and forward over reverse, with keys and values that go round a ring."""
+    """Forward, and forward over reverse, with keys and values that circulate in a ring."""
     sizes = ((2, 16, 2, 4),) * 3
     x, tangents = normal(0, *sizes), normal(1, *sizes)
 

@@ -1,4 +1,4 @@
-"""The site's reference and the citation name what the package has."""
+"""The documentation and the citation agree with the package."""
 
 import json
 import os
@@ -44,7 +44,11 @@ def test_pages_show_the_measured_accuracies(page, name):
 
 
 def code_blocks():
-    """Those of all pages but one whose code goes into the package, and one with its own test."""
+    """Python blocks of the pages.
+
+    Leaves out adding_an_attention.md, whose code goes into the package, and your_own_data.md,
+    which has its own test.
+    """
     pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     return [
         pytest.param(block, id=f"{path.name}-{number}")

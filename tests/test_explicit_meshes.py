@@ -1,4 +1,4 @@
-"""Meshes with explicit axes, jax.make_mesh's default: outputs are sharded as the inputs are."""
+"""Explicit mesh axes, jax.make_mesh's default: outputs are sharded as the inputs are."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def explicit_mesh():
 @pytest.mark.parametrize("axis", ["batch", "heads"])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_attentions_keep_the_sharding(name, options, axis):
-    """Of the batch or of the heads; values and gradients."""
+    """Checks values and gradients with the batch or the heads sharded."""
     arrays, mask = inputs(11, 11, batch=4), masks(4, 11)
     rng = jax.random.key(3) if name in RANDOM else None
 
@@ -80,7 +80,7 @@ def test_attentions_keep_the_sharding(name, options, axis):
 @pytest.mark.parametrize("spec", [P(None, "data"), P(None, None, None, "data")], ids=str)
 @pytest.mark.parametrize("name", ["kernelized", "skyformer"])
 def test_a_divided_sequence_or_head_dim(name, spec):
-    """Which those that see explicit axes themselves, for their kernels, do not know of."""
+    """Works with a sharded sequence or head_dim, though kernels only know batch and heads."""
     arrays, mask = inputs(12, 12, head_dim=4), masks(3, 12)
 
     @jax.jit
@@ -103,7 +103,7 @@ def test_a_divided_sequence_or_head_dim(name, spec):
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=str)
 def test_lengths_that_kernels_are_for(spec):
-    """Beyond 128 x 128 scores, where each device's part would go to a kernel."""
+    """Above 128 x 128 scores, each device's shard would go to a kernel on an accelerator."""
     arrays = inputs(160, 160, batch=2, head_dim=4)[:3]
     mesh = explicit_mesh()
 
@@ -127,7 +127,7 @@ def test_lengths_that_kernels_are_for(spec):
 
 @quick_attentions
 def test_modules_keep_the_sharding(name):
-    """Our linen layer, and Flax's own with attention_fn and a mask."""
+    """Checks our linen and NNX layers, and Flax's own with attention_fn and a mask."""
     options = SMALL.get(name, {})
     x, mask = inputs(12, 12, batch=4, heads=1)[0][:, :, 0], masks(4, 12)
     ours = layers.MultiHeadAttention(name, 2, 4, options)
@@ -167,7 +167,7 @@ def test_modules_keep_the_sharding(name):
     ],
 )
 def test_models_keep_the_sharding(name, settings):
-    """Logits, statistics and gradients, of one document and of two, with dropout and remat."""
+    """Checks logits, statistics and gradients for one and two documents, dropout and remat."""
     sharding = NamedSharding(explicit_mesh(), P("data"))
     config = tiny_config(name, num_layers=1, **settings)
     model = models.build_model(config)

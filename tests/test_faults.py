@@ -1,4 +1,4 @@
-"""The soak script's own eyes: its damage is real, and what is lost or different is seen."""
+"""The fault injection itself: its damage is real, and it detects lost or different results."""
 
 import copy
 import itertools
@@ -43,7 +43,7 @@ def contents(folder):
 
 @pytest.fixture
 def newest(run):
-    """The newest checkpoint, as it was again afterwards."""
+    """Yields the newest checkpoint's folder and restores its files afterwards."""
     folder = run / "checkpoints" / "60"
     whole = contents(folder)
     yield folder
@@ -73,7 +73,7 @@ def test_truncated_and_emptied(newest, how, index):
 
 
 def test_checkpoints_written_before_a_statistic_are_whole(tmp_path):
-    """What they lack of the sums since the last log is not known, and nothing else is lost."""
+    """A sum that an older checkpoint lacks is restored as NaN, and nothing else is lost."""
     sums = {"loss": np.float32(2), "residual": np.ones(2, np.float32)}
     state = TrainState(
         step=np.int32(3), rng=np.ones(2, np.uint32), params=STATE, fixed={}, opt_state=(), sums=sums
@@ -93,7 +93,10 @@ def test_checkpoints_written_before_a_statistic_are_whole(tmp_path):
 
 
 def test_flipped(newest):
-    """A few bits of one file, in time of every kind; and no such state passes for the true one."""
+    """Flips 1 to 8 bits of one file, over time of every kind of file.
+
+    A flipped checkpoint is either refused or restores the true state.
+    """
     whole, flipped, refused = contents(newest), set(), 0
     for index in range(16):
         damage.flip(newest, random.Random(index), index)

@@ -1,4 +1,4 @@
-"""The primitive: its forms agree with each other and with float64, in memory linear in length."""
+"""gaussian_attention: its forms agree with each other and float64, in memory linear in length."""
 
 import functools
 
@@ -16,7 +16,7 @@ from skyformer_jax.attention import (
 )
 from skyformer_jax.attention.gaussian import gaussian_attention
 
-# One tile, several along either side or both, lengths that tiles do not divide, and none alike.
+# One tile, several tiles along one or both sides, and lengths that are no multiple of a tile.
 LENGTHS = [(1, 1), (3, 200), (200, 3), (1100, 130), (130, 1100), (300, 300), (2050, 1), (520, 1040)]
 
 
@@ -37,7 +37,7 @@ def value_and_gradients(implementation):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 24 x 16, so that short sequences have many."""
+    """Sets tiles of 24 x 16, so that short sequences have many."""
     monkeypatch.setattr(gaussian, "_TILE", {"cpu": (24, 16), "default": (24, 16)})
 
 
@@ -94,7 +94,7 @@ def test_gradients_by_finite_differences(small_tiles):
 
 @pytest.mark.slow
 def test_second_derivatives(small_tiles):
-    """Reverse mode through the gradient rule itself."""
+    """Differentiates the custom gradient rule in reverse mode."""
     *qkv, weights = arrays(40, 33, batch=1)
 
     def gradient_norm(qkv, implementation):
@@ -111,7 +111,7 @@ def test_second_derivatives(small_tiles):
 
 
 def test_mapped_over_examples(small_tiles):
-    """vmap, also where only some arguments have the mapped axis."""
+    """Checks vmap, with the mapped axis on some of the arguments only."""
     q, k, v, weights = arrays(50, 70)
 
     def gradients(q, k):
@@ -127,17 +127,17 @@ def test_mapped_over_examples(small_tiles):
             np.testing.assert_allclose(mine[b], expected, rtol=1e-5, atol=1e-5)
 
 
-# Of [batch or 1, heads or 1, q_length or 1, kv_length or 1].
+# Mask shapes that broadcast to [batch, heads, q_length, kv_length].
 MASKS = [(2, 2, 50, 70), (1, 1, 50, 70), (2, 1, 1, 70), (1, 2, 1, 70), (2, 2, 50, 1), (70,)]
 
 
 @pytest.mark.parametrize("shape", MASKS)
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 def test_masks_of_queries_and_keys(shape, implementation, small_tiles):
-    """Values, gradients and tangents against float64, with causality as well."""
+    """Compares values, gradients and tangents of a masked causal attention with float64."""
     rng = np.random.default_rng(3)
     mask = rng.random(shape) < 0.6
-    mask[..., -1] = shape[-1] == 1  # a key that nobody sees, where the mask is of keys
+    mask[..., -1] = shape[-1] == 1  # if the mask has keys, all queries mask the last one
     *qkv, weights = arrays(50, 70)
     if not mask[..., -1].any():
         qkv[1:] = [x.at[:, -1].set(jnp.nan) for x in qkv[1:]]
@@ -210,14 +210,14 @@ def test_an_unknown_implementation_is_refused():
 
 
 def temporaries(function, batch, length, *, head_dim=32):
-    """Bytes that the gradients of the sum of a function's output need beside what they return."""
+    """Bytes of temporaries that the gradients of a function's summed output need."""
     shape = jax.ShapeDtypeStruct((batch, length, 2, head_dim), jnp.float32)
     gradients = jax.jit(jax.grad(lambda q, k, v: function(q, k, v).sum(), argnums=(0, 1, 2)))
     return gradients.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_at_the_length_of_text():
-    """Paper's Text, four examples: a quarter more than measured would be noticed."""
+    """Four examples at the paper's Text length; the bounds catch a quarter more than measured."""
     assert temporaries(skyformer_attention, 4, 4096) < 32e6
     assert temporaries(kernelized_attention, 4, 4096) < 16e6
     dense = functools.partial(kernelized_attention, implementation="dense")

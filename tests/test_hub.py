@@ -1,4 +1,4 @@
-"""Retrieval's files, downloaded from a server that speaks the Hugging Face hub's protocol."""
+"""Downloads Retrieval's files from a local server with the Hugging Face hub's protocol."""
 
 import hashlib
 import http.server
@@ -17,12 +17,13 @@ FOLDER = f"/datasets/{retrieval.HUB.name}/resolve/{retrieval.HUB.revision}/data/
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Files in Git LFS: /datasets/.../resolve/... redirects to /lfs/NAME, which knows ranges.
+    """Serves Git LFS files: /datasets/.../resolve/... redirects to /lfs/NAME, which takes ranges.
 
     Attributes:
-      files: content by name.
-      sent: what is sent of a file, if not its content.
-      broken: names of files of which half of what is asked for is sent, once; then it answers 500.
+      files: content of each file by name.
+      sent: content by name that is sent in place of the true one.
+      broken: names of files that fail: the first request gets half of the requested bytes, later
+        ones get status 500.
       asked: (method, path, Range) of every request.
     """
 
@@ -105,7 +106,7 @@ def checksum(task, data_dir, source=None):
 
 
 def ranges(server, name):
-    """What was asked for of a file."""
+    """Range headers of the GET requests for a file."""
     return [r for method, path, r in server.asked if (method, path) == ("GET", f"/lfs/{name}")]
 
 
@@ -120,7 +121,7 @@ def test_downloads_what_is_published(server, task, tmp_path, capsys):
     assert {path for _, path, _ in server.asked} == {
         path for name in NAMES for path in (FOLDER + name, f"/lfs/{name}")
     }
-    server.asked.clear()  # a second data set reads what is there
+    server.asked.clear()  # preparing again reuses the downloads
     shutil.rmtree(tmp_path / "data" / "retrieval")
     assert checksum(task, tmp_path / "data") and not server.asked
 
@@ -156,7 +157,7 @@ def test_a_file_that_arrives_with_other_bytes_is_refused(server, task, tmp_path,
     assert not list((tmp_path / "data").rglob("new_aan*"))
     server.sent.clear()
     part = tmp_path / "data" / "downloads" / "tsv_data" / f"{NAMES[0]}.part"
-    part.write_bytes(wrong[:200])  # so are bytes that an earlier download left
+    part.write_bytes(wrong[:200])  # wrong bytes of an earlier download are refused too
     if place != -1:
         with pytest.raises(UserError, match="it was removed"):
             checksum(task, tmp_path / "data")

@@ -1,4 +1,4 @@
-"""CIFAR-10's binary version, and gray levels against TensorFlow's."""
+"""CIFAR-10 in its binary, Python and Parquet versions, and gray levels against TensorFlow's."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ BATCHES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
 
 def make_folder(parent):
-    """A small cifar-10-batches-bin, and by split its expected images and labels."""
+    """Writes a small cifar-10-batches-bin; returns it and each split's images and labels."""
     rng = np.random.default_rng(0)
     folder = parent / "cifar-10-batches-bin"
     folder.mkdir()
@@ -123,8 +123,9 @@ def test_a_wrong_label_is_named(folder, label):
 
 
 def test_gray_levels_are_tensorflows_for_all_colours():
-    """Of all 2^24 colours, red slowest, tf.image.rgb_to_grayscale of TensorFlow 2.21 gives levels
-    with this checksum.
+    """Compares with the checksum of tf.image.rgb_to_grayscale (TensorFlow 2.21).
+
+    The checksum is over all 2^24 colours, with red varying slowest.
 
     In exact arithmetic the level is the integer part of 255.5 / 255 times the weighted sum; float32
     falls on the other side of an integer for 237 of the colours.
@@ -143,7 +144,7 @@ def test_gray_levels_are_tensorflows_for_all_colours():
 
 
 def test_gray_is_row_major_and_per_image():
-    rgb = np.random.default_rng(1).integers(0, 256, (1500, 3, 4, 5), np.uint8)  # over a chunk
+    rgb = np.random.default_rng(1).integers(0, 256, (1500, 3, 4, 5), np.uint8)  # over 1 chunk
     gray = image.to_gray(rgb)
     assert gray.shape == (1500, 20)
     for i, row, column in ((0, 0, 0), (1023, 3, 4), (1024, 2, 1), (1499, 0, 4)):
@@ -153,7 +154,7 @@ def test_gray_is_row_major_and_per_image():
 
 
 def pickled_by_python_2(pixels, labels):
-    """A batch byte for byte as the Python version has it: protocol 2, written by Python 2."""
+    """Pickles a batch byte for byte as in the Python version: protocol 2, written by Python 2."""
 
     def text(value):
         return b"U" + bytes([len(value)]) + value
@@ -172,7 +173,7 @@ def pickled_by_python_2(pixels, labels):
 
 
 def make_python_folder(parent):
-    """A small cifar-10-batches-py with what make_folder's binary version holds."""
+    """Writes a small cifar-10-batches-py with the same content as make_folder's."""
     binary, expected = make_folder(parent)
     folder = parent / "cifar-10-batches-py"
     folder.mkdir()
@@ -202,7 +203,7 @@ def test_the_python_version_reads_as_the_binary_one(tmp_path):
     shutil.copytree(folder, tmp_path / "s4" / "cifar" / folder.name)
     for source in (folder, tmp_path, archive, archive.parent, tmp_path / "s4"):
         assert_is(read(source), expected)
-    for name, protocol in (("data_batch_2", 2), ("data_batch_3", 4)):  # copies of later Pythons
+    for name, protocol in (("data_batch_2", 2), ("data_batch_3", 4)):  # repickled by Python 3
         batch = pickle.loads((folder / name).read_bytes(), encoding="bytes")
         if protocol == 4:
             batch = {key.decode(): value for key, value in batch.items()}
@@ -253,7 +254,7 @@ def test_a_wrong_label_of_the_python_version_is_named(tmp_path):
 
 
 def test_tables_of_images_give_the_data_of_the_folder(tmp_path):
-    """As the Hugging Face hub has them: PNGs, with their names."""
+    """The tables have the Hugging Face hub's form: PNG bytes with file names."""
     make_folder(tmp_path)
     config = held_out.HeldOutConfig(name="tiny", sizes=tuple(SIZES.values()), num_validation=10)
     task = dataclasses.replace(tasks.get("image"), config=config, source_config=config)

@@ -1,4 +1,7 @@
-"""The primitive's kernels for accelerators, interpreted: float64, and JAX's transformations."""
+"""gaussian_attention's GPU and TPU kernels in interpret mode.
+
+They are compared with float64 and used under JAX's transformations.
+"""
 
 import functools
 
@@ -16,8 +19,8 @@ from skyformer_jax.attention.gaussian_gpu import gpu_gradients, gpu_value
 from skyformer_jax.attention.gaussian_tpu import tpu_gradients, tpu_value
 
 KERNELS = {"gpu": (gpu_value, gpu_gradients), "tpu": (tpu_value, tpu_gradients)}
-# The most relative error of output and gradients: of float32 arrays under "highest", and in one
-# pass, which is of TF32 on GPUs and of bfloat16 on TPUs; and of bfloat16 arrays.
+# Largest relative error of output and gradients: for float32 arrays at precision "highest"; for
+# float32 arrays in one pass, which is TF32 on GPUs and bfloat16 on TPUs; and for bfloat16 arrays.
 TOLERANCE = {
     ("gpu", "float32"): 3e-6,
     ("gpu", "one pass"): 1e-3,
@@ -39,7 +42,7 @@ CASES = [
 
 
 def arrays(q_length, kv_length, head_dim, std=1.0, offset=0.0, *, dtype=jnp.float32, batch=2):
-    """Query, key, value and the gradient of the output; the points about a common offset."""
+    """Query, key, value and output gradient; queries and keys lie around a common offset."""
     rng = np.random.default_rng(0)
     points = offset * rng.normal(size=head_dim)
     sizes = [(batch, n, 2, head_dim) for n in (q_length, kv_length, kv_length, q_length)]
@@ -48,7 +51,7 @@ def arrays(q_length, kv_length, head_dim, std=1.0, offset=0.0, *, dtype=jnp.floa
 
 
 def reference(query, key, value, d_out, scale):
-    """Output and gradients by query, key, value and scale, in float64."""
+    """Output and gradients with respect to query, key, value and scale, in float64."""
     q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (query, key, value, d_out))
     distances = ((q[..., :, None, :] - k[..., None, :, :]) ** 2).sum(-1)
     s = np.exp(-scale / 2 * distances)
@@ -61,7 +64,7 @@ def reference(query, key, value, d_out, scale):
 
 @functools.cache
 def kernel(implementation="pallas"):
-    """Output and gradients, jitted."""
+    """Returns a jitted function that computes the output and the gradients."""
 
     @jax.jit
     def value_and_gradients(query, key, value, d_out, scale):
@@ -82,7 +85,7 @@ def relative_error(found, expected):
 
 @functools.cache
 def interpreted(platform):
-    """Output and gradients by query, key and value, of the kernels alone."""
+    """Returns a jitted function that calls only a platform's kernels, in interpret mode."""
     value, gradients = KERNELS[platform]
 
     @jax.jit
@@ -99,7 +102,7 @@ def interpreted(platform):
 @pytest.mark.parametrize(("platform", "precision"), TOLERANCE)
 @pytest.mark.parametrize(("q_length", "kv_length", "head_dim", "std", "offset"), CASES)
 def test_values_and_gradients(q_length, kv_length, head_dim, std, offset, platform, precision):
-    """Rounded as accelerators round, which the kernels do; offset points lose nothing."""
+    """The kernels round as the accelerator does, and offset points lose no accuracy."""
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     qkvg = arrays(q_length, kv_length, head_dim, std, offset, dtype=dtype)
     scale = head_dim**-0.5
@@ -111,7 +114,7 @@ def test_values_and_gradients(q_length, kv_length, head_dim, std, offset, platfo
 
 @pytest.mark.parametrize("platform", KERNELS)
 def test_dtypes_may_differ(platform):
-    """They are measured from one centre then, and rounded alike."""
+    """Queries and keys of different dtypes share one centre, and all arrays are rounded alike."""
     q, k, v, d_out = arrays(40, 50, 16, 1, 10)
     qkvg = (q.astype(jnp.bfloat16), k, v.astype(jnp.bfloat16), d_out)
     found = interpreted(platform)(*qkvg, jnp.float32(0.3))
@@ -120,7 +123,7 @@ def test_dtypes_may_differ(platform):
 
 
 def test_more_than_stays_at_a_time(monkeypatch):
-    """On TPUs the shorter side stays in parts; both ways round."""
+    """On TPUs a shorter side of more than PART rows is processed in parts."""
     monkeypatch.setattr(tpu_tiles, "_TILE_OF_LONG_PRODUCTS", 128)
     monkeypatch.setattr(tpu_tiles, "PART", 256)
     for lengths in ((700, 600), (600, 700)):
@@ -133,7 +136,7 @@ def test_more_than_stays_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit], ids=["plain", "jit"])
 def test_gradients_are_of_the_precision_of_the_call(wrapped):
-    """Which has been left when they are traced."""
+    """Gradients use the precision set at the call, although they are traced outside of it."""
     qkvg = arrays(40, 50, 8)
 
     @wrapped
@@ -149,7 +152,7 @@ def test_gradients_are_of_the_precision_of_the_call(wrapped):
 
 
 def test_the_gradient_by_scale():
-    """A sum of both signs, so it is held against its terms."""
+    """The sum has terms of both signs, so its error is compared with the terms' size."""
     qkvg = arrays(60, 40, 16, 1, 3)
     found = float(kernel()(*qkvg, jnp.float32(0.25))[4])
     expected = reference(*qkvg, 0.25)
@@ -170,7 +173,7 @@ def test_the_gradient_by_scale():
     ids=["ranks", "dtypes", "64 bits"],
 )
 def test_strict_modes(mode, dtype):
-    """What "auto" traces for every platform, where sizes are not the least."""
+    """Covers what "auto" traces for every platform, at sizes above the dense form's."""
     with mode():
         qkv = arrays(130, 140, 8, dtype=dtype, batch=1)[:3]
 
@@ -184,7 +187,7 @@ def test_strict_modes(mode, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_compiles_for_tpus(dtype):
-    """By libtpu's own compiler, on this machine: values and gradients, either way round."""
+    """libtpu compiles the output and the gradients, with more queries than keys and vice versa."""
     pytest.importorskip("libtpu")
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     sharding = NamedSharding(jax.sharding.Mesh(np.array(devices)[:1], ("x",)), P())
@@ -206,7 +209,7 @@ def test_compiles_for_tpus(dtype):
 
 @pytest.fixture(scope="module")
 def problem():
-    """Arrays, a scale, and what the dense form makes of them."""
+    """Arrays and a scale, and the dense form's output and gradients for them."""
     *qkv, d_out = arrays(50, 70, 8, batch=4)
     inputs = (*qkv, d_out, jnp.float32(0.3))
     return inputs, kernel("dense")(*inputs)
@@ -218,7 +221,7 @@ def assert_near(found, expected):
 
 
 def test_mapped_and_rematerialised(problem):
-    """vmap over examples, each with a scale of its own, of a function under jax.checkpoint."""
+    """Checks vmap over examples, each with its own scale, of a function under jax.checkpoint."""
     (*inputs, scale), expected = problem
 
     @jax.checkpoint
@@ -237,7 +240,7 @@ def test_mapped_and_rematerialised(problem):
 
 @pytest.mark.parametrize("axis_type", jax.sharding.AxisType.__members__)
 def test_on_meshes(problem, axis_type):
-    """Batch and heads divided over a mesh: by jit, explicitly, or by shard_map."""
+    """Checks batch and heads sharded over a mesh with automatic, explicit or manual axes."""
     inputs, expected = problem
     mesh = jax.make_mesh(
         (2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType[axis_type],) * 2
@@ -269,7 +272,7 @@ def test_on_meshes(problem, axis_type):
 
 
 def test_shard_map_that_checks_what_varies():
-    """check_vma=True, its default; the kernel is traced with it, and what is compiled is tiles."""
+    """Checks check_vma=True, the default: the kernel is traced, and the tiled form is compiled."""
     *qkv, d_out = arrays(130, 140, 8)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -284,7 +287,10 @@ def test_shard_map_that_checks_what_varies():
 
 
 def test_the_platform_that_is_compiled_for_chooses():
-    """Not the one that this process runs on: lowered for CUDA here, "auto" is a kernel."""
+    """The platform that a program is lowered for decides, not the one that this process runs on.
+
+    On the CPU, "auto" contains no kernel; the traced program holds one for CUDA.
+    """
     *qkv, _ = arrays(200, 130, 32)
     call = jax.jit(functools.partial(gaussian_attention, scale=0.2))
     assert "triton" not in call.trace(*qkv).lower(lowering_platforms=("cpu",)).as_text()

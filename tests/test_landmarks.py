@@ -1,4 +1,4 @@
-"""The five ways to choose Skyformer's landmarks."""
+"""Skyformer's five ways to choose landmarks."""
 
 import functools
 
@@ -25,7 +25,7 @@ def jitted(kind, num_landmarks=8, inverse="schulz"):
 
 
 def clustered(length, *, num_clusters=16, size=6, spread=0.1, head_dim=16):
-    """Queries and keys of one large cluster and many small, tight ones, in random order."""
+    """Queries and keys of one large and many small, tight clusters in random order; values."""
     rng = np.random.default_rng(0)
     centres = 3 * rng.normal(size=(num_clusters, head_dim))
     labels = np.maximum(np.arange(length) - (length - (num_clusters - 1) * size), -1) // size + 1
@@ -47,18 +47,18 @@ def test_leverage_has_a_smaller_spectral_error_than_uniform_on_clusters():
         outs = draw(jax.random.split(jax.random.key(0), 10))[:, 0, :, 0]
         norms = np.linalg.norm(np.asarray(outs - exact), ord=2, axis=(1, 2))
         errors[kind] = norms / np.linalg.norm(np.asarray(exact), 2)
-    assert errors["uniform"].mean() > 0.005  # or there would be nothing to improve
+    assert errors["uniform"].mean() > 0.005  # otherwise there is nothing to improve
     assert errors["leverage"].mean() < 0.7 * errors["uniform"].mean()
     assert np.median(errors["leverage"]) < 0.7 * np.median(errors["uniform"])
 
 
 @pytest.mark.slow
 def test_leverage_draws_by_the_exact_scores():
-    """Frequencies of the rows against scores from the whole float64 kernel matrix."""
+    """Compares the rows' frequencies with scores from the full float64 kernel matrix."""
     q, k, _ = clustered(96, num_clusters=5, size=4)
     rows = jnp.concatenate([q, k], axis=1)
     candidates = jnp.ones(rows.shape[:2], bool)
-    scale, ridge = 0.25, 5.0  # a ridge above the one that 24 rows ask for
+    scale, ridge = 0.25, 5.0  # above the ridge that 24 landmarks need
     draw = jax.jit(
         jax.vmap(
             lambda rng: landmarks.leverage_landmarks(
@@ -72,7 +72,7 @@ def test_leverage_draws_by_the_exact_scores():
     kernel = np.exp(-scale / 2 * ((x[:, None] - x[None]) ** 2).sum(-1))
     scores = np.diag(kernel @ np.linalg.inv(kernel + ridge * np.eye(192)))
     large = np.argsort(scores)[-32:]  # the rows of the four small clusters
-    # Drawn without replacement, the likely rows come a little less often than in proportion.
+    # Without replacement, likely rows are drawn slightly less often than in proportion to scores.
     expected = 24 * scores / scores.sum()
     assert 0.7 < frequency[large].mean() / expected[large].mean() < 1.1
     others = np.setdiff1d(np.arange(192), large)
@@ -101,7 +101,7 @@ def test_error_falls_as_landmarks_grow(kind):
     norms = [
         float(jnp.linalg.norm(jitted(kind, d, "cholesky")(q, k, v) - exact)) for d in (4, 16, 128)
     ]
-    # Segment means of queries beside keys mix the two, which is why they stay coarse.
+    # Segments mix adjacent queries and keys, so their means stay coarse.
     assert norms[0] > norms[1] > norms[2]
 
 
@@ -146,8 +146,8 @@ def test_kmeans_seeds_visit_every_cluster():
     seeds = np.asarray(rows)[0, np.asarray(indices)[0], 0]
     distances = np.linalg.norm(seeds[:, None] - seeds[None], axis=-1)
     assert valid.all()
-    assert (distances + 10 * np.eye(10)).min() > 1  # no two of them in one cluster
-    # Three distinct rows give three seeds, however many are asked for.
+    assert (distances + 10 * np.eye(10)).min() > 1  # no two seeds share a cluster
+    # Three distinct rows give three seeds, even if more are requested.
     few = jnp.tile(rows[:, :3], (1, 5, 1, 1))
     _, valid = landmarks.kmeans_landmarks(jax.random.key(0), few, jnp.ones((1, 15), bool), 6)
     assert valid.sum() == 3

@@ -1,4 +1,4 @@
-"""The language model: packed documents, sampling as it predicts, and the example's script."""
+"""The language model: packed documents, sampling, and the example script."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ OPTIONS = {"skyformer": {"landmarks": "learned", "num_landmarks": 4, "normalize"
 
 @pytest.mark.parametrize("name", ["skyformer", "softmax"])
 def test_sampling_goes_on_as_the_model_predicts(name):
-    """With temperature 0: each sampled token is the likeliest of the parallel form."""
+    """At temperature 0, each sampled token is the most likely one of the parallel form."""
     model = LanguageModel(name, OPTIONS.get(name, {}), vocab_size=20, **SMALL)
     prompt = jnp.asarray(np.random.default_rng(0).integers(0, 20, (2, 9)))
     variables = model.init(jax.random.key(0), prompt)

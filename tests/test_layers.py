@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 LENGTH, WIDTH, HEADS, HEAD_DIM = 20, 16, 2, 8
 QUICK = ("softmax", "kernelized", "skyformer", "linformer", "reformer")
 all_attentions = pytest.mark.parametrize("name", attention.NAMES)
-# Of each kind one by default: with landmarks, with shared queries and keys, with arrays of its own.
+# One of each kind by default: with landmarks, with shared query and key, with its own arrays.
 quick_attentions = by_default(*QUICK)
 LAYER_OPTIONS = {
     **SMALL,
@@ -50,12 +50,12 @@ def copy_to_nnx(params, module):
 
 @functools.cache
 def flax_modules(name, dropout=0.0):
-    """Linen and NNX multi-head attention by Flax, on our function, with the same parameters."""
+    """Flax's linen and NNX multi-head attention with our attention_fn and equal parameters."""
     function = skyformer_jax.attention_fn(name, **SMALL.get(name, {}))
     linen = nn.MultiHeadAttention(HEADS, dropout_rate=dropout, attention_fn=function)
     params = linen.init(jax.random.key(1), jnp.zeros((1, LENGTH, WIDTH)), deterministic=True)
     params = params["params"]
-    params = jax.tree.map(lambda x: x + 0.1, params)  # biases that are not zero
+    params = jax.tree.map(lambda x: x + 0.1, params)  # nonzero biases
     of_nnx = nnx.MultiHeadAttention(
         HEADS,
         WIDTH,
@@ -70,7 +70,7 @@ def flax_modules(name, dropout=0.0):
 
 @quick_attentions
 def test_flax_modules_take_the_attention(name, batch):
-    """Same numbers in linen, in NNX and by hand, for every form of Flax's padding masks."""
+    """Linen, NNX and a manual computation agree for every form of padding mask in Flax."""
     x, mask = batch
     linen, params, of_nnx = flax_modules(name)
 
@@ -168,7 +168,7 @@ def test_what_cannot_be_honoured_is_refused(name, batch):
         says = "would tell of later" if name == "skyformer" else r"can: softmax, .*performer$"
         with pytest.raises(ValueError, match=says):
             function(q, k, v, is_causal=True)
-    # Under jit the values of a mask are not known, so an example whose mask is another is NaN.
+    # Under jit the mask's values are unknown, so an example with an unsupported mask becomes NaN.
     half = jnp.where(jnp.arange(3)[:, None, None, None] == 1, causal, True)
     out = jax.jit(functools.partial(function, q, k, v))(mask=half)
     assert np.isnan(out[1]).all()
@@ -186,7 +186,7 @@ def test_softmax_takes_every_mask_and_bias_that_flax_takes(lead):
             if len(shape) > len(lead) + 3 or (shape != tail and len(tail) < 3):
                 continue
             mask, bias = rng.random(shape) < 0.7, jnp.asarray(rng.normal(size=shape), jnp.float32)
-            mask[..., -1:] = True  # Flax has the mean of all values where no key is left
+            mask[..., -1:] = True  # without any key, Flax averages all values
             for form in (jnp.asarray(mask), jnp.asarray(mask, jnp.float32)):
                 found = attention.attention_fn("softmax")(q, k, v, mask=form, bias=bias)
                 expected = nn.dot_product_attention(q, k, v, mask=form, bias=bias)
@@ -229,7 +229,7 @@ def test_softmax_sows_its_weights_as_flax_does(batch):
 
 @quick_attentions
 def test_modules_share_heads_of_keys_and_values(name, batch):
-    """Linen's and NNX's modules agree, and Flax's own takes the function."""
+    """Linen and NNX modules agree with fewer key-value heads, and so does attention_fn."""
     x, mask = batch
     options = LAYER_OPTIONS.get(name, {})
     grouped = {"num_kv_heads": 2, "value_head_dim": 3}
@@ -277,7 +277,7 @@ def test_attention_fn_takes_leading_axes_dtype_and_rng():
     function = attention.attention_fn("skyformer", num_landmarks=6, rng=jax.random.key(3))
     out = function(q, k, v, mask=mask, precision=jax.lax.Precision.HIGHEST)
     flat = (x.reshape(6, 30, 2, 8) for x in (q, k, v))
-    expected = small("skyformer")  # of other options, only to show that they matter
+    expected = small("skyformer")  # has other options, to show that they matter
     assert out.shape == q.shape
     direct = attention.skyformer_attention(
         *flat, mask=mask.reshape(6, 30), num_landmarks=6, rng=jax.random.key(3)
@@ -334,7 +334,7 @@ def test_modules_draw_by_their_streams(name, batch):
     plain = apply({})
     for given in ("landmarks", "features"):
         one, two = (apply({given: jax.random.key(i)}) for i in (1, 2))
-        # Linformer has learned its projections.
+        # Linformer's projections are learned parameters.
         draws = given == stream and name in RANDOM and name != "linformer"
         assert np.any(one != two) == draws
         assert np.any(one != plain) == draws
@@ -375,7 +375,7 @@ def test_linformer_serves_shorter_sequences_than_its_own(batch):
 
 @all_attentions
 def test_modules_are_hashable_and_have_dtypes(name):
-    """As Flax's own are: static arguments of jit, linen's module and the graph of NNX's."""
+    """Linen modules and NNX graphs work as static arguments of jit, as Flax's own do."""
     options = SMALL.get(name, {})
     x = jnp.ones((2, 12, WIDTH), jnp.bfloat16)
     linen = layers.MultiHeadAttention(name, HEADS, HEAD_DIM, dict(options))
@@ -430,7 +430,7 @@ def test_masks_of_modules_are_checked(batch):
 
 @pytest.mark.parametrize("name", ["linformer", "performer"])
 def test_variables_may_be_boxed(name, batch):
-    """As nn.with_partitioning and nn.vmap's and nn.scan's metadata_params box them."""
+    """nn.with_partitioning and the metadata_params of nn.vmap and nn.scan box variables."""
     linen = layers.MultiHeadAttention(name, HEADS, HEAD_DIM, LAYER_OPTIONS.get(name, {}))
     variables = linen.init(jax.random.key(0), batch[0])
     boxed = jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim), variables)
@@ -448,7 +448,7 @@ def test_bigbirds_pattern_is_for_every_kind_of_random_key(batch):
 
 
 def test_performers_start_does_not_hang():
-    """jaxlib's QR of several matrices at once waited for its own threads on CPUs."""
+    """Guards against jaxlib's batched QR on CPUs, which deadlocked on its own threads."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
     command = [sys.executable, "-c", PERFORMER_INIT]
     subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300)
