@@ -30,7 +30,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """The data directory with small ListOps, prepared once for all test processes."""
-    from skyformer_jax import tasks  # late: it imports jax
+    from skyformer_jax import tasks  # imported late, because it imports jax
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -16,7 +16,7 @@ from skyformer_jax.attention import bigbird, informer, landmarks, performer, ref
 LENGTH = 24
 IDENTITY = jnp.eye(LENGTH)
 
-# Options under which each baseline equals exact softmax attention.
+# Options under which each baseline is exact softmax attention; reformer's shares query and key.
 EXACT = {
     "nystromformer": {"num_landmarks": LENGTH, "num_iterations": 24},
     "linformer": {"key_projection": IDENTITY, "value_projection": IDENTITY},

@@ -135,7 +135,7 @@ def test_exponents_of_power_laws():
         for n in lengths
     ]
     (row,) = attention_cells.exponents(cells)
-    assert row["time"] is None  # two points are too few for a fit
+    assert row["time"] is None  # per sequence; two points are too few to fit
     np.testing.assert_allclose(row["temporaries"], 2)
 
 

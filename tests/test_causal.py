@@ -177,7 +177,7 @@ def test_landmarks_of_the_sequence_are_refused():
     ],
 )
 def test_modules_decode_as_they_attend(name, options):
-    """Checks linen and NNX modules with rotary positions and one key-value head for two queries."""
+    """Checks linen and NNX with rotary positions and one key-value head for two query heads."""
     x = jnp.asarray(RNG.normal(size=(BATCH, 12, 16)), jnp.float32)
     fields = {"rotary": True, "num_kv_heads": 1, "is_causal": True, "options": options}
     layer = MultiHeadAttention(name, 2, 8, **fields)

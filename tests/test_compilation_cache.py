@@ -1,4 +1,4 @@
-"""The compilation cache: filled by one process, used by the next."""
+"""The compilation cache: one process fills it, and the next one reads it."""
 
 import json
 import subprocess

@@ -321,7 +321,7 @@ def test_the_odd_size_out_is_named(num_documents):
     state = state_dict_of(num_documents)
     for name, x in state.items():
         for axis in range(x.ndim):
-            # Any vocabulary size and length is valid, and the classes are tested below.
+            # Any vocabulary size and length is valid; the classes are in two entries, see below.
             if (name.endswith("embeddings.weight") or name.endswith("mlpblock.2.weight")) and (
                 axis == 0
             ):

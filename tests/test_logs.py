@@ -1,4 +1,4 @@
-"""What a run writes while it goes on, and what becomes of it on a full disk."""
+"""The logs that a run writes, and how logging fails on a full disk."""
 
 import contextlib
 import struct
@@ -14,7 +14,7 @@ from skyformer_jax.training import logs
 
 
 def events(path):
-    """Those of a file of TensorBoard's."""
+    """The events in a TensorBoard file."""
     content, found = path.read_bytes(), []
     while content:
         (size,) = struct.unpack("Q", content[:8])
@@ -54,7 +54,7 @@ def test_other_errors_are_not_of_the_disk(tmp_path):
 
 
 def test_only_late_arrays_are_kept_quiet():
-    """Those that TensorStore delivers after Orbax gave up on a checkpoint."""
+    """Hides only the errors from arrays that TensorStore delivers after Orbax gave up."""
     told = []
     hook = cli._without_late_arrays(told.append)
     for error, of, is_told in (

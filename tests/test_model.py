@@ -62,7 +62,7 @@ def test_layer_keeps_junk_in_padding_out_of_gradients(name):
 
 
 def test_parameters_are_the_papers():
-    """Counted by hand: embeddings, 2 blocks, final norm, head."""
+    """Compares the parameter count with one by hand: embeddings, 2 blocks, final norm, head."""
     config = common.paper_config("listops", "skyformer", max_length=2048)
     model = models.build_model(config)
     shapes = jax.eval_shape(
@@ -74,7 +74,7 @@ def test_parameters_are_the_papers():
 
 
 def test_dense_layers_start_as_in_the_published_code():
-    """Uniform within 1/sqrt(fan_in), whose standard deviation is that over sqrt(3)."""
+    """Uniform in +-1/sqrt(fan_in), so with standard deviation 1/sqrt(3 fan_in)."""
     config = common.paper_config("listops", "softmax", max_length=8)
     tokens = jnp.zeros((1, 8), int)
     params = models.build_model(config).init(jax.random.key(0), tokens, tokens == 0)["params"]
@@ -152,13 +152,13 @@ def test_too_long_a_sequence_is_refused():
         model.apply(params, *batch(49))
 
 
-@pytest.mark.parametrize(  # learned parts, and fixed ones
+@pytest.mark.parametrize(  # one with learned parameters only, one with fixed variables
     ("name", "tolerance"),
     # Performer's gradients of queries and keys are small differences of large sums.
     [("skyformer", 1e-5), pytest.param("performer", 1e-3, marks=pytest.mark.slow)],
 )
 def test_recomputed_blocks_are_the_same(name, tolerance):
-    """Logits and gradients, with the same parameters, and less memory for gradients."""
+    """remat keeps parameters, logits and gradients, and needs less memory for gradients."""
     tokens, mask = batch()
     plain, remat = (
         models.build_model(tiny_config(name, num_layers=4, remat=remat)) for remat in (False, True)
@@ -186,7 +186,7 @@ def test_recomputed_blocks_are_the_same(name, tolerance):
 
 
 def test_recomputed_blocks_draw():
-    """Every block of the loop has dropout and landmarks of its own."""
+    """With remat, dropout and landmarks still depend only on their rngs."""
     tokens, mask = batch()
     model = models.build_model(tiny_config(num_layers=2, remat=True, dropout=0.5))
     variables = model.init(jax.random.key(0), tokens, mask)

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, in whole runs: said, stopped or skipped."""
+"""Whole runs with non-finite losses and gradients: reported, stopped or skipped."""
 
 import json
 
@@ -33,7 +33,7 @@ def tiny_config(data_dir, **changes):
 
 
 def corrupt(monkeypatch, *bad_steps):
-    """A token outside of the vocabulary, whose embedding is NaN, in the batches of some steps."""
+    """Puts a token outside the vocabulary, whose embedding is NaN, into batches of bad_steps."""
     original = loop.training_batches
 
     def batches(*arguments, first_step=0, **options):

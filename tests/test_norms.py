@@ -1,4 +1,4 @@
-"""The layer norm: float64 and Flax's, its derivatives in both modes, and the sums it is made of."""
+"""The layer norm against float64 and Flax, its derivatives in both modes, and its sums."""
 
 import flax.linen as nn
 import jax
@@ -29,7 +29,7 @@ def arrays(shape=(2, 7, 24), offset=2.0):
 def test_values_and_derivatives(mapped):
     rng, (x, scale, bias, weights) = arrays()
     function = layer_norm
-    if mapped:  # as the training step maps it over examples
+    if mapped:  # the training step maps it over examples too
 
         def function(x, scale, bias):
             return jax.vmap(layer_norm, in_axes=(0, None, None))(x, scale, bias)

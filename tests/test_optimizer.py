@@ -9,7 +9,7 @@ from skyformer_jax.training.optimizer import make_schedule
 
 
 def test_schedule_is_the_one_cycle_of_the_paper():
-    """Against the definition: linear to the peak in warmup_steps, linear down to peak / 25e4."""
+    """Linear warm-up to the peak in warmup_steps, then linear decay to peak / 25e4."""
     config = tiny_config()
     config.train.update({"learning_rate": 2e-4, "warmup_steps": 80, "num_steps": 1000})
     schedule = make_schedule(config.train)

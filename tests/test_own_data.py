@@ -1,4 +1,4 @@
-"""A task of the user's own: from tables through training to evaluation, and the page on it."""
+"""User-defined tasks, from tables to evaluation, and the documentation pages about them."""
 
 import gzip
 import io
@@ -27,7 +27,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def rows(seed, count):
-    """Labels and texts, with all that a table may have to quote."""
+    """Labels, and texts with all characters that a table may have to quote."""
     rng = np.random.default_rng(seed)
     pieces = ['"', "a film", ",", "caf\u00e9", "''", "\u4e2d", " "]
     texts = ["x" + "".join(rng.choice(pieces, rng.integers(1, 30))) for _ in range(count)]
@@ -97,7 +97,7 @@ def test_a_tenth_of_each_class_is_held_out_whatever_the_order(tmp_path):
         found = load(films(), folder / "data", folder)
         assert np.bincount([e["label"] for e in found["validation"]]).tolist() == [6, 3]
         assert len(found["train"]) == 81
-        write_tsv(folder / "val", *rows(2, 5))  # which would make train larger
+        write_tsv(folder / "val", *rows(2, 5))  # with it, train would be larger
         with pytest.raises(UserError, match=r"made from test\.tsv, train\.tsv, and .* val\.tsv"):
             films().load("train", folder / "data", source=str(folder))
         held_out.append({str(e) for e in found["validation"]})
@@ -161,7 +161,7 @@ def flipped_table():
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_table_in_parts_is_read_whole_or_not_at_all(tmp_path, lost):
-    """An interrupted download leaves some; a second version has another number of them."""
+    """Interrupted downloads lack parts, and mixed versions have different numbers of parts."""
     for split in ("train", "test"):
         write_parquet(tmp_path / split, *rows(0, 40))
     assert len(load(films(), tmp_path / "data", tmp_path)["test"]) == 40
@@ -186,7 +186,7 @@ def test_images_of_all_splits_have_one_size(tmp_path):
 
 
 def test_a_source_that_is_not_there_is_said(tmp_path, capsys):
-    """Unless it is what the data set was made from, which may be deleted."""
+    """Reports a missing source, except the one that the data set was made from."""
     (tmp_path / "here").mkdir()
     for split in ("train", "test"):
         write_tsv(tmp_path / "here" / split, *rows(0, 40))
@@ -277,7 +277,10 @@ def test_another_definition_has_data_of_its_own(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_needs_nothing_of_the_users_but_its_workdir_and_data(tmp_path, capsys):
-    """Prepared by its config; goes on from an earlier checkpoint; config.json defines the task."""
+    """Prepares data from a config, resumes an earlier checkpoint and reads the task's definition.
+
+    The definition is in config.json.
+    """
     source = tmp_path / "source"
     source.mkdir()
     write_tsv(source / "train", *rows(0, 40))
@@ -310,7 +313,7 @@ def test_a_run_needs_nothing_of_the_users_but_its_workdir_and_data(tmp_path, cap
 
 
 def write_files(page, home):
-    """The files of a page, whose first line says where they lie."""
+    """Writes a page's Python blocks to the paths that their first lines name."""
     for block in re.findall(r"```python\n(# ~/.*?)```", page, re.DOTALL):
         path = home / block.splitlines()[0].removeprefix("# ~/")
         path.parent.mkdir(exist_ok=True)
@@ -319,7 +322,7 @@ def write_files(page, home):
 
 @pytest.fixture
 def reader(tmp_path):
-    """A function that runs lines in (what looks like) a clone, and the environment it has."""
+    """A function that runs shell lines in an imitation of a clone, and its environment."""
     clone = tmp_path / "clone"
     clone.mkdir()
     for name in ("train.py", "eval.py", "configs", "skyformer_jax", "checkpoints"):

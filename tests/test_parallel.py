@@ -1,4 +1,4 @@
-"""Processes that compute for us: in any script, with any result, and gone when they should be."""
+"""Worker processes: they work from any script, return any result, and end when they should."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_plain_script_generates_and_is_imported_once(tmp_path):
-    """Without `if __name__ == "__main__"`, from a folder where names of our modules mean others."""
+    """Needs no `if __name__ == "__main__"`, even where local files shadow our modules' names."""
     for name in ("text.py", "random.py", "parallel.py"):
         (tmp_path / name).write_text("raise ImportError('another module')")
     script = tmp_path / "scripts" / "plain.py"
@@ -58,12 +58,12 @@ def test_results_come_in_order_and_errors_in_their_place():
         next(results)
     assert "worker.py" in str(error.value.__notes__)
     missing = [(Path("nowhere"), Path(name), 8) for name in ("0.npy", "1.npy")]
-    with pytest.raises(FileNotFoundError):  # with the arguments of its own kind
+    with pytest.raises(FileNotFoundError):  # rebuilt with its own arguments
         next(parallel.ordered_map(reader.read_block, missing, workers=2))
 
 
 def test_what_cannot_be_sent_is_told():
-    """A result that cannot be pickled, and an error with fields of its own."""
+    """Reports results that cannot be pickled, and errors whose constructor takes more arguments."""
     with pytest.raises(TypeError, match="cannot pickle"):
         next(parallel.ordered_map(threading.Lock, [()] * 2, workers=2))
     decode = [(b"\xff", "utf-8"), (b"", "utf-8")]

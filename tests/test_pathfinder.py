@@ -1,4 +1,4 @@
-"""Pathfinder against independent constructions and against statistics of the original's images."""
+"""Pathfinder against independent constructions and statistics of the original images."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from skyformer_jax.errors import UserError
 statistics = import_script("data.pathfinder_check").statistics
 
 ALL = list(itertools.product(pathfinder.SIZES, pathfinder.DIFFICULTIES))
-# Drawing pairs of long targets into little space takes a thousand tries each.
+# Placing two long targets in little space takes about a thousand tries.
 QUICK = [pair for pair in ALL if pair not in [(64, "hard"), (128, "hard")]]
 
 
@@ -93,7 +93,7 @@ def disc_mask(radius):
 
 
 def lanczos_matrix(wide, narrow):
-    """Resampling from wide to narrow pixels: sinc(x) sinc(x / 3), stretched by their ratio."""
+    """Lanczos resampling matrix from wide to narrow pixels: sinc(x) sinc(x / 3), stretched."""
     ratio = wide / narrow
     centres = (np.arange(narrow) + 0.5) * ratio
     distance = np.abs(np.arange(wide) + 0.5 - centres[:, None]) / ratio
@@ -109,7 +109,7 @@ def test_stamps_against_floating_point_resampling(size):
         assert dashes.line.shape[1:] == (2 * reach + 1, 2 * reach + 1)
         matrix = lanczos_matrix(4 * reach + 1, 2 * reach + 1)
         for kind in range(0, len(dashes.line), 23):
-            # First dashes are drawn forwards from the middle, others backwards to it.
+            # First dashes start at the middle and go forwards; the others end at it.
             angle = math.atan2(*dashes.ahead[kind]) + (math.pi if kind >= 360 else 0)
             end_row, end_col = (
                 math.ceil(round(2 * (reach + settings.dash_length * f(angle)), 9))
@@ -122,7 +122,7 @@ def test_stamps_against_floating_point_resampling(size):
             fine = np.asarray(canvas)
             blocked = ndimage.binary_dilation(fine, disc_mask(2 * margin))
             for stamp, canvas in ((dashes.line[kind], fine), (dashes.mask[kind], blocked)):
-                # Pillow resamples along rows first, and rounds in between.
+                # Pillow resamples along rows first and rounds the intermediate result.
                 across = np.clip(np.rint(255.0 * canvas @ matrix.T), 0, 255)
                 expected = np.clip(np.rint(matrix @ across), 0, 255)
                 assert np.abs(stamp - expected).max() <= 1
@@ -181,7 +181,7 @@ def test_free_positions_point_by_point(size):
 
 
 def full_mask(dashes, kind, place):
-    """What a dash blocks, in the coordinates of the image, padded so that all of it fits."""
+    """The pixels that a dash blocks, [size, size]; parts beyond the image are cut off."""
     size, half = dashes.settings.size, dashes.mask.shape[1] // 2
     out = np.zeros((size + 4 * half, size + 4 * half), int)
     row, col = place + half
@@ -210,14 +210,14 @@ def test_contours(size, difficulty):
                 angles = np.arctan2(*dashes.ahead[kinds].T)
                 turns = np.abs((np.diff(angles) + np.pi) % (2 * np.pi) - np.pi)
                 assert turns.max() <= np.pi / 2 / settings.continuity + 1e-3
-                # From the end of one dash to the end of the next: a dash and two margins or so.
+                # The ends of consecutive dashes are about a dash and two margins apart.
                 steps = np.hypot(*np.diff(positions[1:], axis=0).T)
                 assert (np.abs(steps - radius - dashes.margin) <= dashes.margin + 2.5).all()
                 edge = np.minimum(positions, size - 1 - positions)
                 assert edge.min() >= settings.padding
 
-            # Further dashes of distractors overlap with none of what was there before them,
-            # but for the last dash of the first target, of which the original does not know.
+            # Later dashes of distractors overlap with nothing drawn before them, except for the
+            # last dash of the first target, which the original code ignores.
             known = np.full((size, size), 255)
             inner = slice(settings.padding, -settings.padding)
             known[inner, inner] = 0
@@ -252,7 +252,7 @@ def test_discs_mark_what_the_label_says(size, monkeypatch):
     seen = set()
     for image, label, targets in zip(images, labels, drawn_targets, strict=True):
         assert (image.min(), image.max()) == (0, 255)
-        # Around the centre of a disc all is bright, at the end of a line is not.
+        # All pixels around the centre of a disc are bright, but not those around a line's end.
         filled = ndimage.minimum_filter(image, footprint=disc_mask(2)) > 100
         tips = [(contour, end) for contour in (0, 1) for end in (0, -1)]
         positions = [targets.positions[tip] for tip in tips]
@@ -268,12 +268,13 @@ def test_discs_mark_what_the_label_says(size, monkeypatch):
 
 def test_nothing_is_drawn_in_the_padding():
     images, _ = pathfinder.generate_chunk(256, "hard", 0, 0, 20)
-    # Discs reach 5 pixels around tips that keep 3 away from the padding of 22; resampling rings.
+    # Discs reach 5 pixels beyond tips, which keep 3 pixels from the padding of 22. The bound is
+    # not 0 because resampling causes ringing.
     images[:, 18:-18, 18:-18] = 0
     assert images.max() < 16
 
 
-# Of 500 images at 32 pixels, "hard", made with the published code: mean and standard deviation.
+# Mean and standard deviation over 500 "hard" images of 32 pixels made with the published code.
 ORIGINAL = {
     "share of pixels in 0..0": (0.65881, 0.03878),
     "share of pixels in 1..30": (0.19345, 0.02473),
@@ -302,9 +303,9 @@ def test_statistics_of_the_originals():
     assert ours.keys() == ORIGINAL.keys()
     for name, (mean, deviation) in ORIGINAL.items():
         error = np.sqrt(deviation**2 / 500 + ours[name].var() / 1000)
-        # 16 statistics within 3.5 standard errors: a false alarm in 130 seeds.
+        # 16 statistics within 3.5 standard errors fail falsely for one seed in 130.
         assert abs(ours[name].mean() - mean) < 3.5 * error, name
-        # Deviations of samples so large err by a few per cent.
+        # For samples of this size, standard deviations are accurate to a few per cent.
         assert 0.85 < ours[name].std() / deviation < 1.18, name
     assert abs(labels.mean() - 0.5) < 3.5 * 0.5 / np.sqrt(1000)
 
@@ -312,8 +313,8 @@ def test_statistics_of_the_originals():
 @pytest.mark.parametrize(
     ("size", "difficulty", "distractors", "lit"),
     [
-        # Mean and standard error with a direct transcription of the published code, using OpenCV:
-        # distractors that found a place, and per cent of pixels above 60.
+        # Mean and standard error, from a direct transcription of the published code with OpenCV, of
+        # the number of placed distractors and of the percentage of pixels above 60.
         (32, "easy", (3.302, 0.065), (7.772, 0.044)),
         (32, "intermediate", (1.746, 0.049), (9.530, 0.053)),
         (32, "hard", (1.157, 0.029), (12.787, 0.040)),
@@ -337,5 +338,5 @@ def test_number_of_distractors_and_of_lit_pixels(size, difficulty, distractors, 
     images, _ = pathfinder.generate_chunk(size, difficulty, 5, 0, num)
     ours = np.array(counts), 100 * (images > 60).mean(axis=(1, 2))
     for values, (mean, error) in zip(ours, (distractors, lit), strict=True):
-        # Within 4 standard errors, and a bit where nearly all distractors find a place.
+        # Within 4 standard errors, plus a little for cases in which nearly all distractors fit.
         assert abs(values.mean() - mean) < 4 * np.hypot(values.std() / num**0.5, error) + 0.01

@@ -1,4 +1,4 @@
-"""Pathfinder's release in miniature: PNGs with metadata, whole and damaged."""
+"""Reads a miniature of Pathfinder's release: PNGs with metadata, intact and damaged."""
 
 import io
 import shutil
@@ -24,7 +24,10 @@ def columns(block, i, label):
 
 
 def make_release(parent, counts):
-    """Blocks of so many images by their number; returns expected names, images and labels."""
+    """Writes blocks with counts[number] images; returns the folder and the expected content.
+
+    The content is a list of (names, images, labels), one entry per block.
+    """
     rng = np.random.default_rng(0)
     folder = parent / f"pathfinder{SIZE}" / FOLDER
     (folder / "metadata").mkdir(parents=True)
@@ -59,7 +62,7 @@ def assert_is(blocks, expected):
 @pytest.mark.parametrize("place", ["", "lra_release", "lra_release/lra_release"])
 def test_reads_the_release_in_the_order_of_numbers(tmp_path, place):
     folder, expected = make_release(tmp_path / place, {0: 5, 2: 3, 10: 4})
-    (folder / "metadata" / "._0.npy").write_bytes(b"\0")  # as macOS leaves them
+    (folder / "metadata" / "._0.npy").write_bytes(b"\0")  # such as macOS leaves
     assert_is(read(tmp_path), expected)
     assert_is(read(folder.parent), expected)
 
@@ -194,7 +197,7 @@ def test_no_damaged_png_gives_other_pixels(tmp_path):
         block = reader.read_block(folder, folder / "metadata" / "0.npy", SIZE)
         unread += len(block.skipped)
         np.testing.assert_array_equal(block.images, expected[0][1][: len(block.names)])
-    assert unread > 0.7 * len(damaged)  # the rest: cuts and changes after the pixels
+    assert unread > 0.7 * len(damaged)  # the rest are damaged only after the pixels
 
 
 def test_gray_images_may_be_stored_as_colours_and_others_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""The command that prepares a data set, run as a user runs it."""
+"""The command that prepares data sets, run as a user runs it."""
 
 import re
 import signal
@@ -82,7 +82,7 @@ def test_errors_are_one_line(tmp_path, arguments, message):
 
 
 def workers_of(process):
-    """The processes that a preparation started."""
+    """Process ids of the worker processes of a preparation."""
     children = f"/proc/{process.pid}/task/{process.pid}/children"
     return [int(child) for child in Path(children).read_text().split()]
 
@@ -96,7 +96,10 @@ def gone(pid):
 
 @pytest.mark.slow
 def test_an_interrupted_preparation_goes_on(tmp_path):
-    """Killed, stopped by Ctrl-C, and run to the end: as one that was not, and no process left."""
+    """A preparation that was killed and then stopped by Ctrl-C ends with the same data.
+
+    No worker process outlives it.
+    """
     arguments = ["--task=pathfinder_small", f"--data_dir={tmp_path}"]
     start = [sys.executable, "-m", "skyformer_jax.prepare", *arguments]
     kind = "pathfinder/blocks-small_32_hard-*"

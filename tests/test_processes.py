@@ -1,4 +1,4 @@
-"""Real runs of several processes on 127.0.0.1, with fake devices, against one process."""
+"""Real runs of several processes on 127.0.0.1, with fake devices, compared with one process."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def start(command, num_devices):
 
 
 def start_two(command, flags="--config.parallel."):
-    """Two processes of four devices each."""
+    """Starts two processes of four devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -50,7 +50,7 @@ def start_two(command, flags="--config.parallel."):
 
 
 def finish(*running):
-    """Waits; returns (status, stdout, stderr) of each."""
+    """Waits for the processes; returns (status, stdout, stderr) of each."""
     try:
         ends = [process.communicate(timeout=300) for process in running]
     finally:
@@ -60,7 +60,7 @@ def finish(*running):
 
 
 def is_gloo(text):
-    """Whether there is nothing but Gloo's, whose threads print in pieces of each other's lines."""
+    """Returns True if text holds only Gloo's messages, whose threads may interleave their lines."""
     pieces = r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. |\n"
     pieces += "|Expected number of connected peer ranks is : "
     return re.fullmatch(f"({pieces})*", text) is not None
@@ -68,7 +68,7 @@ def is_gloo(text):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, data_dir):
-    """A finished run of one process and one device."""
+    """The workdir of a finished run of one process on one device."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
     ((status, _, stderr),) = finish(start(train_command(workdir, data_dir, **SETTING), 1))
     assert status == 0, stderr
@@ -82,7 +82,7 @@ def entries(workdir):
 
 
 def assert_same_run(workdir, other):
-    """Parameters, curves and evaluation, to rounding."""
+    """Checks that parameters, curves and evaluations of two runs agree up to rounding."""
 
     def final(folder):
         spec = state_spec(run_on(read(folder / "config.json")))
@@ -101,7 +101,7 @@ def assert_same_run(workdir, other):
 
 
 def test_two_processes_then_one_on_another_mesh(alone, tmp_path, data_dir):
-    """A preemption notice to one of two stops both; one goes on, with sequences divided."""
+    """SIGTERM to one of two processes stops both; one process resumes with sharded sequences."""
     workdir = tmp_path / "run"
     command = train_command(workdir, data_dir, **SETTING)
     running = start_two(command)
@@ -116,7 +116,7 @@ def test_two_processes_then_one_on_another_mesh(alone, tmp_path, data_dir):
     (stopped,) = re.findall(r"stopped after step (\d+); saved", stderr)
     assert 4 < int(stopped) < 60
     assert checkpoints.steps(workdir / "checkpoints")[-1] == int(stopped)
-    # Only the first one speaks.
+    # Only the first process prints.
     assert is_gloo(out) and is_gloo(other_out) and "step" not in other_stderr
 
     mesh = {"parallel.data": 2, "parallel.seq": 2, "train.accumulation": 2}
@@ -130,7 +130,7 @@ def test_two_processes_then_one_on_another_mesh(alone, tmp_path, data_dir):
 
 @pytest.mark.slow
 def test_sequences_over_two_processes(alone, tmp_path, data_dir):
-    """Each process has half of every sequence; then both evaluate, by the command."""
+    """Each process holds half of every sequence; then both evaluate with the command."""
     workdir = tmp_path / "run"
     command = train_command(workdir, data_dir, **SETTING, **{"parallel.data": 1, "parallel.seq": 8})
     for status, _, stderr in finish(*start_two(command)):
@@ -164,7 +164,7 @@ def test_a_killed_process_ends_the_other_and_costs_nothing(alone, tmp_path, data
 
 @pytest.mark.slow
 def test_what_one_process_cannot_do_ends_both(alone, tmp_path, data_dir):
-    """With one line each."""
+    """Both processes exit with status 2 and say why."""
     workdir = tmp_path / "run"
     command = train_command(workdir, data_dir, **SETTING)
     running = start_two(command)
@@ -187,11 +187,11 @@ print(jax.process_index(), jax.process_count(), processes.all_gather(10 + jax.pr
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["slurm", "ompi", "jax"])
 def test_processes_find_each_other_by_the_environment(launcher):
-    """By the variables that the launchers set, which stand in for them here."""
+    """Sets the environment variables of the launchers instead of running them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    job = port % 2**12  # of which JAX makes a port
+    job = port % 2**12  # JAX derives the port from it
     variables = {
         "slurm": {
             "SLURM_JOB_ID": f"{job}",
@@ -233,7 +233,7 @@ def test_processes_find_each_other_by_the_environment(launcher):
 
 
 def test_the_end_of_another_process_is_one_line(monkeypatch):
-    """Where there is another, and no other failure is taken for it."""
+    """Only with several processes, and only if the failure means that a process was lost."""
     reset = "UNKNOWN: Gloo all-reduce failed: Read error [::1]:5: Connection reset by peer"
 
     def raised(text):

@@ -1,4 +1,4 @@
-"""Random bits of numbered elements, and the dropout made of them."""
+"""Random bits of numbered elements, and dropout from these bits."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def reference_bits(seed, counter):
 
 @pytest.mark.parametrize("width", [1, 5, 32, 333])
 def test_all_platforms_have_the_same_bits(width):
-    """CPUs and accelerators choose ways of their own; both are those of the definition."""
+    """The implementations for CPUs and for accelerators both give the bits of the definition."""
     rng, dropped = np.random.default_rng(0), 2**15
     seed, rows = (rng.integers(0, 2**32, shape, np.uint32) for shape in (2, (2, 3)))
     of_all, fused = (
@@ -76,7 +76,7 @@ def test_all_platforms_have_the_same_bits(width):
 
 
 def test_the_platform_of_the_program_chooses():
-    """Not the platform of the process: this one has CPUs alone."""
+    """The platform that is lowered for decides, not that of this process, which has only CPUs."""
 
     def lowered(function, *arguments):
         program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
@@ -88,5 +88,5 @@ def test_the_platform_of_the_program_chooses():
         (random_bits, jnp.arange(64, dtype=jnp.uint32)),
     ):
         tpu, cpu = lowered(function, key, argument)
-        # JAX's own Threefry is of all elements for the CPU, and of the key alone for the TPU.
+        # On the CPU, JAX's own Threefry computes all elements; on the TPU, only the key.
         assert tpu.count("@threefry2x32") < cpu.count("@threefry2x32")

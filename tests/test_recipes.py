@@ -1,4 +1,4 @@
-"""The table of recipes, of a workdir as train.py leaves it."""
+"""The table of recipes, made from a workdir as train.py writes it."""
 
 import json
 

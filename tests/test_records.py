@@ -1,4 +1,4 @@
-"""How the scripts of experiments/ write a result, and go on with one."""
+"""How the scripts of experiments/ write results and resume them."""
 
 import json
 

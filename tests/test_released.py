@@ -1,4 +1,4 @@
-"""Released checkpoints: made of a run, loaded in two lines, evaluated to the same digit."""
+"""Released checkpoints: made from a run, loaded in two lines, evaluated to the same accuracy."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory, data_dir):
-    """A finished run, and the folder that is made of it."""
+    """The workdir of a finished run and the folder of the checkpoint released from it."""
     folder = tmp_path_factory.mktemp("released")
     fields = {"train.num_steps": 20, "train.eval_every": 10}
     done = run(train_command(folder / "run", data_dir, **fields))
@@ -78,7 +78,7 @@ def test_what_cannot_be_released_or_loaded_is_named(released, tmp_path):
 
 @pytest.mark.slow
 def test_training_starts_from_a_released_checkpoint(released, data_dir, tmp_path):
-    """All but the head, which is for other classes here, and goes on from there."""
+    """Takes all parameters but head_out, since this model has another number of classes."""
     _, folder = released
     fields = {"train.num_steps": 3, "train.warmup_steps": 0, "train.learning_rate": 1e-9}
     command = train_command(tmp_path / "run", data_dir, **fields)
@@ -130,7 +130,7 @@ def test_released_models_are_what_the_list_says(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["listops-skyformer"])
 def test_a_released_model_gives_its_test_accuracy_again(name, tmp_path):
-    """Of the whole task, whose data are generated first."""
+    """Generates the data of the whole task and evaluates on them."""
     out = tmp_path / "again.json"
     command = [sys.executable, "eval.py", f"--checkpoint_dir=checkpoints/{name}"]
     command += [f"--data_dir={tmp_path / 'data'}", f"--out={out}"]

@@ -1,4 +1,4 @@
-"""The report: what it computes, how it judges, and that it says only what the JSON says."""
+"""The report: its statistics and verdicts, and that it says only what the JSON files say."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_the_origin_is_that_of_every_run():
 
 def test_standard_errors_of_accuracies():
     found = statistics.accuracies(table1(softmax=[0.6, 0.62], skyformer=[0.7, 0.74, 0.72]))
-    # Sums of squares 2 and 8 with 1 and 2 degrees of freedom.
+    # The sums of squares are 2 and 8, with 1 and 2 degrees of freedom.
     deviation = math.sqrt(10 / 3)
     expected = statistics.Estimate(61, deviation / math.sqrt(2), 2)
     np.testing.assert_allclose(found["text"]["softmax"], expected)
@@ -86,7 +86,7 @@ def test_standard_errors_of_accuracies():
     np.testing.assert_allclose(found["text"]["skyformer"], expected)
     difference = statistics.minus(found["text"]["skyformer"], found["text"]["softmax"])
     np.testing.assert_allclose(difference, [11, deviation * math.sqrt(1 / 2 + 1 / 3), 2])
-    # One seed: that of 400 examples.
+    # With one seed, the standard error is that of 400 examples.
     found = statistics.accuracies(table1(softmax=[0.6]))
     np.testing.assert_allclose(found["text"]["softmax"], [60, 100 * math.sqrt(0.6 * 0.4 / 400), 1])
 
@@ -103,7 +103,7 @@ def test_instability_ratios():
     found = statistics.instability_ratios({"rows": rows})
     assert found.keys() == {"text"} and found["text"].keys() == {"skyformer", "kernelized"}
     np.testing.assert_allclose(found["text"]["skyformer"], [0.625, 0.125, 2])
-    # One seed: ratios 0.5 and 1 of the steps.
+    # With one seed, the ratios of the two steps are 0.5 and 1.
     np.testing.assert_allclose(found["text"]["kernelized"], [0.75, 0.25, 1])
 
 
@@ -135,7 +135,7 @@ def test_verdicts_follow_the_figures():
         found = verdict("Skyformer is more stable", stability={"rows": rows})
         assert found.status == status
         assert found.evidence.endswith("in f text 1.10, image 1.08")
-        assert found.reduced  # the last row is of three of its four examples
+        assert found.reduced  # the last row measured three of its four examples
     assert statistics.noise_of_softmax({"rows": rows}) == {"text": 50, "image": 60}
 
     def errors(*values):
@@ -197,7 +197,7 @@ def test_nothing_measured_is_nothing_claimed():
 
 
 def test_the_report_is_that_of_the_results():
-    """results/REPORT.md is not older than the JSON beside it."""
+    """results/REPORT.md is up to date with the JSON files beside it."""
     assert (ROOT / "results/REPORT.md").read_text() == report.render(
         report.read_results(ROOT / "results")
     )

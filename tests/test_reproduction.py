@@ -1,4 +1,4 @@
-"""The scripts of the paper's tables and figures: what they keep, skip and go on with."""
+"""The scripts for the paper's tables and figures: what they keep, skip and resume."""
 
 import json
 import os
@@ -35,7 +35,7 @@ FLAGS = {
 
 
 def give(monkeypatch, module, **values):
-    """Gives flags of a script values."""
+    """Sets flags of a script to the given values."""
     for name, value in values.items():
         monkeypatch.setattr(module, name, types.SimpleNamespace(value=value))
 
@@ -70,9 +70,9 @@ def test_rows_are_kept_and_gone_on_with(monkeypatch, tmp_path):
     assert measured == [("retrieval", "softmax"), ("retrieval", "skyformer")]
     assert [row.get("skipped") for row in result["rows"]] == [None, None] + 2 * ["no papers here"]
     go(["listops", "retrieval"], steps=2)
-    assert len(measured) == 2  # what was skipped is tried again
+    assert len(measured) == 2  # skipped cells are tried again
     result = go(["image"], steps=3)
-    assert {row["config"] for row in result["rows"]} == {"image"}  # other settings: anew
+    assert {row["config"] for row in result["rows"]} == {"image"}  # other settings start over
 
 
 def test_the_small_grid(monkeypatch):
@@ -121,7 +121,7 @@ def test_first_steps_are_those_of_a_run(tmp_path, data_dir):
     of_cell = first_steps.one_device_run(parse_config(cell.arguments))
     split = of_cell.load_split("train")
     found, where = first_steps.train(of_cell, split, 3, tmp_path)
-    # The same compiler's options, as Adam's first steps magnify rounding; one device.
+    # Uses the same compiler options, since Adam's first steps amplify rounding, and one device.
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     subprocess.run(
         [sys.executable, "train.py", *cell.arguments, f"--workdir={tmp_path / 'run'}"],
@@ -131,10 +131,10 @@ def test_first_steps_are_those_of_a_run(tmp_path, data_dir):
     )
     run, _ = checkpoints.restore(tmp_path / "run" / "checkpoints", 3, state_spec(of_cell))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[-1], run.variables)
-    again, kept = first_steps.train(of_cell, None, 2, tmp_path)  # read, without any example
+    again, kept = first_steps.train(of_cell, None, 2, tmp_path)  # from the file, without examples
     assert kept == where and len(again) == 3
     jax.tree.map(np.testing.assert_array_equal, again, found[:3])
-    # What another start led to is not taken over.
+    # Stored steps from another initialization are not reused.
     kept = dict(np.load(tmp_path / "first_steps.npz"))
     kept["params/head_out/bias"][0] += 1e-3
     np.savez(tmp_path / "first_steps.npz", **kept)
@@ -144,7 +144,7 @@ def test_first_steps_are_those_of_a_run(tmp_path, data_dir):
 
 def run(script, *arguments):
     command = [sys.executable, "-m", f"experiments.paper.{script}", *map(str, arguments)]
-    # Without the repository's commit: a result of uncommitted changes would be begun anew.
+    # GIT_DIR hides the commit, since results from uncommitted changes would start over.
     environment = {**os.environ, "XLA_FLAGS": "", "GIT_DIR": os.devnull}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
@@ -153,7 +153,7 @@ def run(script, *arguments):
 
 @pytest.mark.slow
 def test_the_commands(tmp_path, data_dir):
-    """Each as a user starts it, tiny; the report is made of what they write."""
+    """Runs each tiny script as a user would, and makes the report from their results."""
     common = ("--small", "--configs=listops", "--attentions=softmax,skyformer", "--seeds=0")
     common += (f"--set=data.dir={data_dir}", f"--dir={tmp_path / 'runs'}")
 

@@ -1,4 +1,4 @@
-"""Scores, and what results say of them."""
+"""Scores and the confidence intervals in results."""
 
 import numpy as np
 

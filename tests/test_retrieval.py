@@ -1,4 +1,4 @@
-"""AAN pairs in the published format, whole and malformed."""
+"""AAN pairs in the published format, intact and malformed."""
 
 import tracemalloc
 
@@ -21,7 +21,7 @@ def write(path, rows, end=b"\n"):
 
 
 def random_rows(seed, count):
-    """Rows with any bytes in their texts but tabs and the ends of lines."""
+    """Yields rows whose texts hold any bytes except tabs and line ends."""
     rng = np.random.default_rng(seed)
     allowed = np.setdiff1d(np.arange(256), list(b"\t\n\r")).astype(np.uint8)
     for _ in range(count):
@@ -35,7 +35,7 @@ def test_reads_the_published_format(tmp_path, end):
     path = write(tmp_path / "pairs.tsv", rows, end)
     expected = [(row[3], row[4], int(float(row[0]))) for row in rows]
     assert read(path, 60, report=lambda _: None) == expected
-    path.write_bytes(path.read_bytes()[: -len(end)])  # complete without its last line's end
+    path.write_bytes(path.read_bytes()[: -len(end)])  # still complete without the final line end
     assert read(path, 60, report=lambda _: None) == expected
 
 

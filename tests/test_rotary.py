@@ -1,4 +1,4 @@
-"""Rotary positions: by the paper's complex numbers, relative, and the same in both modules."""
+"""Rotary positions: equal to the paper's complex products, relative, and alike in both modules."""
 
 import jax
 import jax.numpy as jnp

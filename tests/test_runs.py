@@ -1,4 +1,4 @@
-"""Real runs: killed, stopped, damaged, refused, evaluated, in processes of their own."""
+"""Real runs in separate processes: killed, stopped, damaged, refused and evaluated."""
 
 import fcntl
 import json
@@ -79,7 +79,7 @@ def start_and_signal(command, number, when):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, data_dir):
-    """A finished run that nothing happened to."""
+    """The workdir and the completed process of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
     done = run(train_command(workdir, data_dir))
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path, d
     command = train_command(workdir, data_dir)
     folder = workdir / "checkpoints"
 
-    # Kill -9 once in the middle of a save, once between two.
+    # SIGKILL once during a save and once between saves.
     status, _ = start_and_signal(
         command, signal.SIGKILL, lambda: any(folder.glob("*checkpoint-tmp*"))
     )
@@ -111,7 +111,7 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path, d
     assert not reached or f"checkpoint of step {reached}" in stderr
     assert reached < max(checkpoints.steps(folder)) < NUM_STEPS
 
-    # SIGTERM, between validations: saved, said, and a clean exit.
+    # SIGTERM between validations: the run saves, says so and exits cleanly.
     before = last_step(workdir)
     status, stderr = start_and_signal(
         command, signal.SIGTERM, lambda: last_step(workdir) != before and folder.exists()
@@ -137,7 +137,7 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path, d
 
 @pytest.mark.slow
 def test_seeds_at_once_are_runs_of_their_own(undisturbed, tmp_path, data_dir):
-    """Two seeds in one program, killed between their saves: the first is the undisturbed run."""
+    """Two seeds in one program are killed between their saves; the first equals the run alone."""
     workdir = tmp_path / "seeds"
     seeds = {"num_seeds": 2}
     command = train_command(workdir, data_dir, **seeds)
@@ -169,7 +169,7 @@ def test_seeds_at_once_are_runs_of_their_own(undisturbed, tmp_path, data_dir):
     one = training.evaluate(workdir / "seed-1")
     assert one["accuracy"] == each["1"]["accuracy"]
 
-    # A seed's folder is that of a run by itself, here finished already.
+    # A seed's folder is the workdir of a single run, which is already finished here.
     status = run(train_command(workdir / "seed-1", data_dir, seed=1))
     assert status.returncode == 0, status.stderr
     refused = run(train_command(workdir, data_dir))
@@ -177,7 +177,7 @@ def test_seeds_at_once_are_runs_of_their_own(undisturbed, tmp_path, data_dir):
 
 
 def test_the_newest_checkpoint_of_all(tmp_path):
-    """What only some seeds have, or what is damaged in one, is put aside, with what is newer."""
+    """Moves aside checkpoints that some seeds lack or have damaged, and newer ones with them."""
     state = {"w": np.arange(5.0)}
     directories = [tmp_path / name / "checkpoints" for name in "ab"]
 
@@ -188,7 +188,7 @@ def test_the_newest_checkpoint_of_all(tmp_path):
 
     assert checkpoints.restore_latest(directories, state) is None
     save(0, 1)
-    assert checkpoints.restore_latest(directories, state) is None  # killed in the first round
+    assert checkpoints.restore_latest(directories, state) is None  # killed before seed b saved
     for step in (1, 2, 3):
         save(0, step)
     for step in (1, 2):
@@ -197,7 +197,7 @@ def test_the_newest_checkpoint_of_all(tmp_path):
     assert step == 2
     np.testing.assert_array_equal(states[1]["w"], state["w"] + 12)
     assert checkpoints.steps(directories[0]) == [2]
-    save(0, 3)  # may be saved again
+    save(0, 3)  # the step can be saved again
     save(1, 3)
     flip_bytes(directories[1] / "3")
     assert checkpoints.restore_latest(directories, state)[1] == 2
@@ -224,7 +224,7 @@ def test_a_run_leaves_what_it_says(undisturbed):
 
 
 def test_eval_by_itself(undisturbed, tmp_path):
-    """From the workdir alone, by the shortened name, with other devices and batch: same result."""
+    """A moved workdir, with its name shortened, gives the same result on other devices."""
     workdir, _ = undisturbed
     moved = tmp_path / "undisturbed-skyformer"
     shutil.copytree(workdir, moved)
@@ -255,7 +255,7 @@ def test_eval_by_itself(undisturbed, tmp_path):
 
 
 def flip_bytes(step_folder):
-    """Four bytes in the middle of the largest file of the arrays."""
+    """Inverts four bytes in the middle of the largest file of the state."""
     largest = max(
         (p for p in (step_folder / "state").rglob("*") if p.is_file()),
         key=lambda p: p.stat().st_size,
@@ -279,7 +279,7 @@ def empty(step_folder):
 
 
 def test_the_best_and_the_two_latest_are_kept(tmp_path):
-    """In one run and over a restart; a checkpoint that was not validated is never the best."""
+    """Holds within a run and across restarts; an unvalidated checkpoint is never the best."""
     accuracies = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: 0.1, 6: 0.2, 7: 0.3}
 
     def save(*some):
@@ -295,7 +295,7 @@ def test_the_best_and_the_two_latest_are_kept(tmp_path):
     (tmp_path / "deleted" / "4" / "state").mkdir(parents=True)  # as a kill leaves it
     assert save(5, 6) == [2, 5, 6]
     assert checkpoints.find(tmp_path, "best") == 2
-    for path in (tmp_path / "2").rglob("*"):  # the best one's meta
+    for path in (tmp_path / "2").rglob("*"):  # damage the best one's meta
         if path.is_file() and path.parent.name == "meta":
             path.write_text("{")
     assert save(7) == [6, 7]
@@ -314,7 +314,7 @@ def test_a_damaged_newest_checkpoint_is_put_aside(undisturbed, tmp_path, damage,
     spec = state_spec(run_on(config))
     with pytest.raises(checkpoints.DamagedCheckpointError, match="damaged"):
         checkpoints.restore(directory, NUM_STEPS, spec)
-    result = training.train(config, workdir)  # goes on from the one before, to the end
+    result = training.train(config, workdir)  # resumes from the one before and finishes
     assert "is damaged" in capsys.readouterr().err
     assert result["examples"] == 5000
     assert NUM_STEPS in checkpoints.steps(directory)
@@ -340,7 +340,7 @@ def rewrite_config(workdir, change):
 
 
 def test_runs_of_earlier_versions_are_read(undisturbed, tmp_path):
-    """0.1.0 did not write its version, and a later version's fields are not in config.json."""
+    """config.json of 0.1.0 has neither a version nor the fields of later versions."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed[0], workdir)
     config = read(workdir / "config.json")
@@ -357,7 +357,7 @@ def test_runs_of_earlier_versions_are_read(undisturbed, tmp_path):
     before = json.loads((undisturbed[0] / "eval_test.json").read_text())
     assert result["config_digest"] == before["config_digest"]
     assert result["confusion"] == before["confusion"]
-    # A config that lacks fields, as of a user's file, means the same; it is finished.
+    # A config without these fields, such as a user's, means the same, and the run is finished.
     del config.model["remat"], config.data["mask_zeros"]
     assert training.train(config, workdir)["confusion"] == before["confusion"]
     assert json.loads((workdir / "config.json").read_text())["model"]["remat"] is False
@@ -389,7 +389,7 @@ def test_what_a_later_version_wrote_is_read_or_refused_by_name(
 
 
 def test_a_config_that_is_not_that_of_the_checkpoints_is_refused(undisturbed, tmp_path):
-    """With other heads every array has the same shape; only the numbers would be others."""
+    """With another number of heads all shapes stay the same, and only the results would differ."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed[0], workdir)
     rewrite_config(workdir, lambda content: content["model"].update(num_heads=1, head_dim=64))
@@ -410,7 +410,7 @@ def test_a_config_that_is_not_that_of_the_checkpoints_is_refused(undisturbed, tm
 
 @pytest.mark.slow
 def test_more_steps_go_on_by_the_longer_schedule(undisturbed, tmp_path, capsys):
-    """What is logged and how it is computed may change too; fewer steps than done are refused."""
+    """log_every, non_finite and remat may change too; fewer steps than already done are refused."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed[0], workdir)
     config = read(workdir / "config.json")
@@ -418,7 +418,7 @@ def test_more_steps_go_on_by_the_longer_schedule(undisturbed, tmp_path, capsys):
     config.model.remat = True
     assert training.train(config, workdir)["examples"] == 5000
     said = capsys.readouterr().err
-    # Linear from 2e-3 at step 5 to nothing at the end: what optax says, and the formula.
+    # The rate falls linearly from 2e-3 at step 5 to nearly 0 at the end.
     rate = 2e-3 * 20 / (NUM_STEPS + 20 - 5)
     assert f"train.num_steps was {NUM_STEPS} and is {NUM_STEPS + 20}" in said
     assert f"{rate:.2e} at this step, not 8.00e-09, and 8.00e-09 at the end" in said
@@ -436,7 +436,7 @@ def test_more_steps_go_on_by_the_longer_schedule(undisturbed, tmp_path, capsys):
         training.train(config, workdir)
 
 
-# Starts a program that is bound by the permissions of files even as root (PR_CAPBSET_DROP).
+# Starts a program for which file permissions hold even as root (PR_CAPBSET_DROP).
 BOUND = """
 import ctypes, os, sys
 for capability in (1, 2):
@@ -488,7 +488,7 @@ def test_printed_commands_can_be_pasted(undisturbed, capsys):
 
 
 def test_paths_of_flags_begin_at_home(tmp_path, monkeypatch):
-    """Shells leave the ~ of --flag=~/path alone."""
+    """Flags expand ~ themselves, because shells leave --flag=~/path as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my configs.py").write_text((ROOT / "configs/quickstart.py").read_text())
     argv = ["train.py", "--config=~/my configs.py:softmax", "--config.data.dir=~/the data"]

@@ -1,4 +1,4 @@
-"""What crosses devices, read off compiled programs."""
+"""Traffic between devices, read from compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,11 @@ long_sequences = import_script("benchmarks.long_sequences")
 
 
 def compiled_step(length, parts=8, **changes):
-    """A training step of two sequences, each over so many devices; compiled, not run."""
+    """Compiles a training step of two sequences, each sharded over `parts` devices.
+
+    Returns:
+      The state's spec and the compiled step.
+    """
     config = tiny_config("skyformer", num_layers=1, max_length=length, **changes)
     train = {"batch_size": 2, "log_every": 10, "accumulation": 1}
     run = run_on(config, 1, parts, optimizer=optax.sgd(1.0), **train)
@@ -27,7 +31,7 @@ def compiled_step(length, parts=8, **changes):
 
 
 def sent_by_gradients(attend, length, parts):
-    """The collectives of the gradients of an attention on a divided sequence."""
+    """The collectives of an attention's gradients, on a sequence sharded over `parts` devices."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:parts]), ("seq",))
 
     def gradients(query, key, value):
@@ -43,7 +47,7 @@ def sent_by_gradients(attend, length, parts):
 
 
 def test_what_skyformer_sends_does_not_grow_with_the_length():
-    """Landmarks and their context, forward, and the gradients of both, backward."""
+    """Devices exchange landmarks and their context, and in the backward pass their gradients."""
 
     def attend(*arrays):
         return skyformer_attention(
@@ -58,7 +62,7 @@ def test_what_skyformer_sends_does_not_grow_with_the_length():
 
 
 def causal_skyformer(*arrays):
-    """With its own landmarks for both heads, and a convolution of three positions."""
+    """Causal Skyformer with fixed landmarks and a convolution over three positions."""
     landmarks = jnp.arange(256, dtype=jnp.float32).reshape(16, 2, 8) / 256
     kernel = jnp.ones((3, 2, 8), jnp.float32)
     options = {"landmarks": landmarks, "conv_kernel": kernel, "is_causal": True}
@@ -66,21 +70,21 @@ def causal_skyformer(*arrays):
 
 
 def test_what_causal_skyformer_sends_does_not_grow_with_the_length():
-    """The sums of each device, its last segment, and the values that the next one convolves."""
+    """Each device sends its sums, its last segment and the values that the next one convolves."""
     sent = sent_by_gradients(causal_skyformer, 2048, 8)
     assert sent_by_gradients(causal_skyformer, 8192, 8) == sent
-    sums = 4 * 2 * 16 * 8  # in bytes, of a device
+    sums = 4 * 2 * 16 * 8  # bytes per device
     assert sum(x["bytes"] for x in sent.values()) < 20 * sums
 
 
 @pytest.mark.slow
 def test_what_a_step_sends_does_not_grow_with_the_length():
-    """Of a whole training step of Skyformer; memory does grow."""
+    """Holds for a whole training step of Skyformer, although its memory grows."""
     state, short = compiled_step(256, positions="sinusoidal")
     _, long = compiled_step(1024, positions="sinusoidal")
     sent = collectives(short.as_text())
     assert collectives(long.as_text()) == sent
-    # At the least the gradients, of which a table of positions would be a part.
+    # At least the gradients are sent, and a table of positions would be among them.
     num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     assert sum(x["bytes"] for x in sent.values()) > 4 * num_parameters
     assert "collective-permute" not in sent
@@ -89,14 +93,14 @@ def test_what_a_step_sends_does_not_grow_with_the_length():
 
 
 def test_what_a_ring_sends_is_counted_by_its_turns():
-    """Exact attention, whose traffic must grow: keys and values pass four devices, and again."""
+    """Exact attention's traffic grows: keys and values pass all devices, forward and backward."""
 
     def attend(*arrays):
         return kernelized_attention(*arrays, axis_name="seq")
 
     for length in (64, 128):
         part = 4 * (length // 4) * 2 * 8
-        # Keys and values; then these and their gradients.
+        # Forward, keys and values circulate; backward, these and their gradients.
         expected = {"collective-permute": {"count": 4 * (2 + 4), "bytes": 4 * (2 + 4) * part}}
         assert sent_by_gradients(attend, length, 4) == expected
 

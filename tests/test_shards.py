@@ -1,4 +1,4 @@
-"""Attentions on a sequence that is split over devices: what one device computes, gradients too."""
+"""Attentions on a sharded sequence give the values and gradients of a single device."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def inputs():
     query, key, value, weights = (
         jnp.asarray(RNG.normal(size=(4, LENGTH, HEADS, HEAD_DIM)), jnp.float32) for _ in range(4)
     )
-    # Whole parts of padding, in the middle too, holes, and an example of padding alone.
+    # Whole shards of padding, also in the middle; holes; and an example that is all padding.
     mask = np.ones((4, LENGTH), bool)
     mask[0, 3:] = False
     mask[1, 8:24] = False
@@ -74,7 +74,7 @@ def inputs():
 
 
 def value_and_gradients(attention, options):
-    """A function of the inputs, or of a part of them: the output and three gradients."""
+    """Returns a function of the inputs, or their shards, that gives output and three gradients."""
 
     def function(query, key, value, mask, weights):
         def loss(query, key, value):
@@ -115,7 +115,7 @@ def test_parts_change_nothing(case):
 
 
 def test_a_scale_is_learned_across_parts():
-    """The ring's own rule for gradients, against that of the whole."""
+    """Compares the ring's custom gradient rule with the gradient on one device."""
     query, key, value, mask, weights = inputs()
 
     def loss(scale, query, key, value, mask, weights, **options):

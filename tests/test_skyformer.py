@@ -1,4 +1,4 @@
-"""Skyformer against float64, and what it must become in its limits."""
+"""Skyformer against float64, and in its limiting cases."""
 
 import functools
 import sys
@@ -50,7 +50,7 @@ def test_equals_float64_reference(inverse, lengths):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_given_landmarks_equal_float64_reference(normalize):
-    """An array of landmarks, the same for all examples; rows divided by their sums or not."""
+    """Checks an array of landmarks shared by all examples, with and without normalized rows."""
     q, k, v = inputs(21, 34)
     mask = masks(3, 34)
     landmarks = np.random.default_rng(0).normal(size=(6, 2, 8)).astype(np.float32)
@@ -65,7 +65,7 @@ def test_given_landmarks_equal_float64_reference(normalize):
 
 
 def test_normalized_rows_are_means_of_the_values():
-    """Of equal values the mean is that value, however many keys there are."""
+    """If all values are equal, the output is that value, regardless of the number of keys."""
     q, k, v = inputs(20, 33)
     mask = masks(3, 33)
     same = jnp.broadcast_to(v[:, :1], v.shape)
@@ -85,7 +85,7 @@ def test_normalized_rows_are_means_of_the_values():
 
 @pytest.mark.parametrize("name", ["kernelized", "skyformer", "causal"])
 def test_normalized_rows_have_gradients_where_no_key_is_near(name):
-    """Sums of 1e-22 and their derivatives in any direction, as float64 has them."""
+    """Rows with sums of about 1e-22, and their derivatives, agree with float64."""
     points = np.random.default_rng(0).normal(size=(6, 2, 8)).astype(np.float32)
     q, k, v = inputs(20, 20)
     q, points, k = (x / 4 for x in (q + 27, points, k))
@@ -140,7 +140,7 @@ def test_convolution_is_that_of_the_values(per_feature):
 
 @both_inverses
 def test_residual_equals_float64_reference(inverse, monkeypatch):
-    """Its mean over real rows; with few heads of keys; in blocks of rows; for no real row 0."""
+    """Checks the mean over real rows, with grouped key heads and in blocks; 0 without real rows."""
     monkeypatch.setattr(sys.modules[nystrom_residual.__module__], "_ROWS", 16)
     q, k, _ = inputs(20, 17, heads=4)
     mask, query_mask = masks(3, 17), masks(3, 20, seed=2)
@@ -167,7 +167,7 @@ def test_residual_equals_float64_reference(inverse, monkeypatch):
 
 
 def test_residual_says_how_well_skyformer_approximates():
-    """0 with all rows as landmarks, near 1 where rows are far from each other, as the error."""
+    """The residual is 0 with all rows as landmarks and, like the error, near 1 for distant rows."""
     q, k, v = inputs(48, 48)
     everything = {"num_landmarks": 96, "gamma": 1e-4, "inverse": "cholesky"}
     assert (nystrom_residual(q, k, **everything) < 1e-3).all()
@@ -216,7 +216,7 @@ def test_gradients_by_finite_differences_of_the_reference(inverse):
 @both_inverses
 @pytest.mark.parametrize("masked", [False, True])
 def test_error_falls_to_zero_as_landmarks_grow(inverse, masked):
-    """At a small gamma, every row a landmark: kernelized attention itself."""
+    """With a small gamma and all rows as landmarks, Skyformer is kernelized attention."""
     length = 96
     q, k, v = inputs(length, length, head_dim=16)
     mask = masks(3, length).at[-1].set(True) if masked else None
@@ -235,7 +235,7 @@ def test_error_falls_to_zero_as_landmarks_grow(inverse, masked):
             num_iterations=14,
         )
         errors.append(np.linalg.norm(np.asarray(out)[real] - exact) / np.linalg.norm(exact))
-    assert errors[0] > 0.1  # few landmarks are an approximation, or the test shows nothing
+    assert errors[0] > 0.1  # few landmarks must err, otherwise the test shows nothing
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3
 
@@ -244,7 +244,7 @@ def test_more_landmarks_than_rows_means_all_rows():
     q, k, v = inputs(10, 7)
     everything = skyformer_attention(q, k, v, num_landmarks=17)
     np.testing.assert_array_equal(skyformer_attention(q, k, v, num_landmarks=500), everything)
-    # Padding an example leaves fewer real rows than landmarks: the invalid ones add nothing.
+    # A padded example has fewer real rows than landmarks, and the invalid ones add nothing.
     mask = masks(3, 7)
     padded = skyformer_attention(q, k, v, mask=mask, num_landmarks=17, inverse="cholesky")
     for i in range(2):
@@ -264,7 +264,7 @@ def test_schulz_and_cholesky_agree():
 
 @pytest.mark.parametrize("spread", [0.01, 0.5, 1.0, 5.0])
 def test_schulz_residual_follows_its_own_bound(spread):
-    """The residual of eigenvalue a after k steps is the scalar iteration's, for every spread."""
+    """The residual stays within the bound that the scalar iteration gives for the eigenvalues."""
     rng = np.random.default_rng(2)
     points = spread * rng.normal(size=(40, 8))
     m = references.gaussian_kernel(points, points, 8**-0.5) + 0.1 * np.eye(40)
@@ -278,7 +278,7 @@ def test_schulz_residual_follows_its_own_bound(spread):
         x = 2 * np.array([smallest, 1.0])
         for _ in range(steps):
             x = 1 - (1 - x) ** 3 * (1 - x / 4)
-        # In between lies no larger residual: the map is increasing up to its first 1.
+        # No eigenvalue in between has a larger residual: the map increases until it first is 1.
         assert residual <= np.abs(1 - x).max() + 2e-4
 
 
@@ -317,7 +317,7 @@ def test_drawn_landmarks_are_distinct_real_and_uniform():
     counts = np.bincount(np.asarray(indices).ravel(), minlength=20)
     assert not counts[::5].any()
     expected = 4000 * 4 / 16
-    # Without replacement the variance is below the binomial's: five of its deviations.
+    # Without replacement the variance is below the binomial's; allow five of its deviations.
     assert np.abs(counts[counts > 0] - expected).max() < 5 * expected**0.5
     assert all(len(set(row)) == 4 for row in np.asarray(indices)[:, 0])
 

@@ -1,4 +1,4 @@
-"""Softmax attention in tiles: float64, derivatives of all modes, masks, memory."""
+"""Tiled softmax attention: float64 values, derivatives in all modes, masks and memory."""
 
 import functools
 
@@ -12,7 +12,7 @@ from references import assert_directional_derivatives
 
 from skyformer_jax.attention import softmax, softmax_attention
 
-# q_length, kv_length, heads, kv_heads, value_dim: at the borders of tiles of 24 x 16, and around.
+# q_length, kv_length, heads, kv_heads, value_dim; lengths at and around borders of 24 x 16 tiles.
 SIZES = [
     (24, 16, 2, 2, 4),
     (25, 17, 2, 2, 3),
@@ -25,7 +25,7 @@ SIZES = [
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 24 x 16, so that short sequences have many."""
+    """Sets tiles of 24 x 16, so that short sequences have many."""
     monkeypatch.setattr(softmax, "_TILE", {"cpu": (24, 16), "default": (24, 16)})
 
 
@@ -45,7 +45,7 @@ def arrays(q_length, kv_length, heads=2, kv_heads=2, value_dim=4, *, seed=0, std
 
 
 def reference(query, key, value, allowed):
-    """In float64; allowed broadcasts to the scores."""
+    """Softmax attention in float64; allowed is bool and broadcasts to the scores."""
     q, k, v = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (query, key, value))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = np.where(allowed, q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, -np.inf)
@@ -57,7 +57,7 @@ def reference(query, key, value, allowed):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_values_and_gradients_are_those_of_float64(sizes, is_causal, small_tiles):
-    """With a mask under which a query sees no key, and a key, NaN, is seen by no query."""
+    """The mask leaves one query without keys, and hides one key, which is NaN, from all queries."""
     q_length, kv_length, heads, *_ = sizes
     rng = np.random.default_rng(1)
     mask = rng.random((2, heads, q_length, kv_length)) < 0.5
@@ -89,7 +89,7 @@ def test_values_and_gradients_are_those_of_float64(sizes, is_causal, small_tiles
 
 
 def test_scores_that_exponentials_cannot_hold(small_tiles):
-    """Large of either sign, without a common size: the maximum runs along."""
+    """Large scores of both signs: only the running maximum keeps the exponentials finite."""
     q, k, v, weights = arrays(40, 70)
     k = k * jnp.linspace(-400, 400, 70)[:, None, None]
     out, gradients = jax.jit(
@@ -108,7 +108,7 @@ def test_scores_that_exponentials_cannot_hold(small_tiles):
     ids=["causal", "all"],
 )
 def test_modes_are_those_of_the_dense_form(options, small_tiles):
-    """Forward, forward over reverse, reverse over forward and over reverse; a learned scale too."""
+    """Forward, forward over reverse, reverse over forward and over reverse, with a traced scale."""
     (*x, weights), (*tangents, _) = arrays(40, 50, 4), arrays(40, 50, 4, seed=1)
     x, tangents = (*x, jnp.float32(0.6)), (*tangents, jnp.float32(0.3))
 
@@ -138,7 +138,7 @@ def test_modes_are_those_of_the_dense_form(options, small_tiles):
 
 @pytest.mark.slow
 def test_mapped_rematerialised_and_scanned(small_tiles):
-    """vmap where only the queries are mapped, within a scan of rematerialised layers."""
+    """Checks vmap over the queries only, within a scan of rematerialized layers."""
     q, k, v, _ = arrays(40, 50)
 
     def gradient(attend):
@@ -165,7 +165,7 @@ def test_mapped_rematerialised_and_scanned(small_tiles):
     ids=str,
 )
 def test_keys_divided_otherwise_than_queries(kv_heads, query_spec, key_spec, small_tiles):
-    """On a mesh with explicit axes, where kv_heads may not be divisible as heads are."""
+    """Uses an explicit mesh axis, which may divide heads but not kv_heads."""
     *qkv, weights = arrays(40, 50, 4, kv_heads)
     mask = jnp.arange(50)[None] < jnp.asarray([[30], [50]])
 

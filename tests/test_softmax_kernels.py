@@ -1,4 +1,4 @@
-"""Softmax attention's kernels for accelerators, interpreted: float64, and JAX's transformations."""
+"""Softmax attention's GPU kernels in interpret mode: float64 and JAX's transformations."""
 
 import functools
 
@@ -12,15 +12,15 @@ from jax.sharding import PartitionSpec as P
 from skyformer_jax.attention import softmax_attention, softmax_gpu
 
 KERNELS = {"gpu": (softmax_gpu.gpu_value, softmax_gpu.gpu_gradients)}
-# The most relative error of output and gradients: of float32 arrays under "highest", in one pass,
-# and of bfloat16 arrays. Under "highest", scores of hundreds are as exact as float32 has them.
+# Largest relative error of output and gradients: for float32 arrays at precision "highest" and in
+# one pass, and for bfloat16 arrays. "highest" computes scores in the hundreds to float32 accuracy.
 TOLERANCE = {
     ("gpu", "float32"): 3e-5,
     ("gpu", "one pass"): 4e-3,
     ("gpu", "bfloat16"): 4e-3,
 }
-# q_length, kv_length, head_dim, standard deviation, offset of all points, is_causal. In the second
-# example no key is real; keys of the first case are read in two parts.
+# q_length, kv_length, head_dim, standard deviation, offset of all points, is_causal. The second
+# example of each batch has no real key. The keys of the first case are read in two parts.
 CASES = [
     (40, 1100, 8, 0.3, 3, False),
     (129, 70, 20, 1, 10, True),
@@ -33,7 +33,7 @@ CASES = [
 
 
 def arrays(q_length, kv_length, head_dim, std=1.0, offset=0.0, *, dtype=jnp.float32, kv_heads=2):
-    """Query, key, value, the gradient of the output and a mask; all about a common offset."""
+    """Query, key and value, which are offset, the output gradient, and a mask."""
     rng = np.random.default_rng(0)
     points = offset * rng.normal(size=head_dim)
     query, key, value, d_out = (
@@ -54,7 +54,7 @@ def arrays(q_length, kv_length, head_dim, std=1.0, offset=0.0, *, dtype=jnp.floa
 
 
 def reference(query, key, value, d_out, mask, scale, is_causal):
-    """Output, lse and gradients by query, key and value, in float64."""
+    """Output, log-sum-exp and gradients of query, key and value, in float64."""
     q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (query, key, value, d_out))
     allowed = np.broadcast_to(np.asarray(mask)[:, None, None, :], (*q.shape[:3], k.shape[2]))
     if is_causal:
@@ -74,7 +74,10 @@ def reference(query, key, value, d_out, mask, scale, is_causal):
 
 @functools.cache
 def interpreted(platform):
-    """Output, lse, and gradients by query, key and value, of the kernels alone."""
+    """Returns a jitted function that calls only a platform's kernels, in interpret mode.
+
+    It returns the output, the log-sum-exp, and the gradients of query, key and value.
+    """
     value, gradients = KERNELS[platform]
 
     @functools.partial(jax.jit, static_argnames="is_causal")
@@ -97,7 +100,7 @@ def relative_error(found, expected):
 def test_values_and_gradients(
     q_length, kv_length, head_dim, std, offset, is_causal, platform, precision
 ):
-    """Rounded as accelerators round, which the kernels do; offset points lose little."""
+    """The kernels round as the accelerator does, and offset points lose little accuracy."""
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     inputs = arrays(q_length, kv_length, head_dim, std, offset, dtype=dtype)
     scale = head_dim**-0.5
@@ -121,7 +124,7 @@ def gradients_of(implementation, query, key, value, d_out, mask):
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["explicit mesh", "vmap"])
 def test_through_the_attention_function(mapped):
-    """Heads that share a key, divided over a mesh with explicit axes, or rematerialised in vmap."""
+    """Checks an explicit mesh, and rematerialization in vmap with heads that share a key."""
     inputs = arrays(70, 90, 8, kv_heads=1 if mapped else 2)
     expected = gradients_of("dense", *inputs)
     function = functools.partial(gradients_of, "pallas")
@@ -142,7 +145,7 @@ def test_through_the_attention_function(mapped):
 
 
 def test_the_platform_that_is_compiled_for_chooses():
-    """A kernel for CUDA, unless there is what the kernels do not take."""
+    """The program contains a kernel unless an argument is one that kernels do not take."""
     query, key, value, *_ = arrays(150, 140, 8)
 
     def kernels(**options):

@@ -1,4 +1,4 @@
-"""Which data are read: published or generated, and from which place of a source."""
+"""Which data are read: published or generated, and from which folder of a source."""
 
 import dataclasses
 import json
@@ -82,7 +82,7 @@ def test_the_layout_of_s4_is_known(tmp_path, folder, write, find):
 
 @pytest.mark.parametrize("find", [find_listops, find_pairs, find_images])
 def test_the_packed_release_is_named_for_what_it_is(tmp_path, find):
-    """Not as missing, with which other examples would be made in its place."""
+    """It is not reported as missing, since other examples would be generated in its place."""
     write_trees(tmp_path / "lra_release" / "lra_release" / "listops-1000")
     test_text.pack(tmp_path / "lra_release", tmp_path / "lra_release.gz")
     shutil.rmtree(tmp_path / "lra_release")
@@ -143,7 +143,7 @@ def test_data_that_the_machine_does_not_let_be_read_are_not_called_damaged(
 @pytest.mark.parametrize("name", ["source.json", "dataset_info.json"])
 @pytest.mark.parametrize("source", [True, False])
 def test_a_copy_that_is_not_whole_is_called_damaged(task, tmp_path, name, source):
-    """Of a prepared data set: some files lack, or are cut, where a copy was interrupted."""
+    """An interrupted copy of a prepared data set has missing or truncated files."""
     write_trees(tmp_path / "listops-1000")
     where = {"source": str(tmp_path / "listops-1000")} if source else {}
     copy = tmp_path / "copy"
@@ -165,7 +165,7 @@ def test_a_link_to_a_folder_is_no_second_copy(tmp_path):
 
 
 def test_two_copies_are_not_made_up_for_by_generated_examples(tmp_path, monkeypatch):
-    """Of all tasks, that one fails; so does one whose files are there but not whole."""
+    """Preparing all tasks fails for one with two copies, and for one with incomplete files."""
     for release in DEEPER:
         write_trees(tmp_path / release / "listops-1000")
     empty = tmp_path / "pathfinder32" / "curv_contour_length_14" / "metadata"
@@ -179,7 +179,7 @@ def test_two_copies_are_not_made_up_for_by_generated_examples(tmp_path, monkeypa
 
 @pytest.fixture
 def task(monkeypatch):
-    """The small ListOps, generated or as published, in place of its name's."""
+    """Replaces listops_small by a tiny task that can be generated or read as published."""
     generated = tiny_data.tiny_tasks()["listops"].config
     both = dataclasses.replace(
         tasks.get("listops_small"), config=generated, source_config="official"
@@ -189,7 +189,7 @@ def task(monkeypatch):
 
 
 def test_what_is_prepared_is_read(task, tmp_path, capsys):
-    """Published examples where there are no others; generated ones where there are both."""
+    """Reads published examples if only these are prepared, and generated ones if both are."""
     data_dir = str(tmp_path / "data")
     write_trees(tmp_path / "source")
     assert task.settled_kind(data_dir) == "generated"
@@ -235,7 +235,7 @@ def test_a_run_reads_the_same_kind_whatever_is_prepared_since(task, tmp_path):
     config.data.kind = "generated"
     with pytest.raises(UserError, match=r"data\.kind \(saved: 'published', asked for: 'generated'"):
         training.train(config, tmp_path / "run")
-    # A run of before there was the field.
+    # A run from before data.kind existed.
     del saved["data"]["kind"]
     for source, kind in (("", "generated"), (str(tmp_path / "source"), "published")):
         saved["data"]["source"] = source

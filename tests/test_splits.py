@@ -1,4 +1,4 @@
-"""Examples chosen by their content, whatever their order."""
+"""Splits that choose examples by content, independently of their order."""
 
 import itertools
 
@@ -45,10 +45,10 @@ def test_chosen_by_content_and_seed_alone():
     chosen = splits.hold_out(contents, labels, 2, seed=3)
     arrays = [np.frombuffer(content, np.uint8) for content in contents]
     np.testing.assert_array_equal(splits.hold_out(arrays, labels, 2, seed=3), chosen)
-    # In every class the smallest hash, among whichever others.
+    # In every class the smallest hash is chosen, whichever other examples there are.
     few = np.flatnonzero(chosen)
     assert splits.hold_out([contents[i] for i in few], labels[few], 2, seed=3).all()
-    again = splits.hold_out(contents, 5 - 3 * labels, 2, seed=3)  # labels of other names
+    again = splits.hold_out(contents, 5 - 3 * labels, 2, seed=3)  # renamed labels
     np.testing.assert_array_equal(again, chosen)
 
 

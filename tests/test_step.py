@@ -1,4 +1,4 @@
-"""The training step and predictions: devices, seeds, microbatches, what is not finite."""
+"""The training step and predictions: devices, seeds, microbatches and non-finite values."""
 
 import jax
 import numpy as np
@@ -26,19 +26,19 @@ def random_batch(count, seed=0):
 
 
 def sharded(run, *batches):
-    """A batch for each seed, as the compiled step takes them."""
+    """Stacks one batch per seed and shards them as the compiled step expects."""
     return meshes.shard_batch(stack_batches(batches), run.mesh, axis=1)
 
 
 def two_steps(config, data, seq, backend, accumulation):
-    """Parameters and sums after two steps by SGD, whose scale a wrong gradient changes."""
+    """Parameters and sums after two steps of SGD, which shows a wrong scale of the gradient."""
     config = config.copy_and_resolve_references()
     config.parallel.backend = backend
     settings = {"log_every": 2, "accumulation": accumulation, "statistics": True}
     run = run_on(config, data, seq, optimizer=optax.sgd(1.0), **settings)
     states, train_step = init_states(run), make_train_step(run)
     for seed in range(2):
-        batch = random_batch(16, seed)  # parts of 12 or 6 positions hold nothing but padding
+        batch = random_batch(16, seed)  # shards of 12 or 6 positions can be all padding
         batch = batch._replace(length=batch.length // 3 + 1)
         states, sums = train_step(states, sharded(run, batch))
         jax.block_until_ready(sums)
@@ -65,10 +65,10 @@ QUICK = [("skyformer", [(2, 4, "shard_map", 2), (4, 1, "pmap", 1)])]
     ],
 )
 def test_meshes_do_not_change_the_step(name, ways):
-    """Data and sequences divided, both back ends, in parts or not: as one device, dropout and all.
+    """Any mesh, back end and number of microbatches gives the step of one device.
 
-    The dropout, the landmarks, padding and every attention's own random draws are those of a place
-    in the batch and in the sequence.
+    Dropout, landmarks, padding and each attention's random draws depend only on the position in
+    the batch and in the sequence.
     """
     config = tiny_config(name, num_layers=1)
     params, sums = two_steps(config, 1, 1, "shard_map", 1)
@@ -89,7 +89,7 @@ def test_meshes_do_not_change_the_step(name, ways):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_a_count():
-    """The token of one example is none of the vocabulary's: its embedding is NaN."""
+    """In two of six steps, a token is outside the vocabulary, so its embedding is NaN."""
     config = tiny_config("softmax", num_layers=1)
     run = run_on(config, 2, optimizer=optax.adam(0.1), log_every=4, accumulation=2)
     train_step = make_train_step(run)
@@ -112,12 +112,15 @@ def test_a_step_that_is_not_finite_changes_nothing_but_a_count():
 
 
 def test_seeds_and_microbatches_change_nothing(monkeypatch):
-    """Two seeds in one program, in parts, on devices: each as by itself, to rounding."""
+    """Two seeds in one program, with microbatches and on two devices, train as each does alone.
+
+    They agree up to rounding.
+    """
     config = tiny_config("skyformer", num_layers=1)
     batches = [[random_batch(16, 10 * number + seed) for seed in (0, 1)] for number in (0, 1)]
 
     def trained(seed, num_seeds, batches, num_devices=1, accumulation=1):
-        """States after steps of one program, on batches [steps][seeds]."""
+        """Trains num_seeds seeds in one program on batches[step][seed]; returns the states."""
         config.update({"seed": seed, "num_seeds": num_seeds})
         settings = {"log_every": 2, "accumulation": accumulation}
         run = run_on(config, num_devices, optimizer=optax.sgd(1.0), **settings)
@@ -133,7 +136,7 @@ def test_seeds_and_microbatches_change_nothing(monkeypatch):
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), first.params, second.params)
     assert min(jax.tree.leaves(moved)) > 1e-3
 
-    monkeypatch.setattr(step, "_CPU_TOKENS", 200)  # 4 examples at a time where none are asked for
+    monkeypatch.setattr(step, "_CPU_TOKENS", 200)  # 4 examples at a time if accumulation=0
     for options in ({"accumulation": 0}, {"accumulation": 2, "num_devices": 2}):
         states = trained(7, 2, batches, **options)
         for i, expected in enumerate((first, second)):
@@ -169,7 +172,7 @@ def test_predictions_do_not_depend_on_batch_size_or_devices_or_parts(monkeypatch
     for rng in (None, jax.random.key(5)):
         monkeypatch.undo()
         results = []
-        # What is drawn at random depends on the padded length.
+        # Random draws depend on the padded length, so no buckets with an rng.
         shorter = () if rng is not None else (16, 32)
         for num_devices, batch_size, buckets in ((1, 37, ()), (1, 5, shorter), (8, 16, ())):
             run = run_on(config, num_devices)
@@ -215,7 +218,7 @@ def test_microbatches_have_the_tokens_that_suit_a_cpu(examples, tokens, accumula
 
 
 def test_what_is_fixed_stays_through_training_and_checkpoints(tmp_path):
-    """Performer's features: another than those at init would be silently wrong at evaluation."""
+    """With features other than those at init, Performer would be silently wrong at evaluation."""
     config = tiny_config("performer", num_layers=1)
     run = run_on(config, 2, optimizer=optax.sgd(1.0), log_every=2)
     states = init_states(run)

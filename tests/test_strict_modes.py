@@ -1,4 +1,4 @@
-"""JAX's other modes: 64 bits enabled, and promotions of ranks and dtypes refused."""
+"""JAX's modes with 64 bits enabled, and with rank and dtype promotion refused."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ CASES += [
 
 
 def enable_x64(value):
-    """jax.enable_x64 of new versions, or what it was before."""
+    """Calls jax.enable_x64 or, in older JAX versions, jax.experimental.enable_x64."""
     context = getattr(jax, "enable_x64", None)
     if context is None:
         from jax.experimental import enable_x64 as context
@@ -48,7 +48,7 @@ def enable_x64(value):
 
 
 def value_and_gradients(name, options, arrays, mask, rng):
-    """Output and gradients, whose weights no example shares."""
+    """Loss, output and gradients; the loss's sine weights every output differently."""
 
     def loss(q, k, v):
         out = call(name, q, k, v, mask=mask, rng=rng, **options)
@@ -94,7 +94,7 @@ def test_attentions_pass_strict_promotion(name, options):
 @pytest.mark.parametrize("scale", [np.float64(0.3), jnp.asarray(0.5, jnp.bfloat16)], ids=repr)
 @pytest.mark.parametrize(("name", "options"), CASES + LANDMARKS)
 def test_attentions_pass_strict_promotion_with_64_bits(name, options, scale):
-    """With scales of other dtypes, and arrays whose dtypes differ; traced only."""
+    """Only traces, with a scale of another dtype and arrays of different dtypes."""
     arrays, mask = inputs(11, 11), masks(3, 11)
     rng = None if scale.dtype == np.float64 else jax.random.key(3)
     with enable_x64(True), jax.numpy_dtype_promotion("strict"):
@@ -109,7 +109,7 @@ def test_attentions_pass_strict_promotion_with_64_bits(name, options, scale):
 
 @quick_attentions
 def test_layers_models_and_steps_pass_strict_promotion(name):
-    """And 64 bits: the training step is the same one."""
+    """Also trains with 64 bits enabled, with the same result."""
     x, mask = inputs(12, 12, heads=1)[0][:, :, 0], masks(3, 12)
     config = tiny_config(name, num_layers=1)
 

@@ -1,4 +1,4 @@
-"""The grid, what counts as finished, the table, the worker processes and the Slurm script."""
+"""Sweeps: the grid, finished cells, the table, the worker processes and the Slurm script."""
 
 import fcntl
 import json
@@ -30,10 +30,10 @@ def make(folder, configs=("listops", "text"), attentions=("softmax",), seeds="01
 
 
 def finish(cell, accuracy=0.5, checksum="c0ffee", config=None):
-    """Leaves in the cell's folder what a finished run of train.py leaves, its checkpoints aside."""
+    """Writes into the cell's folder what a finished train.py leaves, except for checkpoints."""
     cell.workdir.mkdir(parents=True, exist_ok=True)
     config = config or cell.asked
-    kind = config["data"]["kind"] or "generated"  # as train.py settles what is not asked for
+    kind = config["data"]["kind"] or "generated"  # train.py's choice if none is set
     saved = {**config, "data": {**config["data"], "kind": kind}}
     (cell.workdir / "config.json").write_text(json.dumps(saved))
     result = {
@@ -122,7 +122,7 @@ def test_only_results_of_the_very_config_count(tmp_path):
         assert set(row) == fields
 
     refused("train.learning_rate (saved: 0.0001, asked for: 0.5)", other)
-    # A run of another config was begun where the checkpoints of the first had been deleted.
+    # A run of another config was started after the first run's checkpoints had been deleted.
     (cell.workdir / "config.json").write_text(json.dumps(other.asked))
     refused("older than config.json", other)
     finish(cell)
@@ -201,7 +201,7 @@ def test_seeds_of_elsewhere_are_kept_if_of_the_same_setting(tmp_path):
         refused("no JSON of this script")
 
 
-# What train.py does, as far as a sweep sees it, without the time that it takes.
+# Behaves like train.py as far as a sweep can see, but without training.
 STUB = """
 import json, os, pathlib, shutil, signal, sys, time
 workdir = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
@@ -227,7 +227,7 @@ shutil.move(workdir / "result", workdir / "eval_test.json")
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    """Four cells, trained by the stub, which is told to finish them."""
+    """Four cells that are trained by the stub, which is told to finish them."""
     monkeypatch.setattr(workers, "ROOT", tmp_path)
     monkeypatch.setattr(workers, "_SECONDS_BETWEEN_LOOKS", 0.02)
     (tmp_path / "train.py").write_text(STUB)
@@ -244,7 +244,7 @@ def tell(cell, what):
 
 
 def train(cells, num_workers=2, signals=(), then=None):
-    """Trains to the end and returns which ended; then(signals) is called between the looks."""
+    """Trains until all workers end; returns the ended cells. Each poll calls then(signals)."""
     ended, signals = [], list(signals)
     environments = workers.make_environments(num_workers, [])
     for some in workers.train_cells(cells, environments, HERE, signals):
@@ -271,7 +271,7 @@ def test_failures_are_recorded_and_tried_again(cells):
 
 
 def test_cells_stand_still_while_paused(cells, tmp_path):
-    """None is started; a running one is stopped by the system, and goes on."""
+    """While paused, no cell starts, and a running one is suspended; it continues afterwards."""
     tell(cells[0], "wait")
     pause, signals, states = tmp_path / "pause", [], []
 
@@ -332,7 +332,7 @@ def test_a_cell_that_another_process_trains_is_waited_for(cells, capsys):
         assert "another process is training it" in capsys.readouterr().err
         row = cell_results.read_cell(cell)
         assert row["accuracy"] == (0.75 if finishes else 0.5)
-        assert row["attempts"] == 1  # our own, of the first round
+        assert row["attempts"] == 1  # our own attempt, from the first round
         (cell.workdir / "eval_test.json").unlink()
 
 
@@ -353,7 +353,7 @@ def test_devices_are_dealt_to_the_workers(monkeypatch):
     [(signal.SIGUSR1, "scontrol requeue 7_3"), (signal.SIGTERM, "sleep 600")],
 )
 def test_slurm_script_saves_and_requeues(tmp_path, number, called):
-    """The script in a real bash, which is signalled as Slurm would; its commands are stubs."""
+    """Runs the script in a real bash with stub commands and signals it as Slurm would."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     for name in ("scontrol", "sleep"):
@@ -426,7 +426,7 @@ def test_command_collects_and_writes_the_array(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["seeds"] == [0, 1] and len(result["cells"]) == 4
     assert "train.num_steps=200" in result["overrides"]
-    assert str(tmp_path) not in json.dumps(result)  # where things lie is nobody else's business
+    assert str(tmp_path) not in json.dumps(result)  # results hold no local paths
     assert {"commit", "versions", "device", "cores"} <= set(result)
 
     for cell in result["cells"]:
@@ -477,7 +477,7 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path):
     assert not list(tmp_path.glob("cells/*/eval_test.json"))
     assert not (json.loads((tmp_path / "out.json").read_text()))["cells"][0]["error"]
 
-    # A job of an array: one cell, and no file that others write.
+    # A job of an array trains one cell and writes no file that other jobs write.
     (tmp_path / "out.json").unlink()
     status, stdout, stderr = ended(start(tmp_path, "--cell=1"))
     assert status == 0, stderr

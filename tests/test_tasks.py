@@ -1,4 +1,4 @@
-"""The six tasks: from files as published, through what is stored, to what a model is given."""
+"""The six tasks, from published files through stored examples to the model's inputs."""
 
 import collections
 import dataclasses
@@ -37,7 +37,7 @@ def source(tmp_path_factory):
 def data_dir(tmp_path_factory, source):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "num_cores", lambda: 1)  # processes have their own test
+        patch.setattr(parallel, "num_cores", lambda: 1)  # worker processes have their own test
         tiny_data.load_all(tiny_data.tiny_tasks(), source, folder)
     return folder
 
@@ -106,7 +106,7 @@ def test_retrieval_keeps_pairs_and_the_first_4000_bytes(tiny, data_dir, source):
 
 
 def test_retrieval_is_stored_in_pieces_of_one_stream(tiny, data_dir, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(retrieval.Retrieval, "_PAIRS_A_FILE", 10)  # a multiple of train's 30
+    monkeypatch.setattr(retrieval.Retrieval, "_PAIRS_A_FILE", 10)  # divides train's 30
     task = tiny["retrieval"]
     for split in SPLITS:
         expected = task.load(split, data_dir, source=str(source)).checksum()
@@ -136,7 +136,7 @@ def test_pathfinder_is_divided_by_names(tiny, data_dir, source, name, size):
 
 
 def test_the_source_and_its_form_do_not_change_the_data(tiny, data_dir, source, tmp_path):
-    """Folder, archive, what lies in data_dir, and what TFDS prepared: the same checksums."""
+    """A folder, archives, archives in data_dir and TFDS's prepared data give equal checksums."""
 
     def checksums(task, data_dir, source):
         return [task.load(split, data_dir, source=source).checksum() for split in SPLITS]
@@ -157,7 +157,7 @@ def test_the_source_and_its_form_do_not_change_the_data(tiny, data_dir, source, 
 
 
 class ImdbReviews(tfds.core.GeneratorBasedBuilder):
-    """What TFDS's own builder stores, from arrays."""
+    """Stores arrays in the form of TFDS's own imdb_reviews builder."""
 
     VERSION = tfds.core.Version("1.0.0")
     name = "imdb_reviews"
@@ -182,7 +182,7 @@ class ImdbReviews(tfds.core.GeneratorBasedBuilder):
 
 
 class Cifar10(ImdbReviews):
-    """Likewise."""
+    """Stores arrays in the form of TFDS's own cifar10 builder."""
 
     name = "cifar10"
 
@@ -225,7 +225,7 @@ def test_another_source_is_refused(tiny, data_dir, source, tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves a folder on 127.0.0.1; yields the folder, its address, and the paths asked for."""
+    """Serves a folder on 127.0.0.1; yields the folder, its address and the requested paths."""
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -324,7 +324,7 @@ def _prepare_here(data_dir):
 
 def test_two_preparations_at_once_make_one_data_set(tmp_path):
     task = tiny_data.tiny_tasks()["listops"]
-    waiting = task.data_set(str(tmp_path))  # will find the data set made when its turn comes
+    waiting = task.data_set(str(tmp_path))  # its turn comes after the others have made it
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_prepare_here, args=(str(tmp_path),)) for _ in range(2)]
     for process in processes:
@@ -353,7 +353,7 @@ def test_what_was_odd_is_kept_with_the_data(tiny, tmp_path, monkeypatch):
 
 
 def test_prepare_all(tiny, source, data_dir, tmp_path, monkeypatch, capsys):
-    """The table of all six; one that is unavailable does not prevent the others."""
+    """Prints a table of all six tasks; an unavailable task does not stop the others."""
     monkeypatch.setattr(parallel, "num_cores", lambda: 1)
     benchmark = [tiny[task.name] for task in tasks.BENCHMARK]
     monkeypatch.setattr(tasks, "BENCHMARK", benchmark)

@@ -1,4 +1,4 @@
-"""IMDB reviews from folders and archives in the published layout, whole and damaged."""
+"""IMDB reviews from folders, archives and tables as published, intact and damaged."""
 
 import csv
 import dataclasses
@@ -19,7 +19,7 @@ ARCHIVE = "aclImdb_v1.tar.gz"
 
 
 def make_folder(parent):
-    """A small aclImdb, and by split its expected texts and labels in order."""
+    """Writes a small aclImdb; returns it and each split's texts and labels in order."""
     rng = np.random.default_rng(0)
     folder = parent / "aclImdb"
     expected = {}
@@ -41,7 +41,7 @@ def make_folder(parent):
     (folder / "train" / "urls_pos.txt").write_text(
         "http://www.imdb.com/title/tt0453418/usercomments"
     )
-    (folder / "train" / "pos" / "._0_9.txt").write_bytes(b"\0")  # as macOS leaves them
+    (folder / "train" / "pos" / "._0_9.txt").write_bytes(b"\0")  # such as macOS leaves
     (folder / "imdb.vocab").write_text("the\nand\n")
     return folder, expected
 
@@ -143,7 +143,7 @@ def test_a_link_in_an_archive_is_not_followed(tmp_path):
 def test_a_cut_archive_is_refused_wherever_it_is_cut(tmp_path, mode):
     archive = pack(make_folder(tmp_path)[0], tmp_path / "whole", mode)
     content = archive.read_bytes()
-    # An uncompressed one ends in zeros, which may go.
+    # An uncompressed archive ends in zeros, which may be missing.
     cuts = [0, 1, 10, 300, *range(1000, len(content) - 20_000, 5000)]
     if mode != "w":
         cuts += [len(content) - 20, len(content) - 5, len(content) - 1]
@@ -169,7 +169,7 @@ def test_an_archive_with_altered_bytes_is_refused(tmp_path, mode):
 
 
 def write_tables(folder, expected, form, names, labels):
-    """The reviews in tables, as others publish them."""
+    """Writes the reviews as tables in the forms that others publish."""
     folder.mkdir()
     for split, (texts, classes) in expected.items():
         rows = [

@@ -1,4 +1,4 @@
-"""The kernels for TPUs: softmax attention's, interpreted, and all of them compiled."""
+"""The TPU kernels: softmax attention's in interpret mode, and all of them compiled."""
 
 import functools
 
@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from skyformer_jax.attention import gaussian_tpu, softmax_tpu, tpu_tiles
 
-# Relative error of output and gradients: of float32 arrays under "highest", in one pass of
-# bfloat16, and of bfloat16 arrays.
+# Largest relative error of output and gradients: for float32 arrays at precision "highest" and in
+# one bfloat16 pass, and for bfloat16 arrays.
 TOLERANCE = {"float32": 2e-5, "one pass": 6e-3, "bfloat16": 3e-3}
-# q_length, kv_length, head_dim, standard deviation, offset of all points, masks, causality.
+# q_length, kv_length, head_dim, standard deviation, offset of all points, masked, is_causal.
 CASES = [
     (200, 130, 32, 1, 0, False, False),
     (40, 300, 8, 0.3, 3, True, False),
@@ -28,7 +28,7 @@ CASES = [
 
 
 def problem(q_length, kv_length, head_dim, std, offset, masked, dtype):
-    """Query, key, value, mask, and the output's gradient; the last example has no key."""
+    """Query, key and value, mask, and output gradient; with a mask, the last example has no key."""
     rng = np.random.default_rng(0)
     points = offset * rng.normal(size=head_dim)
     lengths = (q_length, kv_length, kv_length, q_length)
@@ -43,7 +43,7 @@ def problem(q_length, kv_length, head_dim, std, offset, masked, dtype):
 
 
 def reference(qkv, mask, d_out, scale, is_causal):
-    """Output, gradients and the sums' logarithms, in float64."""
+    """Output and gradients, and the log-sum-exp, in float64."""
     q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (*qkv, d_out))
     scores = scale * q @ k.swapaxes(-1, -2)
     allowed = np.ones(scores.shape, bool) if mask is None else np.asarray(mask)[:, None, None]
@@ -62,7 +62,7 @@ def reference(qkv, mask, d_out, scale, is_causal):
 
 
 def found_by_kernels(qkv, mask, d_out, scale, is_causal):
-    """The same by the kernels, interpreted."""
+    """What reference computes, by the kernels in interpret mode."""
     options = {"is_causal": is_causal, "interpret": True}
 
     @jax.jit
@@ -83,7 +83,7 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("q_length, kv_length, head_dim, std, offset, masked, is_causal", CASES)
 def test_softmax(q_length, kv_length, head_dim, std, offset, masked, is_causal, precision):
-    """Values and gradients; zeros where there is no key; offsets of queries, keys and values."""
+    """Values and gradients agree with float64, also with offset points; zeros without any key."""
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     qkv, mask, d_out = problem(q_length, kv_length, head_dim, std, offset, masked, dtype)
     arguments = (qkv, mask, d_out, head_dim**-0.5, is_causal)
@@ -99,7 +99,7 @@ def test_softmax(q_length, kv_length, head_dim, std, offset, masked, is_causal, 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_softmax_of_more_than_stays_at_a_time(monkeypatch, is_causal):
-    """Keys stay in parts; causality counts from the first of all."""
+    """Keys stay in parts, and causality uses positions in the whole sequence."""
     monkeypatch.setattr(tpu_tiles, "_TILE_OF_LONG_PRODUCTS", 128)
     monkeypatch.setattr(tpu_tiles, "PART", 256)
     qkv, mask, d_out = problem(600, 700, 8, 1, 0, True, jnp.float32)
@@ -110,7 +110,7 @@ def test_softmax_of_more_than_stays_at_a_time(monkeypatch, is_causal):
 
 
 def value_and_gradients(kernels, query, key, value, d_out):
-    """By the kernels of a module."""
+    """Output and gradients by the kernels of a module, gaussian_tpu or softmax_tpu."""
     if kernels is gaussian_tpu:
         arrays = (query, key, value, jnp.float32(0.2))
         return kernels.tpu_value(*arrays), kernels.tpu_gradients(*arrays, d_out)
@@ -133,7 +133,7 @@ def value_and_gradients(kernels, query, key, value, d_out):
     ],
 )
 def test_compiles_for_tpus(kernels, topology, head_dim, dtype, precision):
-    """By libtpu's own compiler, on this machine: values and gradients, more than stays at once."""
+    """libtpu compiles values and gradients, also for more keys than stay at a time."""
     pytest.importorskip("libtpu")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     sharding = NamedSharding(jax.sharding.Mesh(np.array(devices)[:1], ("x",)), P())

@@ -1,4 +1,4 @@
-"""The built wheel, outside the repository: the console scripts find the configs that it brings."""
+"""The built wheel, outside the repository: its console scripts find the configs it contains."""
 
 import json
 import os
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The folder of the installed wheel, without its dependencies, and an environment for it."""
+    """The folder of the wheel, installed without dependencies, and environment variables for it."""
     folder = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip"]
     for command in (

@@ -1,4 +1,4 @@
-"""The six benchmark tasks in miniature: small files in the published formats, and their tasks."""
+"""The six benchmark tasks in miniature: small files in the published formats, and tasks."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ from skyformer_jax.data.examples import Examples
 
 
 def from_sequences(sequences, labels):
-    """Examples of one document each, of uint8 arrays."""
+    """Makes Examples of one document each from uint8 arrays."""
     lengths = [len(sequence) for sequence in sequences]
     return Examples(
         np.concatenate([np.zeros(0, np.uint8), *sequences]),
@@ -28,7 +28,7 @@ IMAGES = 100  # of each size of Pathfinder
 
 
 def write_pairs(folder):
-    """new_aan_pairs.*.tsv; documents of 1 to 300 bytes, some as long as 5,000."""
+    """Writes new_aan_pairs.*.tsv with documents of 1 to 300 bytes, and some of up to 5,000."""
     rng = np.random.default_rng(1)
     folder.mkdir(parents=True)
     for split, name in (("train", "train"), ("validation", "eval"), ("test", "test")):
@@ -40,7 +40,7 @@ def write_pairs(folder):
 
 
 def write_images(folder, size):
-    """pathfinderSIZE/curv_contour_length_14 with IMAGES noise images in two blocks."""
+    """Writes pathfinderSIZE/curv_contour_length_14 with IMAGES noise images in two blocks."""
     rng = np.random.default_rng(size)
     folder = folder / f"pathfinder{size}" / "curv_contour_length_14"
     (folder / "metadata").mkdir(parents=True)
@@ -57,7 +57,7 @@ def write_images(folder, size):
 
 
 def write_sources(folder):
-    """A folder with the published files of all but ListOps."""
+    """Writes the published files of all tasks but ListOps into a folder."""
     test_text.make_folder(folder)
     test_image.make_folder(folder)
     write_pairs(folder / "lra_release" / "tsv_data")
@@ -66,7 +66,7 @@ def write_sources(folder):
 
 
 def tiny_tasks():
-    """By their names the benchmark's tasks, of the sizes that write_sources writes."""
+    """The benchmark's tasks by name, with the sizes that write_sources writes."""
     grammar = listops.Grammar(min_length=4, max_length=48, max_depth=4, max_args=5)
     sizes = {
         "listops": listops.ListopsConfig(name="tiny", grammar=grammar, sizes=(60, 20, 30)),
@@ -96,6 +96,6 @@ def tiny_tasks():
 
 
 def load_all(tiny, source, data_dir):
-    """Prepares all of them."""
+    """Prepares all tasks of a dict from tiny_tasks."""
     for name, task in tiny.items():
         task.load("test", data_dir, source=None if name.startswith("listops") else str(source))
