@@ -285,8 +285,8 @@ def _draw(
 def plot(result: Mapping[str, Any], title: str, path: Path) -> None:
     """Draws time and temporaries of a call against the length, with exponents in the legends.
 
-    Of several passes the last one is drawn, the gradients: they are what training costs. An attention
-    is drawn in the first dtype that it was measured in.
+    Of several passes the last one is drawn: the gradients, which are what training costs. Each
+    attention is drawn in the first dtype that it was measured in.
 
     Args:
       result: settings, cells (of measure_length) and exponents.
