@@ -188,10 +188,9 @@ def evaluation_batches(
       shards: as in training_batches.
 
     Yields:
-      rows: int64 [at most batch_size], the examples of the whole batch, without repetitions.
-      positions: int32 [examples of the shards], the position in the split of each example of batch.
-      batch: the examples of the shards. If the last whole batch is short, its first example is
-        repeated to fill it.
+      The examples of the whole batch without repetitions, int64 [at most batch_size]; the position
+      in the split of each example of the shards, int32; and the examples of the shards. If the last
+      whole batch is short, its first example is repeated to fill it.
     """
     longest = examples.lengths.max(axis=1)
     order = np.argsort(longest, kind="stable") if buckets else np.arange(len(examples))
