@@ -150,7 +150,7 @@ def test_what_cannot_be_honoured_is_refused(name, batch):
         return
     with pytest.raises(ValueError, match=r"sow: leave sow_weights=False; those that do: softmax$"):
         function(q, k, v, module=object())
-    with pytest.raises(ValueError, match=rf"{name!r} cannot honour a bias; can: softmax$"):
+    with pytest.raises(ValueError, match=rf"{name!r} does not support a bias; use: softmax$"):
         function(q, k, v, bias=bias)
     if name == "kernelized":
         reference = attention.kernelized_attention(q, k, v, full_mask=causal)
@@ -158,14 +158,14 @@ def test_what_cannot_be_honoured_is_refused(name, batch):
             np.testing.assert_allclose(function(q, k, v, **options), reference, atol=1e-5)
         return
     with pytest.raises(
-        ValueError, match=rf"{name!r} cannot honour a .*; can: softmax, kernelized$"
+        ValueError, match=rf"{name!r} does not support a .*; use: softmax, kernelized$"
     ):
         function(q, k, v, mask=causal)
     if name == "performer":
         reference = attention.performer_attention(q, k, v, is_causal=True, **SMALL.get(name, {}))
         np.testing.assert_allclose(function(q, k, v, is_causal=True), reference, atol=1e-5)
     else:
-        says = "would tell of later" if name == "skyformer" else r"can: softmax, .*performer$"
+        says = "would tell of later" if name == "skyformer" else r"use: softmax, .*performer$"
         with pytest.raises(ValueError, match=says):
             function(q, k, v, is_causal=True)
     # Under jit the mask's values are unknown, so an example with an unsupported mask becomes NaN.

@@ -1,4 +1,4 @@
-"""Attentions as pure functions: arrays in, arrays out.
+"""Attention functions: pure functions from arrays to arrays.
 
     name_attention(query, key, value, *, mask=None, rng=None, scale=None, ...) -> out
 

@@ -1,14 +1,15 @@
 """BigBird (Zaheer et al., 2020): softmax attention to global, neighbouring and random blocks.
 
-The sequence is cut into blocks of b tokens (section 3 and appendix D of the paper, the
-construction from internal tokens, ITC). A query of block i attends to the keys of
+The sequence is split into blocks of b tokens (section 3 and appendix D of the paper, the internal
+transformer construction, ITC, whose global tokens are tokens of the sequence). A query of block i
+attends to the keys of
 
     g global blocks, the blocks within w // 2 of i (window), r random other blocks,
 
-and the queries of the global blocks attend to all keys. The paper leaves open which tokens are
-global (section 2 takes any subset of g; figure 1 draws the first ones), so the first g blocks are
-the default here, where a summarising token would stand. The code that its authors and Hugging Face
-published takes the first and the last block: global_blocks="first_last".
+and the queries of the global blocks attend to all keys. The paper does not fix which tokens are
+global (section 2 takes any subset of g; figure 1 draws the first ones). The default here is the
+first g blocks, where a summary token would be. The code published by its authors and by Hugging
+Face uses the first and the last block: global_blocks="first_last".
 """
 
 import jax
@@ -37,20 +38,20 @@ def attended_blocks(
     num_random: int,
     num_last: int = 0,
 ) -> tuple[jax.Array, np.ndarray]:
-    """The key blocks of each query block, none of them twice.
+    """Returns the key blocks of each query block, without repetitions among the valid ones.
 
     Args:
-      rng: a jax.random key, for the random ones: uniform without replacement among those that
-        are neither global nor in the window.
+      rng: a jax.random key for the random blocks, which are drawn uniformly without replacement
+        among those that are neither global nor in the window.
       num_blocks: blocks of the sequence.
       num_first: global blocks at its beginning.
       num_window: w, odd.
       num_random: r of each query block.
-      num_last: global blocks at its end; num_first + num_last, g, is at most num_blocks.
+      num_last: global blocks at its end; g = num_first + num_last is at most num_blocks.
 
     Returns:
       blocks int32 [num_blocks, g + w + r] and valid bool of that shape: False where there is no
-      such block, or where it is global and in the window at once.
+      such block, or where a block of the window is also global.
     """
     rows = np.arange(num_blocks, dtype=np.int32)[:, None]
     end = num_blocks - num_last
@@ -59,12 +60,12 @@ def attended_blocks(
     window = rows + np.arange(num_window, dtype=np.int32) - num_window // 2
     window_valid = (window >= num_first) & (window < end)
 
-    # Floyd's algorithm: r distinct ranks among the `others` blocks that are left to each row.
+    # Floyd's algorithm: r distinct ranks among the `others` blocks that remain for each row.
     in_window = window_valid.sum(axis=1, dtype=np.int32)
     others = end - num_first - in_window
     columns: list[jax.Array] = []
     for i, key in enumerate(jax.random.split(rng, num_random) if num_random else ()):
-        last = others - num_random + i  # negative where fewer than r are left: all are taken
+        last = others - num_random + i  # negative where fewer than r remain: all are used
         drawn = jax.random.randint(key, (num_blocks,), 0, np.maximum(last, 0) + 1, jnp.int32)
         taken = (
             jnp.any(jnp.stack([drawn == rank for rank in columns]), axis=0) if columns else False
@@ -73,7 +74,7 @@ def attended_blocks(
         columns.append(jnp.where(others <= num_random, i, rank))
     ranks = jnp.stack(columns, axis=1) if columns else jnp.zeros((num_blocks, 0), jnp.int32)
     random_valid = np.arange(num_random) < others[:, None]
-    # Ranks count from the first block that is not global, and step over the window.
+    # Ranks count from the first block that is not global, and skip the window.
     start = np.clip(rows - num_window // 2, num_first, end)
     blocks = ranks + num_first
     blocks = jnp.where(blocks >= start, blocks + in_window[:, None], blocks)
@@ -101,29 +102,30 @@ def bigbird_attention(
 ) -> jax.Array:
     """BigBird self-attention, computed in blocks, linear in the length.
 
-    Where the blocks of every query cover the sequence it is softmax_attention. The last block may
-    be shorter; all examples of a batch, and all heads, share the random blocks, which depend on
-    the padded length.
+    If the blocks of every query cover the sequence, it equals softmax_attention. The last block may
+    be shorter. All examples of a batch and all heads share the random blocks, which depend on the
+    padded length.
 
     Args:
       query: [batch, length, heads, head_dim], unscaled.
       key: [batch, length, heads, head_dim].
       value: [batch, length, heads, head_dim].
       mask: bool [batch, length], True at real tokens; any pattern.
-      rng: a jax.random key to draw the random blocks by; None takes `pattern`.
+      rng: a jax.random key to draw the random blocks with; None means `pattern`.
       scale: factor of the scores; None means head_dim**-0.5.
-      block_size: b tokens.
-      num_global_blocks: g of the sequence.
-      num_window_blocks: w, odd: the query's own block and as many on both sides.
-      num_random_blocks: r of each query block.
-      global_blocks: which are global: "first", the first g, or "first_last", the first g - g // 2
-        and the last g // 2, as in the published code and in Hugging Face's (g = 2: one each).
-      pattern: uint32 [2], the data of a key that fixes the random blocks where rng is None; None
-        takes a fixed key.
+      block_size: b, the number of tokens of a block.
+      num_global_blocks: g, the number of global blocks of the sequence.
+      num_window_blocks: w, odd: the query's own block and w // 2 blocks on each side.
+      num_random_blocks: r, the number of random blocks of each query block.
+      global_blocks: which blocks are global: "first" for the first g, or "first_last" for the first
+        g - g // 2 and the last g // 2, as in the published code and in Hugging Face's (g = 2: one
+        each).
+      pattern: uint32 [2], the data of a key that fixes the random blocks if rng is None; None means
+        a fixed key.
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of value; zeros for an example without any
-      real key, and for a query none of whose blocks has one.
+      real key, and for a query whose blocks contain no real key.
 
     Raises:
       ValueError: if shapes do not fit, the mask is not boolean, or an option is out of range.
@@ -138,7 +140,7 @@ def bigbird_attention(
         raise ValueError(f"num_window_blocks must be odd; got {num_window_blocks}")
     key, value = hide_masked(key, value, mask)
     if rng is None:
-        # Two words are a key of this kind, whatever jax_default_prng_impl is.
+        # Two words are the data of a Threefry key, whatever jax_default_prng_impl is.
         kept = None if pattern is None else jax.random.wrap_key_data(pattern, impl="threefry2x32")
         rng = fixed_key() if kept is None else kept
 
@@ -180,19 +182,20 @@ def _attend_to_blocks(
     block_size: int,
     scale: jax.Array | float | None,
 ) -> jax.Array:
-    """Softmax attention of some blocks of queries, each to its own blocks of keys.
+    """Computes softmax attention of some query blocks, each to its own key blocks.
 
-    Each head's blocks are gathered by themselves, whole, and the sum of the weights is a product
-    with a column of ones. XLA then moves the fewest arrays to other layouts, on CPUs as on TPUs.
+    Each head's blocks are gathered separately, as whole blocks, and the sum of the weights is a
+    product with a column of ones. XLA then needs the fewest changes of array layout, on CPUs as
+    well as TPUs.
 
     Args:
       query: [batch, length, heads, head_dim].
       key: likewise; 0 at padding.
       value: likewise.
       real: bool [batch, length], False at padding.
-      blocks: int [query blocks, k], those of the keys.
+      blocks: int [query blocks, k], the key blocks of each query block.
       valid: bool, likewise; False where a block does not count.
-      own: the blocks of the queries.
+      own: the query blocks to compute.
       block_size: tokens of a block; the last may be shorter.
       scale: factor of the scores; None means head_dim**-0.5.
 
@@ -234,7 +237,7 @@ def bigbird_variables(
     value_dim: int,
     kv_length: int | None,
 ) -> dict[str, VariableSpec]:
-    """The key of the random blocks, drawn once and kept, so that each layer has its own."""
+    """Describes the key data of the random blocks, drawn once and kept, separately per layer."""
     del num_heads, head_dim, value_dim, kv_length
 
     def init(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a call of any of the attention functions goes through around its own mathematics."""
+"""The processing of arguments and results that all attention functions share."""
 
 import functools
 import math
@@ -21,24 +21,25 @@ def attention_function(
     takes_groups: bool = False,
     takes_explicit_axes: bool = False,
 ) -> Callable[[Function], Function]:
-    """A decorator that gives an attention function what all of them have in common.
+    """Returns a decorator that adds the behaviour that all attention functions share.
 
-    - What JAX can make an array of is one; dtypes that are not floating are a TypeError.
+    - Inputs are converted to JAX arrays; a dtype that is not floating raises a TypeError.
     - Shapes are checked, with one message for each mistake.
     - Grouped-query heads: key and value may have fewer heads than query, as in
-      jax.nn.dot_product_attention. With g times as many, query heads i * g to i * g + g - 1 share
-      head i of key and value.
-    - Where the batch, the queries or the keys are of length 0, the result is zeros.
-    - On meshes with explicit axes, which are jax.make_mesh's default, the function itself sees
-      automatic axes, and its result is sharded as query is, in its last axis as value.
+      jax.nn.dot_product_attention. If query has g times as many, query heads i * g to
+      i * g + g - 1 share head i of key and value.
+    - If the batch size, the number of queries or the number of keys is 0, the result is zeros.
+    - On meshes with explicit axes, the default of jax.make_mesh, the function itself sees
+      automatic axes. Its result is sharded like query, except that the last axis is sharded like
+      that of value.
 
     Args:
-      self_attention_only: queries and keys must be of one sequence.
-      shared_query_key: the queries are the keys too, so that key is None or query itself.
-      takes_groups: the function itself takes fewer heads of key and value. Otherwise it gets each
-        of them repeated for the query heads that share it.
-      takes_explicit_axes: the function itself takes arrays on explicit axes, because it has kernels
-        that have to know how arrays are divided.
+      self_attention_only: queries and keys must come from the same sequence.
+      shared_query_key: the queries also serve as keys, so key must be None or query itself.
+      takes_groups: the function itself accepts key and value with fewer heads than query.
+        Otherwise their heads are repeated for the query heads that share them.
+      takes_explicit_axes: the function itself accepts arrays on explicit axes, because it has
+        kernels that must know how arrays are sharded.
 
     Returns:
       A decorator for functions of query, key, value and keyword arguments.
@@ -86,7 +87,7 @@ def attention_function(
                 return function(query, query if key is None else key, value, **options)
 
             if takes_explicit_axes:
-                # They know of divided batches and heads alone.
+                # The kernels support sharding of the batch and the heads only.
                 query = _whole(query, (0, 2))
                 key, value = (_divided_as(x, query) for x in (key, value))
                 options |= {k: _whole(options[k], (0,)) for k in _MASKS & options.keys()}
@@ -99,7 +100,7 @@ def attention_function(
 
 
 def check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-    """Raises a ValueError unless query, key and value fit each other."""
+    """Raises a ValueError unless the shapes of query, key and value are consistent."""
     _check_axes(query, key, value)
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(
@@ -115,7 +116,7 @@ def check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 
 
 def _check_shared(name: str, query: jax.Array, value: jax.Array) -> None:
-    """Raises a ValueError unless query, which is the key too, and value fit each other."""
+    """Raises a ValueError unless the shapes of query, also the key, and value are consistent."""
     _check_axes(query, query, value)
     if query.shape[:2] != value.shape[:2]:
         raise ValueError(
@@ -157,7 +158,10 @@ _MASKS = {"mask", "query_mask", "full_mask", "segment_ids"}
 
 
 def _whole(x: Any, divided: tuple[int, ...]) -> Any:
-    """An array or None, of which explicit axes divide nothing but these of its own axes."""
+    """Reshards an array so that explicit mesh axes shard only the axes in `divided`.
+
+    None and arrays that are not on explicit axes are returned unchanged.
+    """
     if x is None or not _explicit_axes(x):
         return x
     spec = (entry if i in divided else None for i, entry in enumerate(spec_of(x)))
@@ -165,7 +169,7 @@ def _whole(x: Any, divided: tuple[int, ...]) -> Any:
 
 
 def _resharded(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
-    """An array with another PartitionSpec, if it is on explicit axes."""
+    """Reshards an array to another PartitionSpec if it is on explicit axes."""
     if not _explicit_axes(x) or spec_of(x) == spec:
         return x
     mesh = jax.typeof(x).sharding.mesh
@@ -173,9 +177,10 @@ def _resharded(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
 
 
 def _divided_as(x: Any, query: jax.Array) -> Any:
-    """Key or value, or None, with batch and heads divided as those of query on explicit axes.
+    """Key or value, or None, with batch and heads sharded like those of query on explicit axes.
 
-    Its heads are repeated for those of query, where they are fewer and cannot be divided so.
+    If there are fewer heads than in query and they cannot be sharded that way, they are repeated
+    first.
     """
     if x is None or not (_explicit_axes(x) and _explicit_axes(query)):
         return _whole(x, (0, 2))
@@ -191,12 +196,12 @@ def _zeros(query: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
-    """Each head of [batch, length, kv_heads, head_dim] repeated, up to so many heads."""
+    """Repeats each head of x, [batch, length, kv_heads, head_dim], to get `heads` heads."""
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def _repeated(x: jax.Array, query: jax.Array) -> jax.Array:
-    """Key or value with as many heads as query, and with its sharding of heads where it may be."""
+    """Key or value with as many heads as query, sharded over heads like query where possible."""
     heads = query.shape[2]
     if x.shape[2] == heads:
         return x
@@ -208,17 +213,17 @@ def _repeated(x: jax.Array, query: jax.Array) -> jax.Array:
 
 
 def on_automatic_axes(function: Callable[..., Any], out_specs: Any, *arguments: Any) -> Any:
-    """Calls a function where the explicit axes of a mesh become automatic ones.
+    """Calls a function with the explicit axes of the mesh turned into automatic ones.
 
-    The compiler then finds the shardings of what the function computes within, and only the
-    result's is prescribed. Without arrays on explicit axes it is a plain call.
+    The compiler then chooses the shardings of intermediate arrays, and only the sharding of the
+    result is prescribed. If no argument is on explicit axes, this is a plain call.
 
     Args:
-      function: takes arrays, or trees of them and of anything else; what it closes over must not be
+      function: takes arrays, or pytrees of arrays and other leaves. It must not close over arrays
         on explicit axes.
-      out_specs: the entries of the result's PartitionSpec, a tuple; a list of them for a list of
-        results.
-      *arguments: those of the function.
+      out_specs: a tuple, the entries of the result's PartitionSpec; a list of such tuples if the
+        function returns a list.
+      *arguments: the function's arguments.
 
     Returns:
       The result, an array or a list of arrays.
@@ -245,7 +250,7 @@ def on_automatic_axes(function: Callable[..., Any], out_specs: Any, *arguments: 
 
 
 def _explicit_axes(leaf: Any) -> tuple[str, ...]:
-    """The explicit axes of the mesh that an array, or anything else, is on."""
+    """The explicit axes of the mesh that an array is on; () for any other object."""
     if not isinstance(leaf, jax.Array):
         return ()
     mesh = jax.typeof(leaf).sharding.mesh
@@ -254,13 +259,16 @@ def _explicit_axes(leaf: Any) -> tuple[str, ...]:
 
 
 def spec_of(x: jax.Array) -> tuple[Any, ...]:
-    """The entries of an array's PartitionSpec, one for each axis; None without explicit axes."""
+    """Returns the entries of x's PartitionSpec, one per axis, all None without explicit axes."""
     spec = tuple(jax.typeof(x).sharding.spec) if _explicit_axes(x) else ()
     return (*spec, *[None] * (x.ndim - len(spec)))
 
 
 def out_spec(query: jax.Array, value: jax.Array) -> tuple[Any, ...]:
-    """How an attention's result is sharded: as query, its last axis as value's where it may be."""
+    """Returns the sharding of an attention's result, as the entries of a PartitionSpec.
+
+    It is that of query, with value's last entry unless query already uses one of its mesh axes.
+    """
     *rows, _ = spec_of(query)
     last = spec_of(value)[-1]
     taken = {axis for entry in rows for axis in _axes(entry)}
@@ -268,7 +276,7 @@ def out_spec(query: jax.Array, value: jax.Array) -> tuple[Any, ...]:
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
-    """The axes of a mesh that an entry of a PartitionSpec names."""
+    """The mesh axes in one entry of a PartitionSpec."""
     if entry is None:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)

@@ -16,21 +16,21 @@ def convolve_values(
     is_causal: bool = False,
     before: jax.Array | None = None,
 ) -> jax.Array:
-    """Depthwise convolution over the length, with zeros beyond the ends.
+    """Computes a depthwise convolution over the length, with zeros beyond the ends.
 
     out_i = sum_s kernel_s v_(i + s - size // 2), for each head (Xiong et al., 2021, figure 2) or
-    for each of its features; or, if causal, sum_s kernel_s v_(i + s - (size - 1)).
+    for each feature of each head. If is_causal, out_i = sum_s kernel_s v_(i + s - (size - 1)).
 
-    It is computed as a sum of shifted values, which XLA fuses. On CPUs that takes a twentieth
+    It is computed as a sum of shifted values, which XLA fuses. On CPUs this takes a twentieth
     (size 5) to half (size 35) of the time of XLA's grouped convolution.
 
     Args:
       value: [batch, length, heads, head_dim], 0 at padding.
       kernel: [size, heads] or [size, heads, head_dim], size odd.
-      axis_name: mesh axis over which the length is split; the values at the ends of each part then
-        cross devices.
+      axis_name: mesh axis over which the length is split, or None. The values at the ends of each
+        part then cross devices.
       segment_ids: int [batch, length]; values of other segments count as 0.
-      is_causal: whether a position sees none after itself.
+      is_causal: True excludes values after the position itself.
       before: [batch, size - 1, heads, head_dim], the values before the first position of a causal
         convolution; None means zeros.
 
@@ -38,7 +38,7 @@ def convolve_values(
       [batch, length, heads, head_dim].
 
     Raises:
-      ValueError: if the shape of the kernel is another.
+      ValueError: if the kernel has another shape.
     """
     _, length, heads, head_dim = value.shape
     size = len(kernel)
@@ -77,7 +77,7 @@ def _shapes(value: jax.Array) -> tuple[tuple[int, int], ...]:
 
 
 def conv_kernel_spec(conv_size: int, *heads: int) -> dict[str, VariableSpec]:
-    """The kernel [conv_size, *heads] that a layer keeps; none where conv_size is 0.
+    """Describes the kernel [conv_size, *heads] that a layer keeps; {} if conv_size is 0.
 
     It starts as Lecun-normal noise, as in the published code of Nystromformer up to a constant.
 

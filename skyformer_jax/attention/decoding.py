@@ -1,7 +1,7 @@
-"""Decoding: causal attention of a few positions at a time, with what is kept of those before.
+"""Decoding: causal attention of a few positions at a time, with a state for the positions before.
 
-Skyformer and Performer keep a state whose size does not depend on the length, softmax and
-kernelized attention the keys and values of all positions.
+Skyformer and Performer keep a state whose size does not depend on the length. Softmax and
+kernelized attention keep the keys and values of all positions.
 
     state = init_decoding("skyformer", batch=1, heads=2, head_dim=32, landmarks=landmarks)
     out, state = decode("skyformer", state, query, key, value, landmarks=landmarks)  # a prompt
@@ -37,24 +37,25 @@ def init_decoding(
     dtype: Any = jnp.float32,
     **options: Any,
 ) -> State:
-    """The state before the first position.
+    """Returns the state before the first position.
 
     Args:
-      name: one of DECODABLE.
+      name: the attention, one of DECODABLE.
       batch: number of sequences.
       heads: number of heads.
       head_dim: features of each head of queries and keys.
       kv_heads: number of heads of keys and values; None means heads.
       value_dim: the values' head_dim; None means head_dim.
-      max_length: the greatest number of positions, for softmax and kernelized.
-      dtype: the dtype of the keys and values that these keep.
-      **options: of the attention function, as for decode.
+      max_length: the maximum number of positions, required for softmax and kernelized.
+      dtype: the dtype of the keys and values that softmax and kernelized keep.
+      **options: options of the attention function, as for decode.
 
     Returns:
       A dict of arrays; "index" is the number of positions so far.
 
     Raises:
-      ValueError: for an attention that is not causal, or a missing max_length or array.
+      ValueError: if the attention has no causal form, or if max_length or the array of landmarks
+        is missing.
     """
     options = _options(name, options)
     value_dim = value_dim or head_dim
@@ -88,26 +89,27 @@ def decode(
     mask: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, State]:
-    """Causal attention of the positions after those of the state, one or many at a time.
+    """Computes causal attention for the positions after those of the state, one or many at a time.
 
-    The same as the attention function with is_causal=True on all positions so far, up to rounding.
+    The result equals that of the attention function with is_causal=True on all positions so far,
+    up to rounding.
 
     Args:
-      name: one of DECODABLE.
-      state: from init_decoding, or what an earlier call returned.
+      name: the attention, one of DECODABLE.
+      state: from init_decoding or an earlier call.
       query: [batch, length, heads, head_dim], unscaled.
       key: [batch, length, kv_heads, head_dim].
       value: [batch, length, kv_heads, value_dim].
       mask: bool [batch, length], True at real tokens.
-      **options: of the attention function, the same in all calls: for skyformer an array of
-        landmarks, for performer the projection.
+      **options: options of the attention function, the same in all calls: skyformer needs an array
+        of landmarks, performer may be given its projection.
 
     Returns:
-      [batch, length, heads, value_dim] in the dtype of value, and the next state. NaN where
-      softmax and kernelized have no room for the positions.
+      [batch, length, heads, value_dim] in the dtype of value, and the next state. For softmax and
+      kernelized, the result is NaN if the positions so far exceed max_length.
 
     Raises:
-      ValueError: for an attention that is not causal, or shapes that do not fit.
+      ValueError: if the attention has no causal form, or shapes do not fit.
     """
     options = _options(name, options)
     query, key, value = floating_arrays(query, key, value)
@@ -158,17 +160,17 @@ def decode(
 
 
 def check_decodable(name: str) -> None:
-    """Raises a ValueError for an attention that has no causal form."""
+    """Raises a ValueError if the attention is unknown or has no causal form."""
     get_entry(name)
     if name not in DECODABLE:
         raise ValueError(f"{name} is not causal; those that can decode: {', '.join(DECODABLE)}")
 
 
 def _options(name: str, options: State) -> State:
-    """The options of the attention function.
+    """Selects the options of the attention function.
 
     Raises:
-      ValueError: if the attention is not causal or has no such option.
+      ValueError: if the attention has no causal form or does not have one of the options.
     """
     check_decodable(name)
     return split_options(name, options)[0]
@@ -178,8 +180,8 @@ def _landmarks(options: State) -> jax.Array:
     landmarks = options.get("landmarks", "uniform")
     if isinstance(landmarks, str):
         raise ValueError(
-            "skyformer decodes with an array of landmarks [num_landmarks, heads, head_dim], which "
-            'landmarks="learned" makes a parameter of in a layer'
+            "skyformer decodes with an array of landmarks [num_landmarks, heads, head_dim]; in a "
+            'layer, landmarks="learned" makes that array a parameter'
         )
     return jnp.asarray(landmarks)
 

@@ -1,4 +1,4 @@
-"""The attentions as the attention_fn that Flax's own multi-head modules take."""
+"""The attentions as an attention_fn for Flax's own multi-head modules."""
 
 import contextlib
 import functools
@@ -16,51 +16,52 @@ from skyformer_jax.attention.registry import REGISTRY, split_options
 
 
 def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
-    """An attention as the attention_fn of Flax's own multi-head modules, linen's and NNX's.
+    """Returns an attention as an attention_fn for Flax's multi-head modules, linen's and NNX's.
 
         nn.MultiHeadAttention(num_heads=8, attention_fn=attention_fn("skyformer"))
         nnx.MultiHeadAttention(8, 64, attention_fn=attention_fn("skyformer"), rngs=rngs)
 
-    A mask is broadcastable to [..., heads, q_length, kv_length], and not zero where a query may
-    attend to a key, as in flax.linen.dot_product_attention. Those that take a full_mask in the
-    registry, "softmax" for example, take any. The others take those that Flax builds for padding:
-    [batch, 1, 1, kv_length], or nn.make_attention_mask(query_mask, key_mask), or any other mask
-    that is such a product. Whether a mask is one shows in its values. Outside jit another mask
-    raises a ValueError; inside jit, where values are not known, the output of the examples
-    concerned is NaN. Keys that no query attends to, even NaN, never affect the output.
+    A mask must be broadcastable to [..., heads, q_length, kv_length] and nonzero where a query may
+    attend to a key, as in flax.linen.dot_product_attention. Attentions that take a full_mask
+    according to the registry, such as "softmax", accept any such mask. The others accept the masks
+    that Flax builds for padding: [batch, 1, 1, kv_length], nn.make_attention_mask(query_mask,
+    key_mask), and any other mask that is such a product of a query mask and a key mask. This is
+    checked by value: outside jit, any other mask raises a ValueError; inside jit, where values are
+    unknown, the output of the affected examples is NaN. Keys that no query attends to, even NaN,
+    never affect the output.
 
-    Key and value may have fewer heads than query, and value another head_dim. With sow_weights,
-    "softmax" sows its weights as Flax's function does.
+    Key and value may have fewer heads than query, and value may have another head_dim. With
+    sow_weights, "softmax" sows its weights as Flax's function does.
 
-    Attention dropout drops whole values, the same for all queries and heads of an example, and
-    scales the others up, since only softmax has weights to drop. In training with dropout the
-    module's dropout key also draws what a training step draws anew (landmarks, samples of keys,
-    hashes). Otherwise nothing is random, unless an rng is among the options.
+    Attention dropout drops whole values, the same ones for all queries and heads of an example, and
+    scales the others up, because only softmax has weights to drop. In training with dropout, the
+    module's dropout key also draws what is redrawn in each training step (landmarks, sampled keys,
+    hashes). Otherwise nothing is random, unless the options contain an rng.
 
-    "reformer" shares queries and keys: it takes the module's queries and ignores its keys. Arrays
-    that have to be learned or kept (Linformer's projections, Nystromformer's convolution, each
+    "reformer" shares queries and keys: it uses the module's queries and ignores its keys. Arrays
+    that must be learned or kept (Linformer's projections, Nystromformer's convolution, each
     layer's own random features) need a module: skyformer_jax.layers.MultiHeadAttention for linen,
-    skyformer_jax.nnx_layers.MultiHeadAttention for NNX. Without one, Linformer's projections are
-    random.
+    skyformer_jax.nnx_layers.MultiHeadAttention for NNX. Without such a module, Linformer's
+    projections are random.
 
     Args:
       name: one of skyformer_jax.attention.NAMES.
-      **options: options of the attention function, num_landmarks for example, and rng.
+      **options: options of the attention function, such as num_landmarks or rng.
 
     Returns:
       A function (query, key, value, bias=None, mask=None, ...) -> [..., q_length, heads,
       value_dim], with the arguments of flax.linen.dot_product_attention.
 
     Raises:
-      ValueError: for an unknown name or option. The returned function raises one for a bias or a
-        mask of a wrong shape, and for a bias, a causal request, a mask or sown weights that the
-        attention cannot honour; it says which attentions can.
+      ValueError: for an unknown name or option. The returned function raises a ValueError for a
+        bias or mask of the wrong shape, and for a bias, is_causal, a mask or sow_weights that the
+        attention does not support; the message lists the attentions that do.
     """
     function_options, variable_options = split_options(name, options)
     for option in variable_options.keys() - function_options.keys():
         raise ValueError(
             f"option {option!r} of {name} is for parameters, which a bare attention_fn cannot "
-            "hold; use MultiHeadAttention of skyformer_jax.layers or skyformer_jax.nnx_layers"
+            "hold; use MultiHeadAttention from skyformer_jax.layers or skyformer_jax.nnx_layers"
         )
 
     # Linen passes on only the arguments that this signature names.
@@ -80,7 +81,7 @@ def attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
         module: Any = None,
         is_causal: bool = False,
     ) -> jax.Array:
-        del broadcast_dropout  # the heads share the dropped values in any case
+        del broadcast_dropout  # the dropped values are always the same for all heads
         arguments = dict(function_options)
         for given, argument, what in (
             (bias is not None, "bias", "a bias"),
@@ -124,7 +125,7 @@ def _attend(
     dropout_rng: jax.Array | None,
     arguments: dict[str, Any],
 ) -> jax.Array:
-    """The attention of Flax's arguments, whose batch may have any number of axes."""
+    """Calls the attention with Flax's arguments, whose batch may have any number of axes."""
     entry = REGISTRY[name]
     lead = query.shape[:-3]
     arguments |= _restrictions(name, bias, mask, query, key)
@@ -149,12 +150,12 @@ def _sow_weights(
     mask: jax.Array | None,
     arguments: dict[str, Any],
 ) -> None:
-    """Sows the weights into a module of linen or NNX, as Flax's own function does.
+    """Sows the attention weights into a linen or NNX module, as Flax's own function does.
 
     Raises:
       ValueError: if the attention forms no weights.
     """
-    import flax.linen as nn  # late: the functions themselves need no Flax
+    import flax.linen as nn  # imported here because the functions themselves do not need Flax
     from flax import nnx
 
     weights_of = REGISTRY[name].weights
@@ -188,14 +189,14 @@ def _sow_weights(
 
 
 def _check_supported(name: str, argument: str, what: str) -> None:
-    """Raises a ValueError, naming who can, unless the attention takes this kind of mask."""
+    """Raises a ValueError listing those that do, unless the attention takes this argument."""
     if argument not in REGISTRY[name].masks:
         able = [other for other, entry in REGISTRY.items() if argument in entry.masks]
-        raise ValueError(f"attention {name!r} cannot honour {what}; can: {', '.join(able)}")
+        raise ValueError(f"attention {name!r} does not support {what}; use: {', '.join(able)}")
 
 
 def _drop_values(value: jax.Array, rng: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:
-    """Value [batch, kv_length, heads, head_dim] after dropout, and a key for further draws."""
+    """Applies dropout to value, [batch, kv_length, heads, head_dim]; also returns another key."""
     rng, draw_rng = jax.random.split(rng)
     keep = jax.random.bernoulli(rng, jnp.float32(1 - rate), value.shape[:2])
     return jnp.where(keep[:, :, None, None], value / (1 - rate), 0), draw_rng
@@ -208,18 +209,18 @@ def _restrictions(
     query: jax.Array,
     key: jax.Array,
 ) -> dict[str, jax.Array]:
-    """A Flax module's bias and mask as arguments of an attention function.
+    """Converts a Flax module's bias and mask to arguments of an attention function.
 
     Args:
       name: the attention's name.
       bias: broadcastable to [*lead, heads, q_length, kv_length].
-      mask: likewise; not zero where allowed.
+      mask: likewise; nonzero where a query may attend to a key.
       query: [*lead, q_length, heads, head_dim].
       key: [*lead, kv_length, kv_heads, head_dim].
 
     Returns:
-      The arguments; and as "factors", bool [batch], whether an example's mask is a product of one
-      of queries and one of keys, where it has to be one and that is not known.
+      The arguments. If the mask must be a product of a query mask and a key mask and its shape
+      does not guarantee this, also "factors", bool [batch]: whether each example's mask is one.
     """
     *lead, q_length, heads, _ = query.shape
     shape = (*lead, heads, q_length, key.shape[-3])
@@ -239,7 +240,7 @@ def _restrictions(
         return arguments
     known = factors is not None and not isinstance(factors, jax.core.Tracer)
     if known and not np.all(factors):
-        _check_supported(name, "full_mask", "a mask that is not one of padding")
+        _check_supported(name, "full_mask", "a mask that is not a padding mask")
     if factors is not None:
         arguments["factors"] = factors
     if "query_mask" in masks and of_queries is not None:
@@ -248,7 +249,7 @@ def _restrictions(
 
 
 def _check_lead(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-    """Raises a ValueError unless the three have their axes, and the same ones before the length."""
+    """Raises a ValueError unless all have at least three axes and the same leading batch axes."""
     shapes = query.shape, key.shape, value.shape
     if min(map(len, shapes)) < 3 or len({shape[:-3] for shape in shapes}) > 1:
         raise ValueError(
@@ -263,7 +264,7 @@ def _flat_batch(x: jax.Array) -> jax.Array:
 
 
 def _one_batch_axis(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[*lead, heads, q_length, kv_length] -> [batch, ...]; batch is 1 where all of lead is."""
+    """[*lead, heads, q_length, kv_length] -> [batch, ...]; batch is 1 if every lead axis is 1."""
     lead, last = x.shape[:-3], x.shape[-3:]
     if any(size != 1 for size in lead):
         lead = shape[:-3]
@@ -274,7 +275,7 @@ def _one_batch_axis(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _factor(
     mask: jax.Array, batch: int, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Splits a mask into those of keys and of queries.
+    """Splits a mask into a key mask and a query mask.
 
     Args:
       mask: bool [batch or 1, heads or 1, q_length or 1, kv_length or 1].
@@ -282,8 +283,9 @@ def _factor(
       shape: the shape of the scores; its last two entries are q_length and kv_length.
 
     Returns:
-      The keys' mask [batch, kv_length]; the queries' [batch, q_length], or None where the mask says
-      nothing of them; and bool [batch], whether mask = queries x keys, or None where it must be.
+      The key mask [batch, kv_length]; the query mask [batch, q_length], or None if the mask does
+      not restrict queries; and bool [batch], whether the mask is a product of a query mask and a
+      key mask, or None if its shape guarantees this.
     """
     q_length, kv_length = shape[-2:]
     key_mask = jnp.broadcast_to(mask.any(axis=(1, 2)), (batch, kv_length))
@@ -296,7 +298,7 @@ def _factor(
         return key_mask, None, factors
     query_mask = jnp.broadcast_to(query_mask, (batch, q_length))
     if q_length == kv_length:
-        # A mask that was broadcast from [batch, 1, 1, kv_length] says nothing of the queries. As
-        # there, queries at padding do not count.
+        # A mask that was broadcast from [batch, 1, 1, kv_length] does not restrict queries. Treat
+        # it like that mask: queries at padding do not count.
         query_mask = jnp.where(query_mask.all(axis=1, keepdims=True), key_mask, query_mask)
     return key_mask, query_mask, factors

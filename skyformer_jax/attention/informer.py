@@ -4,8 +4,8 @@ ProbSparse self-attention (algorithm 1 of the paper): with a sample K' of the ke
 
     M(q) = max_j (q . k'_j s) - mean_j (q . k'_j s)
 
-ranks the queries. The u with the greatest M get softmax(q K^T s) V; the others, whose weights are
-taken to be uniform, get the mean of V.
+ranks the queries. The u queries with the greatest M get softmax(q K^T s) V. The others, whose
+weights are assumed uniform, get the mean of V.
 """
 
 import jax
@@ -36,19 +36,19 @@ def informer_attention(
 ) -> jax.Array:
     """ProbSparse self-attention, linear in the length for fixed numbers of queries and keys.
 
-    With every query active it is softmax_attention. The paper lets both numbers grow as the
+    If all queries are active it equals softmax_attention. In the paper both numbers grow as the
     logarithm of the length.
 
     Args:
       query: [batch, length, heads, head_dim], unscaled.
       key: [batch, length, heads, head_dim].
       value: [batch, length, heads, head_dim].
-      mask: bool [batch, length], True at real tokens; any pattern. It is for the queries too:
-        those at padding are active only when all real ones are.
-      rng: a jax.random key to sample keys by; None spreads the sample evenly over the real ones.
+      mask: bool [batch, length], True at real tokens; any pattern. It applies to the queries too:
+        queries at padding are active only if all real ones are.
+      rng: a jax.random key to sample keys with; None spaces the sample evenly over the real keys.
       scale: factor of the scores; None means head_dim**-0.5.
-      num_active_queries: u of each example.
-      num_sampled_keys: keys of each example that the measure looks at.
+      num_active_queries: u, the number of active queries per head of each example.
+      num_sampled_keys: the number of keys of each example that the measure M uses.
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of value; zeros for an example without any
@@ -84,8 +84,8 @@ def informer_attention(
     measure = jax.lax.stop_gradient(measure)
 
     _, active = jax.lax.top_k(measure, min(num_active_queries, length))  # [batch, heads, u]
-    # Gathering heads' own rows, and scattering them, goes row by row on TPUs: there products with
-    # matrices of zeros and ones cost no more than the attention of these rows.
+    # TPUs gather and scatter rows that differ by head one at a time. There, products with matrices
+    # of zeros and ones are used, which cost no more than the attention of these rows.
     chosen = jax.lax.platform_dependent(query, active, tpu=_gather_by_product, default=_gather)
     attended = softmax_attention(chosen, key, value, mask=mask, scale=scale)
     count = jnp.maximum(real.sum(axis=1), 1)[:, None, None, None].astype(jnp.float32)
@@ -97,11 +97,11 @@ def informer_attention(
 
 
 def _gather(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Each head's own rows.
+    """Gathers different rows for each head.
 
     Args:
       x: [batch, length, heads, head_dim].
-      indices: int [batch, heads, u], no row of a head twice.
+      indices: int [batch, heads, u], distinct within a head.
 
     Returns:
       [batch, u, heads, head_dim].
@@ -114,7 +114,7 @@ def _gather_by_product(x: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _scatter(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
-    """Puts rows [batch, u, heads, head_dim] where _gather takes them from."""
+    """Writes rows [batch, u, heads, head_dim] to the places that _gather reads."""
 
     def place(x: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
         return x.at[at].set(rows)
@@ -130,13 +130,13 @@ def _scatter_by_product(x: jax.Array, indices: jax.Array, rows: jax.Array) -> ja
 
 
 def _one_hot(indices: jax.Array, length: int) -> jax.Array:
-    """Bool [..., u, length]: which row each of the indices [..., u] is."""
+    """Bool [..., u, length]: the one-hot encoding of the indices [..., u]."""
     rows = jnp.arange(length, dtype=indices.dtype)
     return indices[..., None] == jnp.expand_dims(rows, range(indices.ndim))
 
 
 def _product(subscripts: str, one_hot: jax.Array, rows: jax.Array) -> jax.Array:
-    """The product of zeros and ones with rows, exact to rounding, in the dtype of rows."""
+    """The product of a one-hot matrix with rows, exact to rounding, in the dtype of rows."""
     one_hot, of_rows = one_hot.astype(jnp.float32), rows.astype(jnp.float32)
     product = jnp.einsum(subscripts, one_hot, of_rows, precision=jax.lax.Precision.HIGHEST)
     return product.astype(rows.dtype)

@@ -1,4 +1,4 @@
-"""What every attention does with its arguments before its own mathematics begins."""
+"""Checks and conversions of arguments that the attention functions share."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -11,12 +11,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def floating_arrays(*inputs: Any) -> tuple[jax.Array, ...]:
-    """Query, key and value as JAX's arrays, of the dtypes that JAX's mode allows.
+    """Converts query, key and value to JAX arrays.
 
-    A NumPy array is float64 by default, which JAX has with jax_enable_x64 alone.
+    float64, NumPy's default dtype, becomes float32 unless jax_enable_x64 is set.
 
     Raises:
-      TypeError: if one is not of floating numbers: the result has the dtype of value.
+      TypeError: if an input is not of a floating dtype. The result of an attention has the dtype
+        of value.
     """
     arrays = tuple(jnp.asarray(x) for x in inputs)
     if any(not jnp.issubdtype(x.dtype, jnp.floating) for x in arrays):
@@ -28,14 +29,14 @@ def floating_arrays(*inputs: Any) -> tuple[jax.Array, ...]:
 
 
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with arrays of NumPy's, and lists, as JAX's arrays, and scale and gamma as numbers.
+    """Converts NumPy arrays and lists among the options to JAX arrays, scale and gamma to numbers.
 
-    A known scale or gamma becomes a Python number, which promotes no dtype; one that is traced, and
-    so may be learned, is float32.
+    A concrete scale or gamma becomes a Python float, which does not promote dtypes. A traced one,
+    which may be a learned parameter, becomes float32.
 
     Raises:
-      TypeError: if scale or gamma is no number.
-      ValueError: if it is an array.
+      TypeError: if scale or gamma is not a number.
+      ValueError: if scale or gamma is an array that is not a scalar.
     """
     found = dict(options)
     for name, value in options.items():
@@ -61,14 +62,14 @@ def _number(name: str, value: Any) -> jax.Array | float:
 
 
 def check_not_negative(**numbers: jax.Array | float) -> None:
-    """Raises a ValueError that names a number below 0, or NaN; traced ones are not known."""
+    """Raises a ValueError for the first number that is negative or NaN; skips traced numbers."""
     for name, value in numbers.items():
         if not isinstance(value, jax.core.Tracer) and not value >= 0:
             raise ValueError(f"{name} must not be negative; got {value}")
 
 
 def check_mask(mask: jax.Array, shape: tuple[int, ...]) -> None:
-    """Raises a ValueError unless a mask of keys is bool [batch, kv_length], which is shape."""
+    """Raises a ValueError unless a mask of keys is bool with shape = [batch, kv_length]."""
     if mask.dtype != jnp.bool_ or mask.shape != shape:
         raise ValueError(
             f"mask must be bool [batch, kv_length] = {shape}, True at real tokens; "
@@ -79,10 +80,10 @@ def check_mask(mask: jax.Array, shape: tuple[int, ...]) -> None:
 def hide_masked(
     key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Key and value with masked positions set to zero.
+    """Sets key and value to zero at masked positions.
 
-    Selecting (not multiplying) by the mask stops NaN and infinity in padding, in the values and
-    in the gradients.
+    It selects by the mask instead of multiplying, so NaN and infinity in padding affect neither
+    the output nor the gradients.
 
     Args:
       key: [batch, kv_length, heads, head_dim].
@@ -102,7 +103,7 @@ def hide_masked(
 
 
 def hide(rows: jax.Array, real: jax.Array) -> jax.Array:
-    """Rows [batch, length, heads, head_dim] with 0 where real, bool [batch, length], is False."""
+    """Zeros rows [batch, length, heads, head_dim] where real, bool [batch, length], is False."""
     return jnp.where(real[:, :, None, None], rows, 0)
 
 
@@ -113,13 +114,13 @@ def hide_unseen(
     full_mask: jax.Array | None,
     is_causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Key and value with 0 at keys that no query may attend to, which may be NaN.
+    """Sets key and value to zero at keys that no query may attend to; they may hold NaN.
 
     Args:
       query: [batch, q_length, heads, head_dim].
       key: [batch, kv_length, kv_heads, head_dim].
       value: [batch, kv_length, kv_heads, value_dim].
-      full_mask: what check_full_mask returned, or None.
+      full_mask: the result of check_full_mask, or None.
       is_causal: whether query i attends to keys 0..i only.
     """
     if full_mask is not None:
@@ -134,10 +135,10 @@ def hide_unseen(
 def equal_head_dims(
     query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three with the greatest head_dim among them: zeros after the features of the others.
+    """Pads query, key and value with zero features to the greatest head_dim among them.
 
-    They change neither products nor distances of queries and keys, and the result has zeros after
-    the features of value.
+    The zeros change neither products nor distances of queries and keys. If value is padded, the
+    attention's result has zeros after the features of value.
     """
     head_dim = max(query.shape[-1], value.shape[-1])
 
@@ -149,15 +150,15 @@ def equal_head_dims(
 
 
 def with_all_axes(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A mask or bias with an axis for each of the scores', of length 1 where it has none.
+    """Adds leading axes of length 1 to a mask or bias, so that it has as many axes as the scores.
 
     Args:
-      name: the argument's name.
-      x: broadcastable to shape.
-      shape: that of the scores, [*batch, heads, q_length, kv_length].
+      name: the argument's name, for error messages.
+      x: the mask or bias, broadcastable to shape.
+      shape: the shape of the scores, [*batch, heads, q_length, kv_length].
 
     Raises:
-      ValueError: if x cannot be broadcast to that shape.
+      ValueError: if x cannot be broadcast to shape.
     """
     missing = len(shape) - x.ndim
     sizes = (*[1] * missing, *x.shape)
@@ -170,7 +171,7 @@ def with_all_axes(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def check_full_mask(full_mask: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
-    """A full_mask as bool [batch or 1, heads or 1, q_length or 1, kv_length or 1].
+    """Returns a full_mask as bool [batch or 1, heads or 1, q_length or 1, kv_length or 1].
 
     Args:
       full_mask: broadcastable to [batch, heads, q_length, kv_length].
@@ -178,7 +179,7 @@ def check_full_mask(full_mask: jax.Array, query: jax.Array, key: jax.Array) -> j
       key: [batch, kv_length, kv_heads, head_dim].
 
     Raises:
-      ValueError: if it is not boolean or cannot be broadcast so.
+      ValueError: if it is not boolean or cannot be broadcast to that shape.
     """
     shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     if full_mask.dtype != jnp.bool_:
@@ -193,10 +194,10 @@ def check_causal(
     is_causal: bool,
     segment_ids: jax.Array | None,
 ) -> None:
-    """Raises a ValueError unless an attention by prefix sums can honour a causal request."""
+    """Raises a ValueError unless the arguments suit causal attention by prefix sums."""
     if not is_causal:
         raise ValueError(
-            f"{name} takes segment_ids for causal attention alone; give is_causal=True"
+            f"{name} takes segment_ids for causal attention only: set is_causal=True too"
         )
     if query.shape[1] != key.shape[1]:
         raise ValueError(
@@ -208,7 +209,7 @@ def check_causal(
 
 
 def check_segment_ids(segment_ids: jax.Array, query: jax.Array, key: jax.Array) -> None:
-    """Raises a ValueError unless segment_ids are int [batch, length] of queries and keys."""
+    """Raises a ValueError unless segment_ids are int [batch, length] and both lengths equal it."""
     integers = jnp.issubdtype(segment_ids.dtype, jnp.integer)
     if not integers or segment_ids.shape != query.shape[:2] or query.shape[1] != key.shape[1]:
         raise ValueError(
@@ -223,7 +224,7 @@ def within_segments(
     query: jax.Array,
     key: jax.Array,
 ) -> jax.Array | None:
-    """A full_mask that keeps queries to the keys of their own segment; None without either.
+    """Combines a full_mask with segment_ids, which restrict queries to keys of their own segment.
 
     Args:
       full_mask: broadcastable to [batch, heads, q_length, kv_length], or None.
@@ -231,8 +232,11 @@ def within_segments(
       query: [batch, q_length, heads, head_dim].
       key: [batch, kv_length, kv_heads, head_dim].
 
+    Returns:
+      A full_mask with four axes, or None if both are None.
+
     Raises:
-      ValueError: if their shapes do not fit.
+      ValueError: if the dtype or shape of either is invalid.
     """
     if full_mask is not None:
         full_mask = check_full_mask(full_mask, query, key)
@@ -244,10 +248,10 @@ def within_segments(
 
 
 def zeros_like(x: jax.Array, dtype: Any = None, *, last: int | None = None) -> jax.Array:
-    """Zeros of the shape and the sharding of x, on meshes with explicit axes too.
+    """Returns zeros with the shape and the sharding of x, also on meshes with explicit axes.
 
-    jnp.zeros_like keeps such a sharding in some versions of JAX only. Compilers make a constant of
-    this.
+    Only some versions of JAX keep such a sharding in jnp.zeros_like. Compilers fold this expression
+    into a constant.
 
     Args:
       x: any array.
@@ -260,12 +264,12 @@ def zeros_like(x: jax.Array, dtype: Any = None, *, last: int | None = None) -> j
 
 
 def reshaped(x: jax.Array, shape: tuple[int, ...], new_spec: Callable[[tuple], tuple]) -> jax.Array:
-    """x.reshape(shape), with the sharding that meshes with explicit axes want to be told.
+    """Returns x.reshape(shape), with the output sharding that meshes with explicit axes require.
 
     Args:
       x: any array.
       shape: the shape of the result.
-      new_spec: from the entries of the PartitionSpec of x, one for each axis, to the result's.
+      new_spec: maps the entries of x's PartitionSpec, one per axis, to those of the result.
     """
     sharding = jax.typeof(x).sharding
     if not any(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
@@ -276,7 +280,7 @@ def reshaped(x: jax.Array, shape: tuple[int, ...], new_spec: Callable[[tuple], t
 
 
 def take_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
-    """Some rows of each example, gathered as suits the platform that the program is compiled for.
+    """Gathers rows of each example, by a method that depends on the platform compiled for.
 
     Args:
       rows: [batch, rows, heads, head_dim].
@@ -293,11 +297,11 @@ def _take_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _take_flat_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
-    """Gathers [rows, heads * head_dim].
+    """Gathers from rows flattened to [rows, heads * head_dim].
 
-    TPUs pad the last two axes of an array to tiles of 8 x 128, so of [rows, heads, head_dim] they
-    would gather, and scatter in the gradient, many times as much. The gradient's scatter is slower
-    so on CPUs.
+    TPUs pad the last two axes of an array to tiles of 8 x 128. From [rows, heads, head_dim] they
+    would gather, and in the gradient scatter, many times as much data. On CPUs the gradient's
+    scatter is slower in this form.
     """
     batch, length, heads, head_dim = rows.shape
     rows = reshaped(rows, (batch, length, heads * head_dim), lambda spec: spec[:3])
@@ -309,7 +313,7 @@ def _take_flat_rows(rows: jax.Array, indices: jax.Array) -> jax.Array:
 def masks_or_all(
     query: jax.Array, key: jax.Array, mask: jax.Array | None, query_mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The rows that count, where an attention summarises queries as well as keys.
+    """Returns both masks as arrays, for attentions that summarise queries as well as keys.
 
     Args:
       query: [batch, q_length, heads, head_dim].
@@ -319,7 +323,7 @@ def masks_or_all(
         (self-attention), otherwise all.
 
     Returns:
-      query_mask and mask, as arrays.
+      query_mask bool [batch, q_length] and mask bool [batch, kv_length], True at rows that count.
 
     Raises:
       ValueError: if query_mask is not boolean or has another shape.
@@ -338,11 +342,11 @@ def masks_or_all(
 
 
 def check_at_least(least: int, **options: int) -> None:
-    """Names the first option that is not an integer, or below the least allowed value.
+    """Checks that options are integers of at least `least`.
 
     Raises:
-      TypeError: for what is not an integer, or is traced.
-      ValueError: for one that is too small.
+      TypeError: for the first option that is not an integer, or is traced.
+      ValueError: for the first option that is too small.
     """
     for name, value in options.items():
         try:
@@ -356,8 +360,8 @@ def check_at_least(least: int, **options: int) -> None:
 
 
 def fixed_key() -> jax.Array:
-    """The key that stands in for rng=None, where something has to be drawn all the same.
+    """Returns the key that functions draw from when rng is None.
 
-    It draws the same whatever jax_default_prng_impl is.
+    Its draws do not depend on jax_default_prng_impl.
     """
     return jax.random.key(0, impl="threefry2x32")

@@ -1,4 +1,4 @@
-"""Inverses of small matrices by matrix products alone, which accelerators do best."""
+"""Inverses of small matrices by matrix products alone, which accelerators compute fastest."""
 
 import functools
 
@@ -11,13 +11,13 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def identity_like(matrix: jax.Array) -> jax.Array:
-    """Identity matrices of the shape [..., d, d], dtype and sharding of others."""
+    """Returns identity matrices with the shape [..., d, d], dtype and sharding of `matrix`."""
     eye = jnp.eye(matrix.shape[-1], dtype=bool)
     return jnp.where(jnp.expand_dims(eye, range(matrix.ndim - 2)), 1, zeros_like(matrix))
 
 
 def razavi_iterations(matrix: jax.Array, start: jax.Array, num_iterations: int) -> jax.Array:
-    """The third-order iteration of Razavi et al. (2014) for the (pseudo-)inverse of A.
+    """Iterates the third-order scheme of Razavi et al. (2014) for the (pseudo-)inverse of A.
 
         Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4
 
@@ -39,20 +39,21 @@ def razavi_iterations(matrix: jax.Array, start: jax.Array, num_iterations: int) 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def schulz_inverse(matrix: jax.Array, num_iterations: int = 6) -> jax.Array:
-    """Inverse of symmetric positive definite matrices with non-negative entries.
+    """Inverts symmetric positive definite matrices with non-negative entries, approximately.
 
-    Normalised as A = D^-1/2 M D^-1/2 with D = diag(M 1), the eigenvalues lie in (0, 1], since
-    D^-1 M is a stochastic matrix (Chen et al., 2021, lemma 3). Then razavi_iterations,
-    started from Z = 2 I: the residual of an eigenvalue a starts at 1 - 2a, inside the region of
-    convergence for all of them, whatever the other matrices of the batch. An error 1 - x in
-    x = a z becomes (1 - x)^3 (1 - x/4), so small x grow 3.25-fold a step: eigenvalues of A below
-    3.25^-num_iterations are inverted to less than their inverse, which damps them.
+    The matrices are normalised as A = D^-1/2 M D^-1/2 with D = diag(M 1). The eigenvalues of A lie
+    in (0, 1], since D^-1 M is a stochastic matrix (Chen et al., 2021, lemma 3). Then
+    razavi_iterations start from Z = 2 I. The residual of an eigenvalue a starts at 1 - 2a, inside
+    the region of convergence for every a and independent of the other matrices of the batch. An
+    error 1 - x in x = a z becomes (1 - x)^3 (1 - x/4), so small x grow 3.25-fold per step.
+    Eigenvalues of A below 3.25^-num_iterations are inverted to less than their inverse, which
+    damps them.
 
-    The derivative is that of the inverse itself, dZ = -Z dM Z, which needs no stored iterates.
+    The derivative is that of the exact inverse, dZ = -Z dM Z, which needs no stored iterates.
 
     Args:
       matrix: float32 [..., d, d].
-      num_iterations: steps of the iteration.
+      num_iterations: steps of razavi_iterations.
 
     Returns:
       float32 [..., d, d].

@@ -23,10 +23,11 @@ from skyformer_jax.attention.row_sums import over_row_sums, with_ones
 
 @functools.cache
 def _ring(axis_name: str, implementation: str) -> Callable[..., jax.Array]:
-    """The primitive of query, key, value and scale where the sequence is split over devices.
+    """Returns kernelized attention of query, key, value and scale for a split sequence.
 
-    Keys and values go round a ring, past the queries of each device. So do their tangents; and for
-    gradients they go round again, with their gradients, instead of keeping every part that passed.
+    Keys, values and their tangents travel round a ring, past the queries of each device. For
+    gradients, keys and values travel round again together with their gradients, so no device stores
+    the parts that passed it.
     """
 
     def of_part(*arrays: jax.Array) -> jax.Array:
@@ -34,7 +35,7 @@ def _ring(axis_name: str, implementation: str) -> Callable[..., jax.Array]:
         return gaussian_attention(query, key, value, scale=scale, implementation=implementation)
 
     def round_once(turn: Callable[..., tuple[Any, Arrays]], carry: Any, passing: Arrays) -> Any:
-        """Carry and what passes, after turn(carry, passing) for the part of each device."""
+        """Calls turn(carry, passing) for the part of each device; returns both after the last."""
 
         def body(_: jax.Array, state: tuple[Any, Arrays]) -> tuple[Any, Arrays]:
             carry, passing = turn(*state)
@@ -111,28 +112,28 @@ def kernelized_attention(
       key: [batch, kv_length, heads, head_dim].
       value: [batch, kv_length, heads, value_dim].
       mask: bool [batch, kv_length], True at real tokens; any pattern.
-      rng: unused, nothing here is random; part of the common signature.
+      rng: unused because nothing is random; part of the common signature.
       scale: the kernel's inverse squared width; None means head_dim**-0.5.
-      implementation: "auto", "dense", "chunked" or "pallas", see gaussian_attention.
-      full_mask: bool, broadcastable to [batch, heads, q_length, kv_length], True where a key is a
-        term of a query's sum. Beside the mask itself, memory stays linear in the length.
-      is_causal: True lets the sum of query i end with key i.
-      segment_ids: int [batch, length], of self-attention: positions attend to those of their own
-        segment alone. It becomes a full_mask, a byte for each pair of positions.
-      normalize: divides each row by its sum, so that a query gets a mean of values weighted by the
-        kernel.
-      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
-        as long as the others', of query, key, value and mask; there can be no full_mask then, nor
-        is_causal. Keys and values go round the devices once, and again for gradients; no device
-        ever holds more than two parts.
+      implementation: "auto", "dense", "chunked" or "pallas"; see gaussian_attention.
+      full_mask: bool, broadcastable to [batch, heads, q_length, kv_length], True where a key is
+        part of a query's sum. Apart from the mask itself, memory stays linear in the length.
+      is_causal: True restricts the sum of query i to keys 0..i.
+      segment_ids: int [batch, length], for self-attention: each position attends only to positions
+        of its own segment. They are expanded to a full_mask of one byte per pair of positions.
+      normalize: divides each row by its sum, so that a query gets the mean of the values weighted
+        by the kernel.
+      axis_name: name of a mesh axis, within jax.shard_map. Each device then holds a run of the
+        sequence, of the same length, of query, key, value and mask; full_mask and is_causal are
+        not allowed. Keys and values pass all devices once, and again for gradients; no device ever
+        holds more than two parts.
 
     Returns:
       [batch, q_length, heads, value_dim] in the dtype of value, computed in float32; zeros for a
       query without any key.
 
     Raises:
-      ValueError: if shapes do not fit, a mask is not boolean, the implementation is unknown, or it
-        cannot honour full_mask or is_causal.
+      ValueError: if shapes do not fit, a mask is not boolean, or the implementation is unknown or
+        does not support full_mask or is_causal.
     """
     del rng
     dtype = value.dtype

@@ -31,9 +31,10 @@ def find_landmarks(
     num_landmarks: int,
     axis_name: str | None,
 ) -> list[jax.Array]:
-    """The landmarks, float32 [batch, d, heads, head_dim], and bool [batch, d], which count.
+    """Returns the landmarks, float32 [batch, d, heads, head_dim], and bool [batch, d], which count.
 
-    The arguments are those of skyformer_attention; masks are of queries and of keys.
+    The arguments are those of skyformer_attention, except that masks holds the query mask and the
+    key mask.
     """
     if not isinstance(landmarks, str):
         return _given_landmarks(query, landmarks)
@@ -63,7 +64,7 @@ def find_landmarks(
 
 
 def concatenated(query: jax.Array, key: jax.Array) -> jax.Array:
-    """[query; key], of dtypes that may differ even where promotion is strict."""
+    """Returns [query; key]; their dtypes may differ even if promotion is strict."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.concatenate([query, key], axis=1)
 
@@ -100,23 +101,24 @@ def choose_landmarks(
     gamma: jax.Array | float,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The landmarks of skyformer_attention, by the kinds it documents.
+    """Chooses landmarks by one of the methods that skyformer_attention documents.
 
     Args:
-      kind: one of LANDMARKS.
+      kind: the method, one of LANDMARKS.
       rng: a jax.random key, or None.
       rows: [batch, rows, heads, head_dim], finite everywhere: queries, then keys.
       masks: bool [batch, q_length] and [batch, kv_length], the rows that count.
       num_landmarks: d, at most the number of rows.
       scale: the Gaussian kernel's inverse squared width.
-      gamma: what M has on its diagonal beside the kernel; "leverage" takes it as its least ridge.
+      gamma: the number added to M's diagonal; "leverage" uses it as its minimum ridge.
       axis_name: mesh axis over which queries and keys are split.
 
     Returns:
-      [batch, d, heads, head_dim] and bool [batch, d], which of them count; the same on all devices.
+      The landmarks [batch, d, heads, head_dim] and bool [batch, d], which of them count; the same
+      on all devices.
 
     Raises:
-      ValueError: if the rows are split and the kind needs all of them on one device.
+      ValueError: if the rows are split and the method needs all of them on one device.
     """
     candidates = jnp.concatenate(masks, axis=1)
     running_counts, counts = shards.running_counts(masks, axis_name)
@@ -166,7 +168,7 @@ def _positions(masks: Sequence[jax.Array], axis_name: str | None) -> jax.Array:
 def _gathered(
     rows: jax.Array, indices: jax.Array, here: jax.Array, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The landmarks, each from the device that holds it, and whether a device does."""
+    """Gathers each landmark from the device that holds it; also returns whether a device does."""
     points = hide(take_rows(rows, indices).astype(jnp.float32), here)
     valid = shards.psum(here.astype(jnp.int32), axis_name) > 0
     return shards.psum(points, axis_name), valid

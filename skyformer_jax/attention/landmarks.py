@@ -1,8 +1,8 @@
-"""Ways to choose d landmarks among the real rows of each example.
+"""Methods of choosing d landmarks among the real rows of each example.
 
 An example's landmarks do not depend on the other examples of the batch, and all its heads share
 them. strided_landmarks, uniform_landmarks and segment_means also work on rows that are split over
-devices (attention/shards.py), with the same result as on whole ones.
+devices (attention/shards.py), and then give the same result as on the whole rows.
 """
 
 import functools
@@ -23,25 +23,25 @@ def strided_landmarks(
     running_counts: jax.Array | None = None,
     counts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Landmarks at even strides over the candidate rows of each example, without randomness.
+    """Returns landmarks at even strides over each example's candidate rows; nothing is random.
 
     Args:
       candidates: bool [batch, rows], the rows that may become landmarks.
-      num_landmarks: d of each example.
-      running_counts: int32 [batch, rows], of shards.running_counts, where the rows are split.
+      num_landmarks: d, the number of landmarks of each example.
+      running_counts: int32 [batch, rows], from shards.running_counts, if the rows are split.
       counts: int32 [batch], the number of all candidates, likewise.
 
     Returns:
       indices int32 [batch, d] and valid bool [batch, d]. An example with c < d candidates gets
-      each of them once, and d - c entries that are not valid. An entry whose row is on another
-      device is not valid either.
+      each of them once and has d - c invalid entries. An entry whose row is on another device is
+      also invalid.
     """
     if running_counts is None or counts is None:
         running_counts, counts = shards.running_counts([candidates], None)
     counts = counts[:, None]
     slots = jnp.arange(num_landmarks, dtype=jnp.int32)[None, :]
-    # The middles of d equal parts of the candidates' ranks, as floor((2i + 1) c / 2d) without its
-    # overflow: c // d and c % d stand for c.
+    # The middles of d equal parts of the candidates' ranks, floor((2i + 1) c / 2d), computed from
+    # c // d and c % d so that the product does not overflow.
     whole, rest = counts // num_landmarks, counts % num_landmarks
     middles = (2 * slots + 1) * whole + (2 * slots + 1) * rest // num_landmarks
     ranks = jnp.where(counts < num_landmarks, slots, middles // 2)
@@ -58,7 +58,7 @@ def strided_landmarks(
 def _first_at_least(ascending: jax.Array, targets: jax.Array) -> jax.Array:
     """Index of the first entry that is at least the target; the length if there is none.
 
-    A binary search as jnp.searchsorted's, which meshes with explicit axes do not allow.
+    A binary search like that of jnp.searchsorted, which meshes with explicit axes do not allow.
 
     Args:
       ascending: int32 [batch, length].
@@ -83,27 +83,27 @@ def uniform_landmarks(
     positions: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Landmarks drawn uniformly without replacement from the candidate rows of each example.
+    """Draws landmarks uniformly without replacement from the candidate rows of each example.
 
-    All examples of the batch share one random order of the rows, and each takes the first of its
-    own candidates. So an example's landmarks depend neither on its position in the batch nor on the
-    other examples. Give each example its own rng (jax.vmap) for independent draws.
+    All examples of the batch share one random order of the rows, and each takes its first
+    candidates in that order. So an example's landmarks depend neither on its position in the batch
+    nor on the other examples. Give each example its own rng (jax.vmap) for independent draws.
 
     Args:
       rng: a jax.random key.
       candidates: bool [batch, rows], the rows that may become landmarks.
       num_landmarks: d, at most the number of rows.
-      positions: int32 [rows], ascending: positions of these rows among all, where they are split.
+      positions: int32 [rows], ascending: positions of these rows among all rows, if they are split.
       axis_name: the mesh axis over which the rows are split.
 
     Returns:
-      indices int32 [batch, d] and valid bool [batch, d], as strided_landmarks.
+      indices int32 [batch, d] and valid bool [batch, d], as in strided_landmarks.
     """
     rows = candidates.shape[1]
     positions = jnp.arange(rows, dtype=jnp.int32) if positions is None else positions
     bits = random_bits(rng, positions.astype(jnp.uint32))[0]
-    preference = (bits >> 8).astype(jnp.float32)  # exact
-    # Ties go to the first row, here and below.
+    preference = (bits >> 8).astype(jnp.float32)  # exact: 24 bits
+    # Ties go to the first row, both here and in the sort below.
     preference, indices = jax.lax.top_k(
         jnp.where(candidates, preference, -1.0), min(num_landmarks, rows)
     )
@@ -131,15 +131,15 @@ def segment_means(
     counts: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Means of equal runs of consecutive candidate rows (Xiong et al., 2021, section 3.2).
+    """Computes means of equal runs of consecutive candidate rows (Xiong et al., 2021, section 3.2).
 
     Args:
       rows: [batch, rows, heads, head_dim], finite everywhere.
       candidates: bool [batch, rows], the rows that count.
-      num_landmarks: d, the most segments of any example.
-      num_segments: int [batch], the segments of each example, at most d and its candidates; their
-        lengths differ by one at most.
-      running_counts: int32 [batch, rows], of shards.running_counts, where the rows are split.
+      num_landmarks: d, the maximum number of segments.
+      num_segments: int [batch], the number of segments of each example, at most d and at most its
+        number of candidates. The lengths of the segments differ by at most one.
+      running_counts: int32 [batch, rows], from shards.running_counts, if the rows are split.
       counts: int32 [batch], the number of all candidates, likewise.
       axis_name: the mesh axis over which the rows are split.
 
@@ -149,7 +149,8 @@ def segment_means(
     if running_counts is None or counts is None:
         running_counts, counts = shards.running_counts([candidates], None)
     counts = jnp.maximum(counts, 1)[:, None]
-    # Unsigned, so that 2**32 may be the product: 128 segments of 16 million queries and keys.
+    # Unsigned, so that the product may be nearly 2**32: 128 segments of 16 million
+    # queries and as many keys.
     ranks = jnp.maximum(running_counts - 1, 0).astype(jnp.uint32)
     segments = ranks * num_segments[:, None].astype(jnp.uint32) // counts.astype(jnp.uint32)
     segments = segments.astype(jnp.int32)
@@ -170,20 +171,20 @@ def segment_means(
 def kmeans_landmarks(
     rng: jax.Array, rows: jax.Array, candidates: jax.Array, num_landmarks: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The seeds of k-means++ (Arthur and Vassilvitskii, 2007).
+    """Draws the seeds of k-means++ (Arthur and Vassilvitskii, 2007).
 
-    Each next landmark is a candidate drawn with probability proportional to its squared distance,
-    over all heads, from the nearest landmark so far.
+    Each landmark is a candidate drawn with probability proportional to its squared distance, over
+    all heads, from the nearest of the landmarks drawn before.
 
     Args:
       rng: a jax.random key.
       rows: float32 [batch, rows, heads, head_dim], finite everywhere.
       candidates: bool [batch, rows], the rows that may become landmarks.
-      num_landmarks: d of each example.
+      num_landmarks: d, the number of landmarks of each example.
 
     Returns:
       indices int32 [batch, d] and valid bool [batch, d]; entries beyond the number of distinct
-      candidates are not valid.
+      candidates are invalid.
     """
     uniforms = jax.random.uniform(rng, (num_landmarks,), jnp.float32)
 
@@ -192,7 +193,7 @@ def kmeans_landmarks(
 
         def step(distances: jax.Array, uniform: jax.Array) -> tuple[jax.Array, tuple]:
             cumulative = jnp.cumsum(distances)
-            # The product may round up to the total, beyond which there is no row.
+            # The product may round up to the total, and the search would then find no row.
             at = jnp.minimum(uniform * cumulative[-1], jnp.nextafter(cumulative[-1], 0))
             index = jnp.searchsorted(cumulative, at, side="right").astype(jnp.int32)
             index = jnp.minimum(index, len(flat) - 1)
@@ -200,7 +201,7 @@ def kmeans_landmarks(
             new = ((flat - flat[index][None]) ** 2).sum(axis=1)
             return jnp.where(valid, jnp.minimum(distances, new), distances), (index, valid)
 
-        # Before the first landmark all candidates are equally far, farther than any two rows.
+        # Before the first landmark all candidates are equally far, farther than any two rows are.
         farthest = 1 + 4 * (flat**2).sum(axis=1).max()
         return jax.lax.scan(step, jnp.where(candidates, farthest, 0), uniforms)[1]
 
@@ -216,22 +217,23 @@ def leverage_landmarks(
     scale: jax.Array | float,
     ridge: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Landmarks drawn by their ridge leverage scores (Musco and Musco, 2017, algorithm 2).
+    """Draws landmarks by their ridge leverage scores (Musco and Musco, 2017, algorithm 2).
 
-    The score of row i of the kernel matrix K is (K (K + ridge I)^-1)_ii: how much it tells that
-    the others do not. Computing it takes all of K; the recursive scheme takes a random half of the
-    rows, chooses a weighted sample S of that half in the same way, and estimates
+    The score of row i of the kernel matrix K is (K (K + ridge I)^-1)_ii. It measures the
+    information in the row that the other rows do not have. Computing it requires all of K. The
+    recursive scheme instead takes a random half of the rows, chooses a weighted sample S of that
+    half in the same way, estimates
 
         l_i = (K - K S (S^T K S + ridge I)^-1 S^T K)_ii / ridge
 
-    from S alone, then samples by l. From the smallest part to all the rows that costs as much as
-    two kernel matrices of rows x d, and the eigenvalues of a d x d matrix in each halving.
+    from S alone, and samples by l. Over all levels, from the smallest part to all rows, this costs
+    as much as two kernel matrices of rows x d, and the eigenvalues of a d x d matrix per halving.
 
-    As in algorithm 3, for a given sample size, the ridge grows where d is too small for it: to the
-    sum of the eigenvalues beyond the k-th, over k, with k = d / (4 log d) and the eigenvalues
-    estimated by those of the weighted sample. Otherwise each of many small directions would get so
-    little that a large one is missed. Two things differ from the paper: a sample is drawn without
-    replacement, with exactly d rows, and the scores are summed over the heads.
+    As in algorithm 3, which has a given sample size, the ridge grows if d is too small for it: to
+    the sum of the eigenvalues beyond the k-th, divided by k, with k = d / (4 log d) and the
+    eigenvalues estimated by those of the weighted sample. Otherwise each of many small directions
+    would get so little that a large one is missed. Two things differ from the paper: a sample is
+    drawn without replacement, with exactly d rows, and the scores are summed over the heads.
 
     Args:
       rng: a jax.random key.
@@ -239,10 +241,10 @@ def leverage_landmarks(
       candidates: bool [batch, rows], the rows that may become landmarks.
       num_landmarks: d, at most rows.
       scale: the Gaussian kernel's inverse squared width.
-      ridge: the least ridge, what is added to the kernel matrix's diagonal; positive.
+      ridge: the minimum ridge, which is added to the kernel matrix's diagonal; positive.
 
     Returns:
-      indices int32 [batch, d] and valid bool [batch, d], as strided_landmarks.
+      indices int32 [batch, d] and valid bool [batch, d], as in strided_landmarks.
     """
     num_rows = rows.shape[1]
     top = min(math.ceil(num_landmarks / (4 * math.log(max(num_landmarks, 2)))), num_landmarks)
@@ -271,7 +273,7 @@ def leverage_landmarks(
                 weight[None, :, None] * within * weight[None, None]
             )  # ascending
             tail = eigenvalues[:, : num_landmarks - top].sum(axis=1) / top
-            ridges = jnp.maximum(tail, ridge)[:, None, None]  # one a head
+            ridges = jnp.maximum(tail, ridge)[:, None, None]  # one per head
             diagonal = jnp.where(valid[None, None], ridges * probability[None, None], 1.0)
             within += jnp.eye(num_landmarks, dtype=jnp.float32)[None] * diagonal
             across = jnp.where(

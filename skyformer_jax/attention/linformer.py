@@ -1,4 +1,4 @@
-"""Linformer (Wang et al., 2020): the length of keys and values projected to k.
+"""Linformer (Wang et al., 2020): projects the length of keys and values to k.
 
 With learned E and F, [kv_length, k] (equation 7; the paper's E and F are the transposes),
 
@@ -33,25 +33,25 @@ def linformer_attention(
 ) -> jax.Array:
     """Linformer attention, linear in the length.
 
-    Masked keys and values are zero before they are projected, and a feature into which no real
-    token projects is masked too. So with the identity as both projections it is
-    softmax_attention, masks included.
+    Masked keys and values are set to zero before they are projected, and a feature to which no real
+    token contributes is masked too. So with the identity as both projections it equals
+    softmax_attention, also with masks.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
       key: [batch, kv_length, heads, head_dim].
       value: [batch, kv_length, heads, head_dim].
       mask: bool [batch, kv_length], True at real tokens; any pattern.
-      rng: a jax.random key to draw projections that are not given; None takes a fixed key.
+      rng: a jax.random key to draw projections that are None; None means a fixed key.
       scale: factor of the scores; None means head_dim**-0.5.
-      num_features: k of projections that are not given.
+      num_features: k of projections that are None.
       key_projection: E, float [length, k] or [heads, length, k], length at least kv_length (the
-        first kv_length rows count); None draws it as linformer_variables does, as in the paper's
+        first kv_length rows are used); None draws it as linformer_variables does, as in the paper's
         theorem 2, which is about random projections.
-      value_projection: F, likewise; None means E where E is given, and is drawn otherwise.
-      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
-        as long as the others', of query, key, value and mask, and the whole projections. Only the
-        projected keys and values cross devices.
+      value_projection: F, likewise; None means E if E is given, otherwise F is drawn too.
+      axis_name: name of a mesh axis, within jax.shard_map. Each device then holds a run of the
+        sequence, of the same length, of query, key, value and mask, and the whole projections. Only
+        the projected keys and values and the counts of real tokens cross devices.
 
     Returns:
       [batch, q_length, heads, head_dim] in the dtype of value; zeros for an example without any
@@ -81,7 +81,7 @@ def linformer_attention(
     )
     if key_projection.shape[-1] != value_projection.shape[-1]:
         raise ValueError(
-            "key_projection and value_projection must have as many features; got "
+            "key_projection and value_projection must have the same number of features; got "
             f"{key_projection.shape} and {value_projection.shape}"
         )
 
@@ -128,7 +128,7 @@ def _first_rows(name: str, projection: jax.Array, kv_length: int, heads: int) ->
 
 
 def _init(kv_length: int) -> jax.nn.initializers.Initializer:
-    # Sums over kv_length independent keys of unit variance keep it.
+    # Sums over kv_length independent keys of unit variance then have unit variance.
     return jax.nn.initializers.normal(max(1, kv_length) ** -0.5, jnp.float32)
 
 
@@ -141,23 +141,23 @@ def linformer_variables(
     num_features: int = 128,
     sharing: str = "headwise",
 ) -> dict[str, VariableSpec]:
-    """The learned projections, by the paper's three ways of sharing (section 4).
+    """Describes the learned projections, shared in one of the paper's three ways (section 4).
 
     Args:
       num_heads: number of heads.
       head_dim: unused; part of the common signature.
       value_dim: likewise.
-      kv_length: the greatest number of keys.
+      kv_length: the maximum number of keys.
       num_features: k of the projections.
-      sharing: "headwise" has one E and one F for all heads, "key-value" one E for both and for
-        all heads, "none" an E and an F for each head.
+      sharing: "headwise": one E and one F for all heads; "key-value": one E for both and for all
+        heads; "none": an E and an F for each head.
 
     Raises:
       ValueError: if kv_length is None or an option is out of range.
     """
     del head_dim, value_dim
     if kv_length is None:
-        raise ValueError("attention 'linformer' needs max_length, the greatest number of keys")
+        raise ValueError("attention 'linformer' needs max_length, the maximum number of keys")
     if sharing not in SHARINGS:
         raise ValueError(f"sharing must be one of {', '.join(SHARINGS)}; got {sharing!r}")
     check_at_least(1, num_features=num_features)

@@ -7,7 +7,7 @@ With m landmark queries Q~ and keys K~, the means of m equal segments of the seq
 
 where Z approximates the pseudo-inverse of A = softmax(Q~ K~^T s) by six iterations of
 razavi_iterations from A^T / (||A||_1 ||A||_inf), and DConv is a depthwise convolution over the
-sequence, one kernel a head (figure 2 of the paper, "skip connection").
+sequence with one kernel per head (figure 2 of the paper, "skip connection").
 """
 
 import jax
@@ -45,25 +45,27 @@ def nystromformer_attention(
 ) -> jax.Array:
     """Nystromformer attention, linear in the length.
 
-    Segments divide the real tokens of each example, so padding is in no landmark. With a landmark
-    for every real token and enough iterations it is softmax_attention.
+    Segments divide the real tokens of each example, so padding is not part of any landmark. With a
+    landmark for every real token and enough iterations it equals softmax_attention.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
       key: [batch, kv_length, heads, head_dim].
       value: [batch, kv_length, heads, head_dim].
       mask: bool [batch, kv_length], True at real tokens; any pattern.
-      rng: unused, nothing here is random; part of the common signature.
+      rng: unused because nothing is random; part of the common signature.
       scale: factor of the scores; None means head_dim**-0.5.
-      num_landmarks: m; an example with fewer real queries or keys uses as many as those.
+      num_landmarks: m; an example with fewer real queries or keys uses as many landmarks as it has
+        of those.
       num_iterations: number of iterations of the pseudo-inverse.
       query_mask: bool [batch, q_length], the queries that segments are made of; None means
         `mask` where q_length == kv_length (self-attention), otherwise all.
       conv_kernel: float [size, heads], size odd; adds the convolution of the values (0 at padding)
-        with it, for self-attention only. The paper takes sizes 33 and 35.
-      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
-        as long as the others', of query, key, value and masks. What crosses devices, the landmarks,
-        their context and the values at the ends of each run, does not grow with the length.
+        with it, for self-attention only. The paper uses sizes 33 and 35.
+      axis_name: name of a mesh axis, within jax.shard_map. Each device then holds a run of the
+        sequence, of the same length, of query, key, value and masks. Only the landmarks, their
+        context and the values at the ends of each run cross devices, so the traffic does not grow
+        with the length.
 
     Returns:
       [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
@@ -93,7 +95,7 @@ def nystromformer_attention(
     )
     valid = jnp.arange(num_landmarks, dtype=jnp.int32)[None] < num_segments[:, None]
 
-    # Landmarks beyond an example's own are cut out of A, which gets a 1 on its diagonal there.
+    # Landmarks beyond an example's number are removed from A, which gets a 1 on its diagonal there.
     scores = scale * jnp.einsum(
         "bqhp,bkhp->bhqk", query_means, key_means, precision=jax.lax.Precision.HIGHEST
     )
@@ -124,6 +126,6 @@ def nystromformer_variables(
     kv_length: int | None,
     conv_size: int = 0,
 ) -> dict[str, VariableSpec]:
-    """The convolution's kernel, [conv_size, heads]; none where conv_size is 0."""
+    """Describes the convolution's kernel, [conv_size, heads]; {} if conv_size is 0."""
     del head_dim, value_dim, kv_length
     return conv_kernel_spec(conv_size, num_heads)

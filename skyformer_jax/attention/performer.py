@@ -5,7 +5,7 @@ With x = sqrt(s) q or sqrt(s) k and m random directions w_r, the positive featur
 
     phi(x)_r = exp(w_r . x - ||x||^2 / 2) / sqrt(m)
 
-have E[phi(x) . phi(y)] = exp(x . y), so that
+satisfy E[phi(x) . phi(y)] = exp(x . y), so that
 
     out_i = phi(q_i)^T (sum_j phi(k_j) v_j^T) / phi(q_i)^T (sum_j phi(k_j)).
 """
@@ -28,10 +28,10 @@ from skyformer_jax.attention.variables import VariableSpec
 
 
 def orthogonal_features(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Random directions, orthogonal in blocks of head_dim, each by itself standard normal.
+    """Draws directions that are orthogonal in blocks of head_dim and each standard normal.
 
-    Orthogonal blocks are uniform; lengths are those of independent normal vectors (section 2.4 and
-    appendix of the paper).
+    The orthogonal blocks are uniform, and the lengths are those of independent normal vectors
+    (section 2.4 and appendix of the paper).
 
     Args:
       rng: a jax.random key.
@@ -52,9 +52,10 @@ def orthogonal_features(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _orthogonalise(matrix: jax.Array) -> jax.Array:
-    """A uniform orthogonal matrix from a normal one, [n, n], as jax.random.orthogonal makes it.
+    """Turns a normal matrix [n, n] into a uniform orthogonal one, as jax.random.orthogonal does.
 
-    One at a time: on CPUs jaxlib's QR of several matrices may wait for ever for its own threads.
+    It takes one matrix at a time, because jaxlib's QR of several matrices can deadlock on CPUs,
+    waiting for its own threads.
     """
     q, r = jnp.linalg.qr(matrix)
     return q * jnp.sign(jnp.diagonal(r))[None]
@@ -77,27 +78,27 @@ def performer_attention(
 ) -> jax.Array:
     """Performer attention (FAVOR+), linear in the length; approaches softmax_attention.
 
-    The error falls as 1 / sqrt(num_features). The features' greatest exponents are taken out
-    before the exponential, for each feature over the keys and for each query over the features;
-    they cancel in the quotient, so nothing overflows and no denominator vanishes, and no constant
-    has to be added.
+    The error falls as 1 / sqrt(num_features). The greatest exponents, over the keys for each
+    feature and over the features for each query, are subtracted before the exponential. They
+    cancel in the quotient. So nothing overflows, no denominator vanishes, and no constant has to be
+    added.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
       key: [batch, kv_length, heads, head_dim].
       value: [batch, kv_length, heads, head_dim].
-      mask: bool [batch, kv_length], True at real tokens; any pattern. Others are in neither
-        numerator nor denominator.
-      rng: a jax.random key to draw a projection that is not given; None takes a fixed key.
+      mask: bool [batch, kv_length], True at real tokens; any pattern. Masked tokens are in neither
+        the numerator nor the denominator.
+      rng: a jax.random key to draw the projection if it is None; None means a fixed key.
       scale: factor of the scores; None means head_dim**-0.5.
-      num_features: m of a projection that is not given.
+      num_features: m, if projection is None.
       projection: float [m, head_dim], the directions; None draws orthogonal_features.
       is_causal: query i attends to keys 0..i only; see docs/causal.md.
-      segment_ids: int [batch, length], for causal attention: positions of one segment, which are
-        consecutive, attend to that segment alone.
-      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
-        as long as the others', of query, key, value and mask. Only sums over the keys, of m x
-        (head_dim + 1) for each head, cross devices.
+      segment_ids: int [batch, length], for causal attention: positions attend only to their own
+        segment. The positions of a segment must be consecutive.
+      axis_name: name of a mesh axis, within jax.shard_map. Each device then holds a run of the
+        sequence, of the same length, of query, key, value and mask. Only sums over the keys, of
+        m x (head_dim + 1) per head, cross devices.
 
     Returns:
       [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
@@ -142,7 +143,7 @@ def performer_attention(
     if mask is not None:
         of_keys = jnp.where(mask[:, :, None, None], of_keys, -jnp.inf)
     top = shards.pmax(of_keys.max(axis=1, keepdims=True), axis_name)
-    top = jnp.maximum(top, jnp.finfo(jnp.float32).min)  # finite where there is no real key
+    top = jnp.maximum(top, jnp.finfo(jnp.float32).min)  # finite even if there is no real key
     key_features = jnp.exp(of_keys - top)
     of_queries = _exponents(query, projection, scale) + top
     query_features = jnp.exp(
@@ -151,14 +152,14 @@ def performer_attention(
     context = shards.psum(jnp.einsum("bkhm,bkhp->bhmp", key_features, value), axis_name)
     mass = shards.psum(
         key_features.sum(axis=1), axis_name
-    )  # at least 1 for each feature, or 0 without any real key
+    )  # at least 1 for each feature, or 0 if there is no real key
     numerator = jnp.einsum("bqhm,bhmp->bqhp", query_features, context)
     denominator = jnp.einsum("bqhm,bhm->bqh", query_features, mass)[..., None]
     return (numerator / jnp.where(denominator > 0, denominator, 1)).astype(dtype)
 
 
 def _exponents(x: jax.Array, projection: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """W . x - ||x||^2 / 2 for rows [batch, rows, heads, head_dim]: [batch, rows, heads, m]."""
+    """Exponents W . y - ||y||^2 / 2, [batch, rows, heads, m], with y = sqrt(scale) x."""
     x = x * scale**0.5
     products = jnp.einsum("bnhp,mp->bnhm", x, projection, precision=jax.lax.Precision.HIGHEST)
     return products - 0.5 * (x**2).sum(axis=-1, keepdims=True)
@@ -176,10 +177,11 @@ def causal_performer(
     *,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, State]:
-    """Causal Performer of the positions after those of a state.
+    """Computes causal Performer attention for the positions after those of a state.
 
-    The greatest exponent over the keys would tell of later ones, so a constant is taken out of each
-    feature of the keys: what its exponent, which is at most ||w||^2 / 2, could exceed 64 by.
+    The greatest exponent over the keys would depend on later keys. Instead, a constant is
+    subtracted from the exponent of each feature of the keys: the exponent is at most ||w||^2 / 2,
+    and the constant is the amount by which this exceeds 64, if any.
 
     Args:
       query: float32 [batch, length, heads, head_dim].
@@ -188,7 +190,7 @@ def causal_performer(
       mask: bool [batch, length], or None.
       projection: float32 [m, head_dim].
       segment_ids: as in performer_attention.
-      state: empty_state(batch, heads, m, value_dim + 1), or what an earlier call returned.
+      state: empty_state(batch, heads, m, value_dim + 1), or the state from an earlier call.
       scale: factor of the scores.
       axis_name: as in performer_attention.
 
@@ -226,7 +228,7 @@ def performer_variables(
     kv_length: int | None,
     num_features: int = 128,
 ) -> dict[str, VariableSpec]:
-    """The directions, drawn once and kept; a call with an rng redraws them."""
+    """Describes the directions, drawn once and kept; a call with an rng redraws them."""
     del num_heads, value_dim, kv_length
     check_at_least(1, num_features=num_features)
     shape = (num_features, head_dim)

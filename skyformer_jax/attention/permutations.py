@@ -1,8 +1,8 @@
-"""Rows and numbers of a sequence in other orders, moved as suits the platform of the program.
+"""Permutations of the rows and numbers of a sequence, implemented separately for each platform.
 
 Reformer sorts each head's tokens by bucket, in each round of hashing. An order is int32 [batch,
-heads, rounds, length], each [length] of it a permutation: which row comes to stand at a place. Its
-inverse says where each row has come to stand.
+heads, rounds, length], a permutation along its last axis: the row that goes to each place. Its
+inverse gives the place of each row.
 """
 
 import jax
@@ -12,12 +12,12 @@ from skyformer_jax.attention.derivatives import with_rules
 
 
 def sorted_order(numbers: jax.Array) -> jax.Array:
-    """The order that sorts int [batch, heads, rounds, length], stable."""
+    """Returns the order of a stable sort of int [batch, heads, rounds, length]."""
     return jax.lax.sort((numbers, _positions(numbers)), num_keys=1)[1]
 
 
 def inverse(order: jax.Array) -> jax.Array:
-    """The inverse of an order. TPUs scatter number by number, and sort at once."""
+    """Returns the inverse of an order; by a sort on TPUs, which scatter one number at a time."""
 
     def by_sort(order: jax.Array) -> jax.Array:
         return sorted_order(order)
@@ -36,9 +36,9 @@ def inverse(order: jax.Array) -> jax.Array:
 
 
 def numbers_in_order(x: jax.Array, order: jax.Array, inverse_order: jax.Array) -> jax.Array:
-    """x[order] along the last axis, of the same shape. It has no derivatives.
+    """Returns x[order] along the last axis, in the same shape and without a gradient.
 
-    TPUs would gather number by number; there x is sorted along with the inverse order.
+    TPUs would gather one number at a time, so there x is sorted along with the inverse order.
     """
 
     def by_gather(x: jax.Array, order: jax.Array, inverse_order: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ def _summed(rows: jax.Array, order: jax.Array, inverse_order: jax.Array) -> jax.
     del order
     first, *others = (
         _rows(rows[:, :, i], inverse_order[:, :, i]) for i in range(rows.shape[2])
-    )  # no sum over an axis: TPUs would write all rounds out first
+    )  # not a sum over an axis: TPUs would first write all rounds to memory
     return sum(others, start=first)
 
 
@@ -71,12 +71,17 @@ def _rows(rows: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def rows_in_orders(rows: jax.Array, order: jax.Array, inverse_order: jax.Array) -> jax.Array:
-    """Rows [batch, heads, length, c] in every round's order: [batch, heads, rounds, length, c]."""
+    """Returns rows [batch, heads, length, c] in every round's order.
+
+    The result is [batch, heads, rounds, length, c].
+    """
     return _rows_in_orders(rows, order, inverse_order)
 
 
 def sum_of_rows(rows: jax.Array, order: jax.Array, inverse_order: jax.Array) -> jax.Array:
-    """The transpose of rows_in_orders.
+    """Puts the rows of each round back in their places and sums over the rounds.
+
+    It is the transpose of rows_in_orders.
 
     Args:
       rows: [batch, heads, rounds, length, c], in the order of their round.
@@ -84,12 +89,12 @@ def sum_of_rows(rows: jax.Array, order: jax.Array, inverse_order: jax.Array) -> 
       inverse_order: its inverse.
 
     Returns:
-      [batch, heads, length, c], the sum over the rounds of rows that are back in their places.
+      [batch, heads, length, c].
     """
     return _sum_of_rows(rows, order, inverse_order)
 
 
-# JAX would transpose a gather to a scatter, which adds row by row.
+# JAX would transpose a gather to a scatter, which adds one row at a time.
 _rows_in_orders = with_rules(
     _gathered,
     lambda rows, order, inverse_order, tangent: _gathered(tangent, order, inverse_order),

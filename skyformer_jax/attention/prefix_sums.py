@@ -1,13 +1,13 @@
 """Causal attention by features, as prefix sums: linear in the length, with a state of fixed size.
 
-Where the kernel of an attention is a product of features, K(q, k) = phi(q) . psi(k),
+If the kernel of an attention is a product of features, K(q, k) = phi(q) . psi(k), then
 
     out_i = sum_{j <= i} phi(q_i) . psi(k_j) v_j = phi(q_i)^T S_i,
     S_i = sum_{j <= i} psi(k_j) v_j^T
 
-(Katharopoulos et al., 2020, section 3.2), and S_i, [features, value_dim], is all that later
-positions need of the earlier ones. Chunks of positions are computed at once: within a chunk by the
-products of features, from chunk to chunk by S.
+(Katharopoulos et al., 2020, section 3.2). S_i, [features, value_dim], is all that later positions
+need from the earlier ones. Positions are processed in chunks: by products of features within a
+chunk, and by S from chunk to chunk.
 """
 
 import functools
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
 
-# Positions of a chunk: about as many as there are features, so that the products within chunks and
+# Positions per chunk: about as many as there are features, so that the products within chunks and
 # those with the state cost the same.
 CHUNK = 128
 
@@ -27,11 +27,11 @@ Features = Callable[[jax.Array], jax.Array]
 
 
 class State(NamedTuple):
-    """What a causal attention by features keeps of the positions so far.
+    """The state that causal attention by features keeps for the positions so far.
 
     Attributes:
-      sums: float32 [batch, heads, features, value_dim], S; of the last segment alone.
-      segment: int32 [batch], the segment of the last position; -1 before the first.
+      sums: float32 [batch, heads, features, value_dim], S over the last segment only.
+      segment: int32 [batch], the segment of the last position; -1 before the first position.
     """
 
     sums: jax.Array
@@ -39,7 +39,7 @@ class State(NamedTuple):
 
 
 def empty_state(batch: int, heads: int, features: int, value_dim: int) -> State:
-    """The state before the first position."""
+    """Returns the state before the first position."""
     sums = jnp.zeros((batch, heads, features, value_dim), jnp.float32)
     return State(sums, jnp.full((batch,), -1, jnp.int32))
 
@@ -56,25 +56,25 @@ def prefix_attention(
     bounds: bool = False,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, State]:
-    """out_i = sum over the j <= i of its segment of phi(q_i) . psi(k_j) v_j.
+    """Computes out_i = sum of phi(q_i) . psi(k_j) v_j over the j <= i of the segment of i.
 
-    Features are computed chunk by chunk, and again for gradients, so that memory is linear in the
-    length and small: beside the arrays, a state for each chunk.
+    Features are computed chunk by chunk, and recomputed for gradients. Memory is therefore linear
+    in the length and small: besides the arrays, one state per chunk.
 
     Args:
-      of_queries: phi, of float32 [batch, chunk, heads, head_dim] to [batch, heads, chunk,
-        features].
+      of_queries: phi, a function from float32 [batch, chunk, heads, head_dim] to [batch, heads,
+        chunk, features].
       of_keys: psi, likewise.
       query: [batch, length, heads, head_dim].
       key: likewise.
       value: [batch, length, heads, value_dim], 0 at masked positions.
-      state: the sums over the positions before the first.
-      segment_ids: int [batch, length]; positions of one segment are consecutive, and see that
-        segment alone. None means one segment.
+      state: the state of the positions before the first one.
+      segment_ids: int [batch, length]; positions attend only to their own segment. The positions of
+        a segment must be consecutive. None means one segment.
       bounds: adds a feature to the output: the sum of |phi(q_i)| . psi(k_j) times the last feature
         of v_j, which bounds the last feature of the output.
-      axis_name: name of a mesh axis, within jax.shard_map, that divides the length. One state a
-        device then crosses devices, whatever the length.
+      axis_name: name of a mesh axis, within jax.shard_map, over which the length is split. One
+        state per device then crosses devices, whatever the length.
 
     Returns:
       float32 [batch, length, heads, value_dim (+ 1 with bounds)], and the state after the last
@@ -98,7 +98,7 @@ def prefix_attention(
 def _chunks(x: jax.Array, mode: str = "constant") -> jax.Array:
     """[batch, length, ...] -> [chunks, batch, chunk, ...].
 
-    Positions after the end are padded as jnp.pad does. Zeros in the values add nothing.
+    The last chunk is padded by jnp.pad with this mode. Zeros in the values add nothing to the sums.
     """
     batch, length = x.shape[:2]
     chunk = min(CHUNK, length)
@@ -139,7 +139,7 @@ def _skip_chunk(of_keys: Features, state: State, arrays: Any) -> tuple[State, No
 
 
 def _add(state: State, psi: jax.Array, values: jax.Array, segments: jax.Array) -> State:
-    """The state after a chunk, of its features and values."""
+    """The state after a chunk, from the state before it and its features and values."""
     last = segments[:, -1]
     of_last = (segments == last[:, None])[:, None, :, None]
     sums = jnp.einsum("bhcm,bchv->bhmv", jnp.where(of_last, psi, 0), values)
@@ -147,7 +147,7 @@ def _add(state: State, psi: jax.Array, values: jax.Array, segments: jax.Array) -
 
 
 def _after(state: State, more: State) -> State:
-    """The state after two runs of positions, by the states of each alone."""
+    """Combines the states of two consecutive runs of positions into the state after both."""
     goes_on = (state.segment == more.segment)[:, None, None, None]
     return State(jnp.where(goes_on, state.sums, 0) + more.sums, more.segment)
 
@@ -157,12 +157,12 @@ def _nothing(state: State) -> State:
 
 
 def _across(state: State, here: State, axis_name: str) -> tuple[State, State]:
-    """The state before this device's first position, and that after the last device's last.
+    """Returns the states before this device's first and after the last device's last position.
 
     Args:
-      state: before the first device's first position.
-      here: the sums over this device's positions alone.
-      axis_name: the mesh axis.
+      state: the state before the first device's first position.
+      here: the state of this device's positions alone.
+      axis_name: the mesh axis over which the length is split.
     """
     everywhere = jax.lax.all_gather(here, axis_name)
 

@@ -1,9 +1,9 @@
-"""Counter-based random bits, and the dropout made of them.
+"""Counter-based random bits, and dropout that uses them.
 
-The bits of an element depend on a key and on the element's number in the whole sequence alone, so
-they are the same however the sequence is split over devices, and on every platform. How they are
-computed is chosen by the platform that a program is compiled for: accelerators compute them where
-they are used, CPUs beforehand.
+The bits of an element depend only on a key and on the element's number in the whole sequence. They
+are the same on every platform and however the sequence is split over devices. The computation
+depends on the platform that the program is compiled for: accelerators compute the bits where they
+are used, CPUs beforehand.
 """
 
 import functools
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from skyformer_jax.attention import shards
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of Threefry-2x32, in turns
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of Threefry-2x32, used alternately
 
 
 def random_bits(key: jax.Array, counters: jax.Array) -> jax.Array:
-    """Random bits of numbered elements, by the Threefry-2x32 hash (Salmon et al., 2011).
+    """Computes random bits for numbered elements by the Threefry-2x32 hash (Salmon et al., 2011).
 
     Args:
       key: a jax.random key.
@@ -36,17 +36,18 @@ def random_bits(key: jax.Array, counters: jax.Array) -> jax.Array:
 
 
 def _threefry_of_all(seed: jax.Array, counters: jax.Array) -> jax.Array:
-    """random_bits by JAX's own Threefry, an array of its own: on CPUs faster than the fused one."""
+    """random_bits by JAX's own Threefry; it stores them in an array, which is faster on CPUs."""
     flat = counters.ravel()
     words = jax.extend.random.threefry_2x32(seed, jnp.concatenate([flat, jnp.zeros_like(flat)]))
     return words.reshape(2, *counters.shape)
 
 
 def threefry(seed: jax.Array, counters: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32, with 20 rounds, of the pairs (counter, 0).
+    """Computes Threefry-2x32, with 20 rounds, of the pairs (counter, 0).
 
-    It is written element by element, so compilers merge it with what uses the bits, and they need
-    no memory. JAX's own has one array of both words, which TPUs have to rearrange.
+    It is written elementwise, so compilers fuse it with the code that uses the bits, which then
+    take no memory. JAX's own implementation returns both words in one array, which TPUs would have
+    to rearrange.
 
     Args:
       seed: uint32 [2].
@@ -72,21 +73,21 @@ def dropout(
 ) -> jax.Array:
     """Sets each element to 0 with probability rate and divides the others by 1 - rate.
 
-    Flax draws 32 bits for an element and uses half of what the generator computes for them. This
-    function uses all of it, and 16 bits for an element, which on a CPU is a quarter of the work;
-    Flax's would be a tenth of a training step. Accelerators compute each element's bits where they
-    are used, which costs them less than to fetch bits from memory. The rate is rounded to a
-    multiple of 2**-16, and so is the divisor.
+    Flax draws 32 bits per element and uses half of the bits that the generator computes. This
+    function uses all of them and takes 16 bits per element, a quarter of the work on a CPU, where
+    Flax's dropout would take a tenth of a training step. Accelerators compute each element's bits
+    where they are used, which is cheaper than fetching bits from memory. The rate and the divisor
+    are rounded to multiples of 2**-16.
 
     Args:
       key: a jax.random key.
       x: [batch, length, width].
-      rate: in [0, 1).
-      axis_name: the mesh axis over which the length is split.
+      rate: the probability of dropping an element, in [0, 1).
+      axis_name: the mesh axis over which the length is split, or None.
 
     Returns:
       [batch, length, width] in the dtype of x. Which elements are dropped depends on the key and on
-      their position in the whole sequence.
+      their positions in the whole sequence.
     """
     dropped = round(rate * 2**16)
     batch, length, width = x.shape
@@ -102,16 +103,16 @@ def dropout(
 
 
 def _kept_of_all(width: int, dropped: int, seed: jax.Array, rows: jax.Array) -> jax.Array:
-    """Which elements of numbered rows dropout keeps.
+    """Returns which elements of numbered rows dropout keeps.
 
-    A row has -(-width // 4) counters. Its elements take 16 bits each, the lower ones first, of the
-    first words of all its counters, then of the second words.
+    A row has -(-width // 4) counters. Its elements take 16 bits each, lower halves first, from the
+    first words of all its counters and then from the second words.
 
     Args:
-      width: elements of a row.
-      dropped: an element whose 16 bits are less is dropped.
+      width: elements per row.
+      dropped: an element is dropped if its 16 bits, as a number, are less than this.
       seed: uint32 [2].
-      rows: uint32 [batch, length].
+      rows: uint32 [batch, length], the numbers of the rows.
 
     Returns:
       bool [batch, length, width].
@@ -124,7 +125,7 @@ def _kept_of_all(width: int, dropped: int, seed: jax.Array, rows: jax.Array) -> 
 
 
 def _kept_fused(width: int, dropped: int, seed: jax.Array, rows: jax.Array) -> jax.Array:
-    """The same as _kept_of_all, where each element computes the words that it has bits of."""
+    """Returns the same as _kept_of_all; each element computes the words that contain its bits."""
     num_halves = 2 * -(-width // 4)
     half = jnp.arange(num_halves, dtype=jnp.uint32)[None, None]
     words = threefry(seed, rows[..., None] * (num_halves // 2) + half // 2)

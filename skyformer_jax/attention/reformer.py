@@ -1,21 +1,21 @@
 """Reformer (Kitaev et al., 2020): softmax attention within buckets of locality-sensitive hashing.
 
-Queries and keys are one (section 2, "shared-QK"): k_j = q_j / ||q_j||. A round of hashing gives
-each token the bucket argmax([x R; -x R]) for a random R (for many buckets, several such numbers
-together), sorts the tokens by bucket, and cuts them into chunks. A token attends to those of its
-own bucket in its own chunk and the one before:
+Queries and keys are shared (section 2, "shared-QK"): k_j = q_j / ||q_j||. A round of hashing gives
+each token the bucket argmax([x R; -x R]) for a random R (if there are many buckets, it combines
+several such numbers), sorts the tokens by bucket, and splits them into chunks. A token attends to
+the tokens of its own bucket in its own chunk and the one before:
 
     P_i = {j : bucket_j = bucket_i, chunk_j in {chunk_i - 1, chunk_i}}.
 
-Several rounds attend to the union of their P_i (appendix A of the paper): with N_ij the number of
+Several rounds attend to the union of their P_i (appendix A of the paper). With N_ij the number of
 rounds that have j in P_i,
 
     o_i^r = sum_j exp(s q_i . k_j - m_ij - z_i^r) v_j,   m_ij = 1e5 where i = j, else log N_ij
     out_i = sum_r exp(z_i^r - logsumexp_r z_i^r) o_i^r,
 
-z_i^r being the log-normaliser of round r. The 1e5 lets a token attend to itself only when there is
-no other. The scale s is 1, though the paper writes 1 / sqrt(head_dim) in its equation 1: the code
-that its authors published, Hugging Face's, and Skyformer's all divide by the norm of the key alone.
+where z_i^r is the log-normaliser of round r. The 1e5 lets a token attend to itself only if there is
+no other. The scale s is 1, although the paper writes 1 / sqrt(head_dim) in its equation 1: the code
+published by its authors, Hugging Face's, and Skyformer's all divide only by the norm of the key.
 """
 
 import math
@@ -36,32 +36,34 @@ _SELF_PENALTY = 1e5
 _NOT_ATTENDED = 1e30
 _EPSILON = 1e-12  # of squared norms, for a token that is all zeros
 
-# Buckets that one hash gives; for more, smaller hashes are combined. That is the threshold of
-# Hugging Face's code too, by default.
+# The most buckets of a single hash; for more buckets, smaller hashes are combined. This is also the
+# default threshold of Hugging Face's code.
 _MOST_BUCKETS = 128
 
-# Columns of the rotations that a layer keeps: enough for factorized hashes at any length. One that
-# is not has at most 1,024 buckets by them, which grow with the length beyond 32,768 tokens.
+# Columns of the rotations that a layer keeps: enough for factorized hashes at any length. A hash
+# that is not factorized has at most 1,024 buckets with them, so beyond 32,768 tokens the size of
+# its buckets grows with the length.
 _KEPT_COLUMNS = 512
 
 
 def default_num_buckets(length: int, chunk_length: int) -> int:
-    """Two buckets a chunk, as in the paper; one where everything is in one chunk."""
+    """Returns two buckets per chunk, as in the paper, or one bucket if there is one chunk."""
     num_chunks = -(-length // chunk_length)
     return 1 if num_chunks == 1 else 2 * num_chunks
 
 
 def hash_factors(num_buckets: int) -> tuple[int, ...]:
-    """How many buckets each of the hashes has that a round combines.
+    """Returns the number of buckets of each hash that a round combines.
 
-    A hash costs half the sum of its factors, so that it grows with the logarithm of num_buckets.
+    The cost of hashing is half the sum of the factors, so it grows with the logarithm of
+    num_buckets.
 
     Args:
-      num_buckets: 1, or even.
+      num_buckets: 1, or an even number.
 
     Returns:
-      (num_buckets,) up to 128. Beyond, as few even numbers up to 128 as have a product of
-      num_buckets or more, about equal: (16, 32) for 512, as in Hugging Face's code.
+      (num_buckets,) up to 128. Beyond that, as few even numbers of at most 128 as possible, about
+      equal, whose product is at least num_buckets: (16, 32) for 512, as in Hugging Face's code.
     """
     if num_buckets <= _MOST_BUCKETS:
         return (num_buckets,)
@@ -71,15 +73,17 @@ def hash_factors(num_buckets: int) -> tuple[int, ...]:
 
 
 def hash_buckets(rows: jax.Array, rotations: jax.Array, factors: tuple[int, ...]) -> jax.Array:
-    """Angular locality-sensitive hashing (Andoni et al., 2015), of several hashes combined.
+    """Computes buckets by angular locality-sensitive hashing (Andoni et al., 2015).
 
-    The hash of f buckets is argmax([x R; -x R]), R having f / 2 columns, and bucket = hash_1 +
-    factors[0] * (hash_2 + factors[1] * ...), as in the authors' code (factorize_hash in trax).
+    A hash of f buckets is argmax([x R; -x R]) where R has f / 2 columns. Several hashes combine to
+    bucket = hash_1 + factors[0] * (hash_2 + factors[1] * ...), as in the authors' code
+    (factorize_hash in trax).
 
     Args:
       rows: [batch, length, heads, head_dim].
-      rotations: [rounds, head_dim, at least half the sum of factors], each hash's columns in turn.
-      factors: buckets of each hash, all even; (1,) is one bucket.
+      rotations: [rounds, head_dim, columns]; the columns of the hashes follow each other, at least
+        half the sum of factors in all.
+      factors: the number of buckets of each hash, all even; (1,) means one bucket.
 
     Returns:
       int32 [batch, heads, rounds, length], in 0..prod(factors)-1.
@@ -89,7 +93,7 @@ def hash_buckets(rows: jax.Array, rotations: jax.Array, factors: tuple[int, ...]
     if factors == (1,):
         return buckets
     columns = num_columns(factors)
-    # The columns before the last axis: CPUs and TPUs then reduce many tokens at a time.
+    # Columns come before the last axis, so that CPUs and TPUs reduce many tokens at a time.
     projected = jnp.einsum(
         "bnhp,rpc->bhrcn",
         rows,
@@ -105,12 +109,12 @@ def hash_buckets(rows: jax.Array, rotations: jax.Array, factors: tuple[int, ...]
 
 
 def num_columns(factors: tuple[int, ...]) -> int:
-    """Columns of the rotations that hashes of so many buckets take."""
+    """Returns the number of columns of the rotations that hashes with these factors need."""
     return sum(max(1, factor // 2) for factor in factors)
 
 
 def _signed_argmax(x: jax.Array) -> jax.Array:
-    """argmax([x; -x]) over the axis before the last, by reductions that compilers do fast."""
+    """argmax([x; -x]) over the axis before the last, by reductions that compile to fast code."""
     columns = x.shape[-2]
     greatest, least = x.max(axis=-2), x.min(axis=-2)
     negative = -least > greatest
@@ -137,29 +141,31 @@ def reformer_attention(
 ) -> jax.Array:
     """Reformer self-attention (LSH attention) with shared queries and keys, for any length.
 
-    With one bucket and one chunk it is softmax attention of q_i to q_j / ||q_j||, a token itself
-    left out unless it is the only one. Memory and time are those of 2 * chunk_length keys for each
-    query and round, and of hashing and sorting: in all length * log(length), if factorize_hash.
+    With one bucket and one chunk it equals softmax attention of q_i to q_j / ||q_j||, except that a
+    token does not attend to itself unless it is the only one. Memory and time are those of
+    2 * chunk_length keys for each query and round, and of hashing and sorting: length * log(length)
+    in total, if factorize_hash.
 
     Args:
-      query: [batch, length, heads, head_dim], unscaled; queries and keys at once.
+      query: [batch, length, heads, head_dim], unscaled; both queries and keys.
       key: None, or the same array as query.
       value: [batch, length, heads, head_dim].
       mask: bool [batch, length], True at real tokens; any pattern. Padding is sorted to the end,
-        and is in nobody's P_i.
-      rng: a jax.random key to draw rotations that are not given; None takes a fixed key.
+        and real tokens never attend to it.
+      rng: a jax.random key to draw the rotations if they are None; None means a fixed key.
       scale: factor of the scores q_i . q_j / ||q_j||; 1 as published. None means head_dim**-0.5,
         with which the weights of queries of unit variance are nearly uniform.
-      num_hashes: rounds, where rotations are not given.
+      num_hashes: the number of rounds, if rotations is None.
       chunk_length: tokens of a chunk; the sequence is padded to a multiple of it.
-      num_buckets: 1 or an even number; None means default_num_buckets, or twice the columns of
-        rotations that have too few for it. The next product of hash_factors where it is factorized.
+      num_buckets: 1 or an even number. None means default_num_buckets, or twice the columns of
+        rotations if these are too few for it. If the hash is factorized, the number is rounded up
+        to the product of hash_factors.
       factorize_hash: whether more than 128 buckets come from several hashes, those of hash_factors,
-        as the published codes do for long sequences. By one hash, time and memory grow with
-        length * num_buckets, with the default number as the square of the length.
-      rotations: float [rounds, head_dim, columns], shared by the heads, columns at least
-        num_buckets / 2, or half the sum of the factors (the first ones count); None draws normal
-        ones.
+        as in the published implementations for long sequences. With a single hash, time and memory
+        grow with length * num_buckets; for the default number, as the square of the length.
+      rotations: float [rounds, head_dim, columns], shared by the heads, with at least
+        num_buckets / 2 columns, or half the sum of the factors if the hash is factorized (only the
+        first ones are used); None draws normal ones.
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of value, computed in float32; zeros at
@@ -169,10 +175,10 @@ def reformer_attention(
       ValueError: if shapes do not fit, the mask is not boolean, key is another array than query,
         or an option is out of range.
     """
-    assert value is not None  # the decorator has checked it, and key
+    assert value is not None  # the decorator has checked value and key
     check_at_least(1, num_hashes=num_hashes, chunk_length=chunk_length)
     dtype = value.dtype
-    query, value = hide_masked(query, value, mask)  # as the key is hidden
+    query, value = hide_masked(query, value, mask)  # the query is also the key
     batch, length, _, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     chunk_length = min(chunk_length, length)
@@ -187,7 +193,7 @@ def reformer_attention(
     query, value = (
         jnp.pad(x.astype(jnp.float32), (*padding, (0, 0), (0, 0))) for x in (query, value)
     )
-    # Padding sorts behind every bucket.
+    # Padding gets a bucket of its own, behind all others.
     buckets = hash_buckets(jax.lax.stop_gradient(query), rotations, factors)
     buckets = jnp.where(real[:, None, None, :], buckets, math.prod(factors))
     out = _attend_in_chunks(query, value, buckets, chunk_length, scale)
@@ -205,7 +211,7 @@ def _choose_factors(
     chunk_length: int,
     rotations: jax.Array | None,
 ) -> tuple[int, ...]:
-    """Those of num_buckets, or of its default; ValueError unless it is 1 or even."""
+    """Factors of num_buckets or of its default; ValueError unless num_buckets is 1 or even."""
 
     def factors(num_buckets: int) -> tuple[int, ...]:
         return hash_factors(num_buckets) if factorize_hash else (num_buckets,)
@@ -239,16 +245,16 @@ def _attend_in_chunks(
     chunk_length: int,
     scale: jax.Array | float,
 ) -> jax.Array:
-    """The attention of all rounds of hashing, combined.
+    """Computes the attention of all rounds of hashing and combines them.
 
-    Written for what devices do well: a token's query and value move as one row, numbers of tokens
-    stand in arrays of their own, and the rounds are combined by weights relative to the greatest
-    score of a token in any of them.
+    It is written for speed on accelerators and CPUs: a token's query and value move as one row, and
+    per-token numbers are kept in separate arrays. The rounds are combined with weights relative to
+    the greatest score of a token in any round.
 
     Args:
       query: float32 [batch, length, heads, head_dim], length a multiple of chunk_length.
-      value: float32, likewise; zeros at padding, which attends to padding only.
-      buckets: int32 [batch, heads, rounds, length]; padding has the greatest.
+      value: float32, likewise; zeros at padding, which attends only to padding.
+      buckets: int32 [batch, heads, rounds, length]; padding has the greatest bucket.
       chunk_length: tokens of a chunk.
       scale: factor of the scores.
 
@@ -257,14 +263,14 @@ def _attend_in_chunks(
     """
     head_dim = query.shape[-1]
     order = permutations.sorted_order(buckets)  # stable: by position within a bucket
-    slots = permutations.inverse(order)  # where the order has put each position
+    slots = permutations.inverse(order)  # the place of each position in the order
 
-    # All below is [batch, heads, rounds, ...].
+    # All arrays below are [batch, heads, rounds, ...].
     def in_chunks(x: jax.Array) -> jax.Array:
         """[..., length, ...] -> [..., chunks, chunk_length, ...]."""
         return x.reshape(*x.shape[:3], -1, chunk_length, *x.shape[4:])
 
-    ones = jnp.ones((*value.shape[:3], 1), value.dtype)  # their product is the sum of the weights
+    ones = jnp.ones((*value.shape[:3], 1), value.dtype)  # weights @ ones = sum of the weights
     rows = jnp.moveaxis(jnp.concatenate([query, value, ones], axis=-1), 2, 1)
     rows = _with_previous(in_chunks(permutations.rows_in_orders(rows, order, slots)))
     query = rows[..., -chunk_length:, :head_dim]
@@ -285,9 +291,10 @@ def _attend_in_chunks(
 
 
 def _with_previous(x: jax.Array) -> jax.Array:
-    """Each chunk of [..., chunks, chunk_length, ...], axes 3 and 4, behind the one before.
+    """Prepends the previous chunk to each chunk of [..., chunks, chunk_length, ...], axes 3 and 4.
 
-    That of the first is the last, which no P_i has. A lone chunk stays alone.
+    The first chunk gets the last one, whose tokens are in no P_i of the first. A single chunk is
+    returned unchanged.
     """
     return x if x.shape[3] == 1 else jnp.concatenate([jnp.roll(x, 1, axis=3), x], axis=4)
 
@@ -295,19 +302,19 @@ def _with_previous(x: jax.Array) -> jax.Array:
 def _penalties(
     buckets: jax.Array, order: jax.Array, slots: jax.Array, chunk_length: int
 ) -> jax.Array:
-    """m_ij, _NOT_ATTENDED where j is not in the P_i of the round.
+    """Computes m_ij, or _NOT_ATTENDED where j is not in the P_i of the round.
 
     Args:
       buckets: int32 [batch, heads, rounds, length].
-      order: the order of each round, likewise.
-      slots: its inverse.
+      order: int32, likewise; the order of each round.
+      slots: int32, likewise; the inverse of order.
       chunk_length: tokens of a chunk.
 
     Returns:
       float32 [batch, heads, rounds, chunks, chunk_length, keys].
     """
-    # Along a round's order neither bucket nor chunk falls. So j is in P_i just where the sum of
-    # 2 * bucket + chunk is, for i, greater by 0 or 1.
+    # Along a round's order neither bucket nor chunk decreases. So j is in P_i if and only if
+    # 2 * bucket + chunk of i exceeds that of j by 0 or 1.
     places = 2 * buckets + slots // chunk_length
 
     def attends(places: jax.Array) -> jax.Array:
@@ -339,7 +346,7 @@ def reformer_variables(
     kv_length: int | None,
     num_hashes: int = 2,
 ) -> dict[str, VariableSpec]:
-    """The rotations, drawn once and kept; a call with an rng redraws them."""
+    """Describes the rotations, drawn once and kept; a call with an rng redraws them."""
     del num_heads, value_dim, kv_length
     check_at_least(1, num_hashes=num_hashes)
     shape = (num_hashes, head_dim, _KEPT_COLUMNS)

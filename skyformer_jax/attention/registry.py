@@ -1,4 +1,4 @@
-"""The registry: what each attention is, said in one entry."""
+"""The registry of attentions: one entry describes each attention."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -31,27 +31,27 @@ class Attention(NamedTuple):
     """An entry of the registry.
 
     Attributes:
-      function: the attention, of the common signature.
-      options: its own keyword arguments with their defaults, None included. Every attention also
-        has those of COMMON_OPTIONS.
-      weights: computes the weights that the attention forms, of the same arguments but value and
-        rng, [batch, heads, q_length, kv_length]; None where it forms none.
-      earlier_options: values of options that the configs of earlier runs lack, because the options
-        are newer. An option that is added to `options` belongs here.
-      residual: tells how much the attention's approximation misses, float32 [batch, heads], of its
-        arguments but value; None where it has no such diagnostic.
-      masks: the arguments by which a call restricts which keys a query attends to: of "mask",
+      function: the attention function, with the common signature.
+      options: the keyword arguments specific to this attention and their defaults, which may be
+        None. Every attention also takes those in COMMON_OPTIONS.
+      weights: computes the attention weights, [batch, heads, q_length, kv_length], from the
+        arguments of `function` except value and rng; None if the attention forms no weights.
+      earlier_options: values for options that the configs of earlier runs do not contain because
+        the options were added later. List every option here that you add to `options`.
+      residual: measures how much the attention's approximation misses, float32 [batch, heads],
+        from the arguments of `function` except value; None if there is no such diagnostic.
+      masks: the arguments that restrict which keys a query attends to, a subset of "mask",
         "query_mask", "full_mask", "bias", "is_causal" and "segment_ids".
-      self_attention_only: queries and keys must be of one sequence.
+      self_attention_only: queries and keys must come from the same sequence.
       splittable: the function takes axis_name, so the sequence may be split over devices.
-      stream: the random stream of a module that feeds the function's rng: "landmarks" for numbers
-        that training draws anew in every step, "features" for numbers that stay as drawn unless
-        that stream is given, None where nothing is random.
-      shared_query_key: the queries are the keys too; the function takes key=None.
+      stream: the random stream of a module that supplies the function's rng: "landmarks" for
+        numbers that training redraws in every step, "features" for numbers that stay fixed unless
+        that stream is given, None if nothing is random.
+      shared_query_key: the queries also serve as keys; the function takes key=None.
       variables: describes the arrays that a layer keeps for the function, {argument: VariableSpec},
-        from num_heads, head_dim, value_dim, kv_length (None where the layer does not know it) and
+        given num_heads, head_dim, value_dim, kv_length (None if the layer does not know it) and
         variable_options.
-      variable_options: the options of `variables` with their defaults.
+      variable_options: the options of `variables` and their defaults.
     """
 
     function: Callable[..., jax.Array]
@@ -176,10 +176,10 @@ SPLITTABLE = tuple(name for name, entry in REGISTRY.items() if entry.splittable)
 
 
 def get_entry(name: str) -> Attention:
-    """The entry of an attention.
+    """Returns an attention's registry entry.
 
     Raises:
-      ValueError: if there is no such attention.
+      ValueError: if there is no attention of this name.
     """
     if name not in REGISTRY:
         raise ValueError(f"unknown attention {name!r}; choose one of: {', '.join(NAMES)}")
@@ -187,19 +187,19 @@ def get_entry(name: str) -> Attention:
 
 
 def default_options(name: str) -> dict[str, Any]:
-    """The options of an attention that have a default other than None: those of its configs."""
+    """Returns the options whose default is not None, which are those that configs contain."""
     entry = get_entry(name)
     options = {**entry.variable_options, **entry.options}
     return {option: default for option, default in options.items() if default is not None}
 
 
 def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divides options into those of an attention's function and those of its variables.
+    """Splits options into those of an attention's function and those of its variables.
 
-    An option of both, such as Performer's num_features, is in both.
+    An option of both, such as Performer's num_features, appears in both results.
 
     Raises:
-      ValueError: if there is no such attention, or it has no such option.
+      ValueError: if the attention is unknown or does not have one of the options.
     """
     entry = get_entry(name)
     of_function = {**COMMON_OPTIONS, **entry.options}
@@ -227,19 +227,19 @@ def layer_variables(
     """Describes the arrays that a layer keeps for an attention.
 
     Args:
-      name: the attention.
-      options: the options of its function and of its variables.
+      name: the attention, one of NAMES.
+      options: options of its function and of its variables.
       num_heads: number of heads.
-      head_dim: features of each head.
-      kv_length: the greatest number of keys; None if the layer does not know it.
+      head_dim: features of each head of queries and keys.
+      kv_length: the maximum number of keys; None if the layer does not know it.
       value_dim: features of each head of the values; None means head_dim.
 
     Returns:
-      {argument of the function: its description}.
+      A dict from arguments of the function to the descriptions of the arrays.
 
     Raises:
-      ValueError: for an unknown name or option, or if kv_length is None where an array depends on
-        it.
+      ValueError: if the name or an option is unknown, or if kv_length is None but the shape of an
+        array depends on it.
     """
     _, variable_options = split_options(name, options)
     return REGISTRY[name].variables(
@@ -252,7 +252,7 @@ def layer_variables(
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises a ValueError for an attention or an option that cannot work, computing nothing."""
+    """Raises a ValueError for an unknown attention or an invalid option, without computing."""
     function_options, _ = split_options(name, options)
     specs = layer_variables(name, options, num_heads=1, head_dim=8, kv_length=4)
     entry = REGISTRY[name]

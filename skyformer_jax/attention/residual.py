@@ -1,4 +1,4 @@
-"""How well Skyformer's landmarks stand for queries and keys: what its Nystrom method leaves."""
+"""A diagnostic of how well Skyformer's landmarks represent the queries and keys."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from skyformer_jax.attention.inputs import (
 from skyformer_jax.attention.landmark_choice import concatenated, find_landmarks
 from skyformer_jax.attention.skyformer import check_skyformer_options, solve_landmarks
 
-_ROWS = 16_384  # of a block whose kernel with the landmarks is in memory
+_ROWS = 16_384  # rows of a block; its kernel matrix with the landmarks is in memory
 
 
 def nystrom_residual(
@@ -49,16 +49,16 @@ def nystrom_residual(
     implementation: str = "auto",
     axis_name: str | None = None,
 ) -> jax.Array:
-    """How much of the kernel the landmarks of skyformer_attention do not see, at linear cost.
+    """Measures how much of the kernel skyformer_attention's landmarks miss, at linear cost.
 
-    The mean, over the real rows x of [query; key], of
+    It is the mean, over the real rows x of [query; key], of
 
         1 - G(x, L) M^-1 G(L, x),   M = G(L, L) + gamma I,
 
-    which is what the Nystrom method leaves of the kernel's diagonal, G(x, x) = 1: 0 where the
-    landmarks span all rows, 1 where no row is near any. The rows lie too far apart for their number
-    where it is large, and skyformer_attention then returns much less than kernelized_attention:
-    docs/skyformer.md has how its error goes with this number.
+    the residual of the Nystrom method on the kernel's diagonal, G(x, x) = 1. It is 0 if the
+    landmarks span all rows and 1 if no row is near a landmark. A large residual means that the rows
+    lie too far apart for the number of landmarks; skyformer_attention then returns much less than
+    kernelized_attention. docs/skyformer.md shows how its error depends on the residual.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
@@ -70,10 +70,10 @@ def nystrom_residual(
       landmarks: likewise.
       landmark_indices: likewise.
       query_mask: likewise.
-      gamma: likewise. A landmark itself keeps gamma / (1 + gamma) where it is alone.
+      gamma: likewise. The residual of a landmark far from all others is gamma / (1 + gamma).
       inverse: likewise.
       num_iterations: likewise.
-      normalize: unused, so that the options of skyformer_attention may be passed on.
+      normalize: unused; accepted so that the options of skyformer_attention can be passed on.
       conv_kernel: likewise.
       is_causal: likewise.
       segment_ids: likewise.
@@ -115,7 +115,7 @@ def nystrom_residual(
         solve = functools.partial(solve_landmarks, inverse=inverse, num_iterations=num_iterations)
 
         def seen(rows: jax.Array, real: jax.Array) -> jax.Array:
-            """[batch, heads]: the sum over some real rows x of G(x, L) M^-1 G(L, x)."""
+            """[batch, heads]: the sum of G(x, L) M^-1 G(L, x) over the real rows x of a block."""
             scores = gaussian_scores(points, hide(rows, real).astype(jnp.float32), scale)
             scores = jnp.where(real[:, None, None], jnp.moveaxis(scores, 1, 2), 0)
             return (hide(scores, valid) * solve(points, valid, scores, scale, gamma)).sum((1, 3))
@@ -134,12 +134,12 @@ def nystrom_residual(
 def _sum_over_rows(
     function: Callable[[jax.Array, jax.Array], jax.Array], rows: jax.Array, real: jax.Array
 ) -> jax.Array:
-    """The sum of function(rows, real) over blocks of rows, so that little has to be in memory.
+    """Sums function(rows, real) over blocks of rows, to bound the memory.
 
     Args:
-      function: takes [batch, some rows, heads, head_dim] and bool [batch, some rows].
+      function: takes a block of rows, [batch, size, heads, head_dim], and bool [batch, size].
       rows: [batch, rows, heads, head_dim].
-      real: bool [batch, rows]; False adds nothing.
+      real: bool [batch, rows], True at the rows that count.
     """
     length = rows.shape[1]
     num_blocks = -(-length // _ROWS)

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., 2021, RoFormer, section 3.2)."""
+"""Rotary position embeddings (Su et al., 2021, RoFormer, section 3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ _BASE = 10_000.0
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Queries or keys, each pair of features turned by an angle that is linear in the position.
+    """Rotates each pair of features of queries or keys by an angle linear in the position.
 
-    Products and distances of queries and keys then depend on their positions through the
-    difference alone. Feature i and feature i + head_dim / 2 are a pair, of the angle
+    Products and distances of queries and keys then depend only on the difference of their
+    positions. Features i and i + head_dim / 2 are a pair, rotated by the angle
     position * 10,000^(-2 i / head_dim).
 
     Args:
@@ -36,7 +36,7 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def positions_in_segments(segment_ids: jax.Array) -> jax.Array:
-    """int32 [batch, length]: each position counted from the first of its segment."""
+    """Returns int32 [batch, length]: each position, counted from the first of its segment."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

@@ -1,16 +1,16 @@
-"""Sums of a kernel's rows, computed as one more feature of the values, and the division by them."""
+"""Row sums of a kernel, computed as an extra feature of the values, and division by them."""
 
 import jax
 import jax.numpy as jnp
 
 from skyformer_jax.attention.inputs import hide, zeros_like
 
-# Far above the least float32, so that its inverse times a gradient is finite.
+# Far above the smallest float32, so that its inverse times a gradient is finite.
 LEAST_SUM = 1e-30
 
 
 def with_ones(value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Values with one more feature: 1 at real keys, 0 at masked ones.
+    """Appends a feature to the values: 1 at real keys, 0 at masked ones.
 
     Args:
       value: [batch, kv_length, heads, head_dim].
@@ -25,15 +25,16 @@ def with_ones(value: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def over_row_sums(out: jax.Array, least: jax.Array | float = 0.0) -> jax.Array:
-    """What with_ones's values gave, divided by its last feature.
+    """Divides an attention's result for the values of with_ones by its last feature.
 
-    Where all keys are far from a query, its sum of Gaussians may be as small as float32 can hold.
-    The derivatives of a plain quotient then overflow, as they divide by the sum's square; those of
-    divide do not. Sums below LEAST_SUM count as it, so such a row fades to zero.
+    If all keys are far from a query, its sum of Gaussians may be as small as float32 can represent.
+    The derivatives of a plain quotient then overflow because they divide by the square of the sum;
+    those of `divide` do not. Sums below LEAST_SUM are raised to it, so that such a row fades to
+    zero.
 
     Args:
       out: [batch, q_length, heads, head_dim + 1].
-      least: [batch, q_length, heads, 1] or a number; sums below it count as it.
+      least: [batch, q_length, heads, 1] or a number; sums below it are raised to it.
 
     Returns:
       [batch, q_length, heads, head_dim].
@@ -44,7 +45,7 @@ def over_row_sums(out: jax.Array, least: jax.Array | float = 0.0) -> jax.Array:
 
 @jax.custom_jvp
 def divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """X / y, with derivatives of all orders that never have the square of y.
+    """Computes x / y, with derivatives of all orders that never compute the square of y.
 
     Args:
       x: [..., n].

@@ -1,8 +1,8 @@
 """Collectives for a sequence that is split over the devices of a mesh axis.
 
 Each device has an equally long shard of consecutive positions, in the order of the axis. With
-axis_name=None the sequence is whole, and these functions do nothing. What they send between
-devices does not grow with the length, except in ring_shift.
+axis_name=None the sequence is not split, and nothing is communicated. The data sent between devices
+does not grow with the length, except in ring_shift.
 """
 
 from collections.abc import Sequence
@@ -13,28 +13,28 @@ import jax.numpy as jnp
 
 
 def shard_index(axis_name: str | None) -> jax.Array | int:
-    """The index of this device's shard."""
+    """Returns the index of this device's shard."""
     return 0 if axis_name is None else jax.lax.axis_index(axis_name)
 
 
 def num_shards(axis_name: str | None) -> int:
-    """The number of shards."""
+    """Returns the number of shards."""
     return 1 if axis_name is None else jax.lax.axis_size(axis_name)
 
 
 def psum(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The sum over the shards."""
+    """Returns the sum over the shards."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
 def pmax(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The maximum over the shards, a constant to derivatives."""
+    """Returns the maximum over the shards, without a gradient."""
     x = jax.lax.stop_gradient(x)
     return x if axis_name is None else jax.lax.pmax(x, axis_name)
 
 
 def positions(length: int, axis_name: str | None) -> jax.Array:
-    """int32 [length]: the positions of this shard's rows in the whole sequence."""
+    """Returns int32 [length]: the positions of this shard's rows in the whole sequence."""
     return shard_index(axis_name) * length + jnp.arange(length, dtype=jnp.int32)
 
 
@@ -44,8 +44,8 @@ def running_counts(
     """Numbers the real rows of concatenated sequences, each of which is split over the axis.
 
     Args:
-      masks: bool [batch, length], one for each sequence, of any lengths; True at real rows.
-      axis_name: the mesh axis of the split.
+      masks: bool [batch, length] for each sequence, True at real rows; lengths may differ.
+      axis_name: the mesh axis over which the sequences are split, or None.
 
     Returns:
       int32 [batch, sum of lengths]: for each row of this shard, the number of real rows up to and
@@ -72,7 +72,7 @@ def with_halo(x: jax.Array, size: int, axis_name: str | None) -> jax.Array:
     Args:
       x: [batch, length, width].
       size: positions to add on each side; at most length where there are several shards.
-      axis_name: the mesh axis of the split.
+      axis_name: the mesh axis over which the sequence is split, or None.
 
     Returns:
       [batch, length + 2 * size, width]; zeros beyond the ends of the whole sequence.
@@ -85,7 +85,7 @@ def with_halo(x: jax.Array, size: int, axis_name: str | None) -> jax.Array:
     length, count = x.shape[1], num_shards(axis_name)
     if length < size:
         raise ValueError(f"parts of {length} positions are too short: {size} are needed")
-    # A device that nobody sends to gets zeros.
+    # ppermute gives zeros to a device that receives nothing.
     before = jax.lax.ppermute(
         x[:, length - size :], axis_name, [(i, i + 1) for i in range(count - 1)]
     )
@@ -94,7 +94,7 @@ def with_halo(x: jax.Array, size: int, axis_name: str | None) -> jax.Array:
 
 
 def ring_shift(tree: Any, axis_name: str) -> Any:
-    """Sends arrays to the next device of a ring; returns those of the device before this one."""
+    """Sends arrays to the next device of a ring and returns those of the previous device."""
     count = num_shards(axis_name)
     to_next = [(i, (i + 1) % count) for i in range(count)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, to_next), tree)

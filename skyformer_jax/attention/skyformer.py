@@ -4,8 +4,8 @@ With d landmarks L drawn from the rows of [Q; K], and M = G(L, L) + gamma I,
 
     out = G(Q, L) M^-1 (G(L, K) V),
 
-linear in the length. The kernel matrix of queries and keys together is positive semi-definite,
-which G(Q, K) alone is not; that completion is what makes the Nystrom method sound here.
+which takes time linear in the length. G(Q, K) alone is not positive semi-definite, but the kernel
+matrix of queries and keys together is; completing it in this way makes the Nystrom method sound.
 """
 
 import functools
@@ -40,7 +40,7 @@ from skyformer_jax.attention.skyformer_causal import (
 from skyformer_jax.attention.variables import VariableSpec
 
 INVERSES = ("schulz", "cholesky")
-_LEARNED = "learned"  # of the layers, which pass the array
+_LEARNED = "learned"  # an option of the layers, which pass this function the array
 
 
 def check_skyformer_options(
@@ -51,7 +51,7 @@ def check_skyformer_options(
     inverse: str,
     num_iterations: int,
 ) -> None:
-    """Raises an error for an option that cannot work; traced numbers are not known."""
+    """Raises an error for an invalid option; values of traced numbers are not checked."""
     if inverse not in INVERSES:
         raise ValueError(f"inverse must be one of {', '.join(INVERSES)}; got {inverse!r}")
     if isinstance(landmarks, str) and landmarks == _LEARNED:
@@ -96,63 +96,67 @@ def skyformer_attention(
     implementation: str = "auto",
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Skyformer attention: kernelized_attention approximated in time linear in the length.
+    """Skyformer attention: approximates kernelized_attention in time linear in the length.
 
     out = G(Q, L) (G(L, L) + gamma I)^-1 G(L, K) V (Chen et al., 2021, equation 6). With all real
-    rows as landmarks and gamma -> 0 it is kernelized_attention exactly.
+    rows as landmarks and gamma -> 0 it equals kernelized_attention.
 
-    It approximates well where every query and key has landmarks within a few times scale**-0.5 of
-    it, and loses mass where not: with 128 landmarks, 1,024 rows and 32 normal features the relative
+    The approximation is good if every query and key has landmarks within a few times scale**-0.5.
+    Otherwise it loses mass: with 128 landmarks, 1,024 rows and 32 normal features, the relative
     error is 0.01 at a standard deviation of 0.25, 0.13 at 1/sqrt(3), with which this package's
-    layers start, and 0.66 at 1. nystrom_residual shows it; docs/skyformer.md has the table.
+    layers start, and 0.66 at 1. nystrom_residual measures this loss; docs/skyformer.md has the
+    table.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
       key: [batch, kv_length, heads, head_dim].
       value: [batch, kv_length, heads, head_dim].
       mask: bool [batch, kv_length], True at real tokens; any pattern.
-      rng: a jax.random key to draw the landmarks by; None is deterministic.
+      rng: a jax.random key to draw the landmarks with; None makes the choice deterministic.
       scale: the kernel's inverse squared width; None means head_dim**-0.5.
-      num_landmarks: d, shared by the heads of an example; more than there are rows means all.
-      landmarks: how they are chosen among the real rows of [query; key]:
+      num_landmarks: d, the number of landmarks of an example, which its heads share. If it exceeds
+        the number of rows, all rows are landmarks.
+      landmarks: how landmarks are chosen among the real rows of [query; key]:
 
-        - "uniform": drawn uniformly; without rng, as "strided".
-        - "strided": evenly spread over the positions.
+        - "uniform": drawn uniformly; the same as "strided" if rng is None.
+        - "strided": evenly spaced over the positions.
         - "segment_means": means of d equal runs of positions (Xiong et al., 2021).
         - "kmeans++": the seeds of k-means++, far from each other; a sequential loop of d steps.
-        - "leverage": by ridge leverage scores (Musco and Musco, 2017), the paper's next
-          step; the cost of two more kernel matrices of rows x d and of some d x d eigenvalues.
+        - "leverage": drawn by ridge leverage scores (Musco and Musco, 2017), the paper's next
+          step; costs two more kernel matrices of rows x d and the eigenvalues of some d x d
+          matrices.
 
-        "kmeans++" and "leverage" take a fixed key where rng is None. Draws by "uniform" and
-        "leverage" are others for another padded length.
+        "kmeans++" and "leverage" use a fixed key if rng is None. The draws of "uniform" and
+        "leverage" depend on the padded length.
 
-        Or an array [num_landmarks, heads, head_dim], the landmarks of all examples, which then do
-        not depend on the sequence; landmarks="learned" makes a layer learn them.
-      landmark_indices: int [batch, d], rows of [query; key] (0..q_length-1 are queries) to use
-        instead of num_landmarks chosen here; those at masked rows, and those that
-        no row has, count for nothing.
+        It can also be an array [num_landmarks, heads, head_dim], the landmarks of all examples,
+        which then do not depend on the sequence. With landmarks="learned" a layer learns this
+        array.
+      landmark_indices: int [batch, d], rows of [query; key] (0..q_length-1 are queries) to use as
+        landmarks instead of choosing num_landmarks of them. Indices of masked rows and indices out
+        of range are ignored.
       query_mask: bool [batch, q_length], the queries that may become landmarks; None means
-        `mask` where q_length == kv_length (self-attention), otherwise all. Other
-        queries affect no output but their own.
+        `mask` where q_length == kv_length (self-attention), otherwise all. Other queries affect
+        only their own output.
       gamma: regularisation of the landmarks' kernel matrix.
       inverse: "schulz" (matrix products only) or "cholesky" (exact to rounding).
       num_iterations: number of Schulz iterations.
-      normalize: divides each row by its sum, which is approximated likewise, so that the output
-        does not grow with the number of keys near a query. A sum below a hundredth of the sum of
-        its terms' absolute values, as where no landmark is near, counts as that hundredth.
+      normalize: divides each row by its sum, approximated in the same way, so that the output
+        does not grow with the number of keys near a query. A sum is raised to a hundredth of the
+        sum of its terms' absolute values if it is below, as it may be where no landmark is near.
       conv_kernel: float [size, heads] or [size, heads, head_dim], size odd; adds the convolution
         of the values (0 at padding) with it, for self-attention only (Xiong et al., 2021).
-      is_causal: query i attends to keys 0..i only, which needs an array of landmarks: those of a
-        sequence's own rows would tell of later ones. See docs/causal.md.
-      segment_ids: int [batch, length], for causal attention: positions of one segment, which are
-        consecutive, attend to that segment alone.
+      is_causal: query i attends to keys 0..i only. It needs an array of landmarks, because
+        landmarks from a sequence's own rows would depend on later positions. See docs/causal.md.
+      segment_ids: int [batch, length], for causal attention: positions attend only to their own
+        segment. The positions of a segment must be consecutive.
       implementation: how the two Gaussian passes are computed: "auto", "dense", "chunked" or
-        "pallas", see gaussian.gaussian_attention.
-      axis_name: name of a mesh axis, within jax.shard_map: each device has a run of the sequence,
-        as long as the others', of query, key, value and the masks. Only the landmarks, and their
-        context of d x head_dim, then cross devices, whatever the length. num_landmarks and
-        landmark_indices are of the whole; landmarks must be "uniform", "strided" or
-        "segment_means".
+        "pallas"; see gaussian.gaussian_attention.
+      axis_name: name of a mesh axis, within jax.shard_map. Each device then holds a run of the
+        sequence, of the same length, of query, key, value and the masks. Only the landmarks, their
+        context of d x head_dim and, with conv_kernel, the values at the ends of each run cross
+        devices, whatever the length. num_landmarks and landmark_indices refer to the whole
+        sequence; landmarks must be "uniform", "strided" or "segment_means".
 
     Returns:
       [batch, q_length, heads, head_dim] in the dtype of value, computed in float32; zeros for an
@@ -168,9 +172,9 @@ def skyformer_attention(
     if is_causal or segment_ids is not None:
         if landmark_indices is not None or isinstance(landmarks, str):
             raise ValueError(
-                "skyformer is causal, or divided into segments, with landmarks that do not depend "
-                'on the sequence: landmarks="learned" in a layer, or an array [num_landmarks, '
-                "heads, head_dim]; those drawn from its rows would tell of later positions"
+                "skyformer with is_causal or segment_ids needs landmarks that do not depend on the "
+                'sequence: landmarks="learned" in a layer, or an array [num_landmarks, heads, '
+                "head_dim]; those drawn from its rows would tell of later positions"
             )
         check_causal("skyformer", query, key, is_causal, segment_ids)
         state = initial_state(
@@ -228,10 +232,11 @@ def skyformer_variables(
     num_landmarks: int = 128,
     conv_size: int = 0,
 ) -> dict[str, VariableSpec]:
-    """What a layer learns: the convolution's kernel, [conv_size, heads, value_dim], and landmarks.
+    """Describes what a layer learns: the convolution's kernel and the landmarks.
 
-    There are landmarks, [num_landmarks, heads, head_dim], where landmarks="learned". They start as
-    normal noise of the variance of queries and keys at the start of a layer (dense_inits).
+    The kernel is [conv_size, heads, value_dim]; there is none if conv_size is 0. Landmarks,
+    [num_landmarks, heads, head_dim], are learned if landmarks="learned". They start as normal noise
+    with the variance that queries and keys have in a new layer (dense_inits).
     """
     del kv_length
     found = conv_kernel_spec(conv_size, num_heads, value_dim)
@@ -253,10 +258,10 @@ def solve_landmarks(
     inverse: str,
     num_iterations: int,
 ) -> jax.Array:
-    """M^-1 rows for M = G(points, points) + gamma I.
+    """Computes M^-1 rows for M = G(points, points) + gamma I.
 
-    Landmarks that are not valid are cut out of M, which gets a 1 on its diagonal there, and of
-    rows, so that they add exactly nothing.
+    Landmarks that are not valid are removed from M, which gets a 1 on its diagonal there, and from
+    rows, so that they contribute exactly nothing.
 
     Args:
       points: float32 [batch, d, heads, head_dim].

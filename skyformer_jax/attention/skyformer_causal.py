@@ -1,8 +1,8 @@
-"""Causal Skyformer: with landmarks that do not depend on the sequence, a prefix sum of features.
+"""Causal Skyformer: a prefix sum of features, with landmarks that do not depend on the sequence.
 
 Skyformer's kernel G(q, L) M^-1 G(L, k) is a product of the features phi(q) = M^-1 G(L, q) and
-psi(k) = G(L, k). So its causal form is that of prefix_sums.py, and its state [d, value_dim] a head.
-Landmarks that are drawn from the rows of a sequence would tell the earlier positions of later ones.
+psi(k) = G(L, k). So its causal form is that of prefix_sums.py, and its state is [d, value_dim] per
+head. Landmarks drawn from the rows of a sequence would make earlier positions depend on later ones.
 """
 
 import jax
@@ -19,7 +19,7 @@ from skyformer_jax.attention.prefix_sums import (
 )
 from skyformer_jax.attention.row_sums import over_row_sums, with_ones
 
-# The least sum of a row, as a part of the sum of its terms' absolute values.
+# The minimum sum of a row, as a fraction of the sum of its terms' absolute values.
 LEAST_ROW_SUM = 1e-2
 
 
@@ -31,7 +31,7 @@ def kernel_features(
     inverse: str,
     num_iterations: int,
 ) -> tuple[Features, Features]:
-    """The features phi and psi of Skyformer's kernel.
+    """Returns the feature functions phi and psi of Skyformer's kernel.
 
     Args:
       landmarks: [d, heads, head_dim], L.
@@ -41,7 +41,7 @@ def kernel_features(
       num_iterations: number of Schulz iterations.
 
     Returns:
-      Functions of float32 [batch, rows, heads, head_dim] to [batch, heads, rows, d].
+      phi and psi, functions from float32 [batch, rows, heads, head_dim] to [batch, heads, rows, d].
     """
     points = landmarks.astype(jnp.float32)[None]
     eye = jnp.eye(len(landmarks), dtype=jnp.float32)
@@ -80,7 +80,7 @@ def causal_skyformer(
     normalize: bool,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, tuple[State, jax.Array]]:
-    """Causal Skyformer of the positions after those of a state.
+    """Computes causal Skyformer attention for the positions after those of a state.
 
     Args:
       query: [batch, length, heads, head_dim].
@@ -88,10 +88,10 @@ def causal_skyformer(
       value: [batch, length, heads, value_dim], likewise.
       mask: bool [batch, length], or None.
       landmarks: [d, heads, head_dim].
-      conv_kernel: as in skyformer_attention; the last of its size rows is for the position itself,
-        the others are for those before it.
+      conv_kernel: as in skyformer_attention; the last of its `size` rows applies to the position
+        itself, the others to the positions before it.
       segment_ids: as in skyformer_attention.
-      state: from initial_state, or what an earlier call returned.
+      state: from initial_state or an earlier call.
       scale: as in skyformer_attention.
       gamma: likewise.
       inverse: likewise.
@@ -136,6 +136,6 @@ def causal_skyformer(
 def initial_state(
     batch: int, heads: int, value_dim: int, num_landmarks: int, *, normalize: bool, conv_size: int
 ) -> tuple[State, jax.Array]:
-    """The state before the first position: the sums, and the values that a convolution sees."""
+    """Returns the state before the first position: prefix sums, and values for the convolution."""
     sums = empty_state(batch, heads, num_landmarks, value_dim + normalize)
     return sums, jnp.zeros((batch, max(conv_size - 1, 0), heads, value_dim), jnp.float32)

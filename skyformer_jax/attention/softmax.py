@@ -37,14 +37,14 @@ from skyformer_jax.attention.platforms import (
 from skyformer_jax.attention.softmax_kernels import GRADIENTS, VALUE
 from skyformer_jax.attention.softmax_tiles import tiled_gradients, tiled_tangent, tiled_value
 
-# Rows of a tile of scores along the longer and along the shorter of query and key, by platform.
+# Length of a tile of scores along the longer and the shorter of query and key, by platform.
 _TILE = {"cpu": (1024, 128), "default": (8192, 1024)}
 
-# The axes of the first arguments of tiles and kernels.
+# The axes of the first arguments of the tiled functions and the kernels: query, key, value, scale.
 _ARRAYS = (ROWS, ROWS, ROWS, SCALAR)
 
-# Scores of a head up to which all are stored: tiles gain less than a millisecond there, and take
-# longer to compile.
+# Up to this many scores per head all are stored: tiles would save less than a millisecond there,
+# and take longer to compile.
 _DENSE_SCORES = 128 * 128
 
 
@@ -63,42 +63,42 @@ def softmax_attention(
     segment_ids: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(scale * Q K^T + bias) V, in memory linear in the length.
+    """Computes softmax(scale * Q K^T + bias) V in memory linear in the length.
 
-    Scores are computed tile by tile, and again for gradients, unless they are few, or there is a
-    bias: jax.nn.dot_product_attention then holds them all.
+    Scores are computed tile by tile, and recomputed for gradients. If they are few or there is a
+    bias, jax.nn.dot_product_attention computes the result and stores all scores.
 
     Args:
       query: [batch, q_length, heads, head_dim], unscaled.
       key: [batch, kv_length, kv_heads, head_dim].
       value: [batch, kv_length, kv_heads, value_dim].
       mask: bool [batch, kv_length], True at real tokens; any pattern.
-      rng: unused, nothing here is random; part of the common signature.
+      rng: unused because nothing is random; part of the common signature.
       scale: factor of the scores; None means head_dim**-0.5.
       full_mask: bool, broadcastable to [batch, heads, q_length, kv_length], True where a query may
         attend to a key.
-      bias: added to the scores, broadcastable to their shape.
-      is_causal: True lets query i attend to keys 0..i only.
-      segment_ids: int [batch, length], of self-attention: positions attend to those of their own
-        segment alone. It becomes a full_mask, a byte for each pair of positions.
-      implementation: which form computes it.
+      bias: added to the scores, broadcastable to [batch, heads, q_length, kv_length].
+      is_causal: True restricts query i to keys 0..i.
+      segment_ids: int [batch, length], for self-attention: each position attends only to positions
+        of its own segment. They are expanded to a full_mask of one byte per pair of positions.
+      implementation: how the result is computed.
 
-        - "dense" is jax.nn.dot_product_attention, which holds all scores.
-        - "chunked" holds a tile of them at a time, and computes it anew for gradients. It takes no
-          bias.
-        - "pallas" is a kernel that holds none of them in memory, for NVIDIA GPUs and for TPUs; on a
-          CPU that of GPUs is interpreted, slowly, to try it. It takes neither a full_mask nor a
-          bias, nor float64.
-        - "auto" is dense for the smallest sizes and with a bias, and otherwise what is best on the
-          platform that the program is compiled for: "pallas" where there is one that takes the
-          arguments, else "chunked".
+        - "dense": jax.nn.dot_product_attention, which stores all scores.
+        - "chunked": stores one tile of scores at a time and recomputes it for gradients. It takes
+          no bias.
+        - "pallas": a kernel for NVIDIA GPUs and TPUs that stores no scores in memory. On a CPU the
+          GPU kernel runs in interpret mode, slowly, for testing. It takes no full_mask, no bias and
+          no float64.
+        - "auto": dense for the smallest sizes and with a bias. Otherwise it depends on the platform
+          that the program is compiled for: "pallas" where a kernel takes the arguments, else
+          "chunked".
 
     Returns:
-      [batch, q_length, heads, value_dim] in the dtype of value; zeros for a query that may attend
-      to no key.
+      [batch, q_length, heads, value_dim] in the dtype of value; zeros for a query that may not
+      attend to any key.
 
     Raises:
-      ValueError: if shapes do not fit, a mask is not boolean, the implementation is unknown, or it
+      ValueError: if shapes do not fit, a mask is not boolean, or the implementation is unknown or
         does not take the arguments.
     """
     del rng
@@ -121,14 +121,14 @@ def softmax_attention(
         more = mask, full_mask, bias, factor
         return on_automatic_axes(dense, out_spec(query, value), query, key, value, *more)
     if isinstance(factor, jax.core.Tracer):
-        # Its derivatives are those of a product.
+        # A traced scale multiplies the queries, so that JAX derives its gradient.
         query = query.astype(jnp.float64 if wide else jnp.float32)
         query, factor = query * factor.astype(query.dtype), 1.0
     allowed = None if mask is None else mask[:, None, None, :]
     if full_mask is not None:
         allowed = full_mask if allowed is None else allowed & full_mask
     masks_keys = allowed is None or allowed.shape[1:] == (1, 1, key.shape[1])
-    # Gradients are traced later than the call, and are to be of the settings of the call.
+    # Gradients are traced after the call, but must use the settings in effect during the call.
     function = _without_scores(
         implementation if masks_keys and not wide else "chunked",
         factor,
@@ -150,23 +150,24 @@ def _without_scores(
     precision: str | None,
     tiles: tuple[tuple[str, tuple[int, int]], ...],
 ) -> Callable[..., jax.Array]:
-    """Softmax attention of query, key, value and, perhaps, mask, without holding all scores.
+    """Returns softmax attention as a function of query, key, value and an optional mask.
 
-    Tangents, and what derivatives of higher order differentiate, come from the tiles always.
+    It does not store all scores. Tangents and higher-order derivatives always use the tiled
+    functions, not the kernels.
 
     Args:
       implementation: "auto", "chunked" or "pallas".
       scale: as in softmax_attention.
-      has_mask: whether there is a mask.
+      has_mask: whether the function takes a mask.
       is_causal: as in softmax_attention.
-      precision: the precision of products, as jax.default_matmul_precision has it.
+      precision: the precision of products, a value of jax.default_matmul_precision.
       tiles: items of _TILE.
     """
     num_arrays = 4 if has_mask else 3
     axes = _ARRAYS + (MASK,) * has_mask
 
     def with_scale(function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of the arrays as they are stored, from one that takes a scale and a mask."""
+        """Adapts a function that takes a scale and a mask to the arrays that are stored."""
 
         def call(*arrays: jax.Array, **options: Any) -> Any:
             query, key, value, factor, *others = arrays
@@ -204,7 +205,7 @@ def _without_scores(
     whole = functools.partial(on_platform, kernels={}, more=(), skips=False)
 
     def anew(rule: Callable[..., Any]) -> Callable[..., Any]:
-        """The rule, where out and lse are functions of the arrays as well."""
+        """Returns the rule with out and lse recomputed, so that they depend on the arrays too."""
         value = whole(tiled_value, results=())
 
         def call(*arrays: jax.Array) -> Any:
@@ -240,11 +241,11 @@ def _dense(
     *,
     is_causal: bool,
 ) -> jax.Array:
-    """softmax_attention by jax.nn.dot_product_attention."""
+    """Computes softmax_attention with jax.nn.dot_product_attention."""
     allowed, bias = _restrictions(query, key, mask, full_mask, bias, is_causal)
     dtype, value_dim = _common_dtype(query, key, value), value.shape[-1]
     query, key, values = equal_head_dims(query, key, value)
-    # JAX's own function mixes bfloat16 and float32, which strict promotion would refuse.
+    # JAX's own function mixes bfloat16 and float32, which strict promotion does not allow.
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
             query.astype(dtype),
@@ -255,7 +256,7 @@ def _dense(
             scale=scale,
         )[..., :value_dim]
     if allowed is not None:
-        # A row without any key would otherwise be the plain mean over the padding.
+        # A row without any key would otherwise be the plain mean over the padding's values.
         some = jnp.moveaxis(allowed.any(axis=-1), 1, 2)[..., None]
         out = jnp.where(some, out, 0)
     return out.astype(value.dtype)
@@ -272,7 +273,7 @@ def softmax_weights(
     is_causal: bool = False,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """The weights softmax(scale * Q K^T + bias) of softmax_attention, to look at.
+    """Computes the weights softmax(scale * Q K^T + bias) of softmax_attention, for inspection.
 
     Args:
       query: [batch, q_length, heads, head_dim], as in softmax_attention.
@@ -286,7 +287,7 @@ def softmax_weights(
 
     Returns:
       [batch, heads, q_length, kv_length] in the common dtype of query and key; each row sums to 1,
-      or is zeros where a query may attend to no key.
+      or is all zeros for a query that may not attend to any key.
     """
     query, key = floating_arrays(query, key)
     scale = known_options({"scale": scale})["scale"]
@@ -309,7 +310,7 @@ def softmax_weights(
 
 
 def _common_dtype(*arrays: jax.Array) -> Any:
-    """The dtype of products, of arrays that may differ even where promotion is strict."""
+    """The dtype of products of the arrays, which may differ even if promotion is strict."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*arrays)
 
@@ -322,7 +323,7 @@ def _restrictions(
     bias: jax.Array | None,
     is_causal: bool,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Which keys a query may attend to, bool, and the bias; both of four axes, or None."""
+    """Which keys a query may attend to, bool, and the bias; each has four axes or is None."""
     shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     allowed = None if mask is None else mask[:, None, None, :]
     if full_mask is not None:
@@ -341,15 +342,15 @@ def attend_to_split_keys(
     scale: jax.Array | float,
     axis_name: str | None,
 ) -> jax.Array:
-    """softmax(scale * Q K^T) V for few queries, all on each device, and keys that are split.
+    """Computes softmax(scale * Q K^T) V for few queries, present on all devices, and split keys.
 
     Args:
       query: float32 [batch, q_length, heads, head_dim].
-      key: float32 [batch, kv_length, heads, head_dim], finite everywhere, as are the values.
+      key: float32 [batch, kv_length, heads, head_dim], finite everywhere.
       value: likewise.
       mask: bool [batch, kv_length], True at real tokens.
       scale: factor of the scores.
-      axis_name: mesh axis over which the keys are split; None: they are not.
+      axis_name: mesh axis over which the keys are split; None if they are not.
 
     Returns:
       float32 [batch, q_length, heads, head_dim]; zeros for an example without any real key.

@@ -7,22 +7,22 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def sum_last(x: jax.Array) -> jax.Array:
-    """x.sum(axis=-1, keepdims=True), as suits the platform that the program is compiled for."""
+    """Computes x.sum(axis=-1, keepdims=True), as a product on CPUs and as a sum elsewhere."""
     return jax.lax.platform_dependent(x, cpu=product_last, default=_sum_last)
 
 
 def sum_rows(x: jax.Array) -> jax.Array:
-    """x.sum(axis=-2, keepdims=True), likewise."""
+    """Computes x.sum(axis=-2, keepdims=True), as a product on CPUs and as a sum elsewhere."""
     return jax.lax.platform_dependent(x, cpu=product_rows, default=_sum_rows)
 
 
 def product_last(x: jax.Array) -> jax.Array:
-    """sum_last by a product."""
+    """Computes sum_last as a product with ones."""
     return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=_HIGHEST)
 
 
 def product_rows(x: jax.Array) -> jax.Array:
-    """sum_rows by a product."""
+    """Computes sum_rows as a product with ones."""
     return jnp.matmul(jnp.ones((1, x.shape[-2]), x.dtype), x, precision=_HIGHEST)
 
 

@@ -1,4 +1,4 @@
-"""Descriptions of the arrays that a layer keeps for its attention, beside query, key and value."""
+"""Descriptions of the arrays that a layer keeps for its attention, such as projections."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,13 +7,13 @@ import jax
 
 
 class VariableSpec(NamedTuple):
-    """One array argument of an attention function that a layer creates and keeps.
+    """Describes an array argument of an attention function that a layer creates and keeps.
 
     Attributes:
       shape: shape of the array.
-      init: (key, shape) -> the initial array.
-      trained: True for a parameter. False for random numbers that stay as they were drawn; a layer
-        leaves them out of a call that gets an rng to draw them anew.
+      init: returns the initial array, given a key and the shape.
+      trained: True for a parameter. False for random numbers that stay as drawn; a layer omits
+        them from a call that gets an rng to redraw them.
     """
 
     shape: tuple[int, ...]
