@@ -1,8 +1,8 @@
-"""Functions that are differentiated by rules of their own, in forward and in reverse mode.
+"""Functions with custom differentiation rules for both forward and reverse mode.
 
-jax.custom_vjp has no forward mode, and jax.custom_jvp gets its reverse mode by transposing the
-tangents' computation, which would keep what a second computation is meant to spare. So the tangents
-are computed by a primitive here, whose transpose is the other rule.
+jax.custom_vjp has no forward mode. jax.custom_jvp derives reverse mode by transposing the
+computation of the tangents, which would store the intermediate results that recomputation is meant
+to avoid. Here, a primitive computes the tangents, and its transpose is the rule for the gradients.
 """
 
 import functools
@@ -18,11 +18,11 @@ Arrays = tuple[jax.Array, ...]
 
 
 class _Rule(NamedTuple):
-    """A function of residuals and, linearly, of other arrays, to a tuple of arrays.
+    """A function of residuals and other arrays, linear in the latter, that returns a tuple.
 
     Attributes:
-      fast: what is computed.
-      plain: the same in operations that JAX can differentiate.
+      fast: the function that is evaluated.
+      plain: the same function in operations that JAX can differentiate.
     """
 
     fast: Callable[..., Arrays]
@@ -36,24 +36,26 @@ def with_rules(
     plain_gradients: Callable[..., Arrays] | None = None,
     plain_tangent: Callable[..., jax.Array] | None = None,
 ) -> Callable[..., jax.Array]:
-    """A function with rules for its derivatives, of all modes and orders.
+    """Returns a function with custom rules for its derivatives, in all modes and of all orders.
 
     Only derivatives of second and higher order differentiate a rule.
 
     Args:
-      value: the function, of floating arrays and of others that have no derivatives. It may return
-        a tuple instead, of the output and of other results that spare the rules a computation. The
-        rules then take this tuple's arrays as well, after those of the function. They are constants
-        to derivatives of higher order, so what JAX differentiates must compute them anew.
-      tangent: takes those arrays and, linearly, the tangents of the floating ones; gives the
-        output's tangent. JAX can differentiate it.
-      gradients: takes those arrays and, linearly, the output's gradient; gives the gradients of the
-        floating ones, in their dtypes.
-      plain_tangent: the same as tangent, where JAX cannot differentiate that as it should.
-      plain_gradients: likewise for gradients.
+      value: the function, of floating arrays and of other arrays that have no derivatives. It may
+        return a tuple of the output and other results that save the rules a computation. The rules
+        then take this tuple's arrays too, after the function's arguments. Higher-order derivatives
+        treat these arrays as constants, so functions that JAX differentiates must recompute them.
+      tangent: takes these arrays and the tangents of the floating arguments, in which it is linear;
+        returns the output's tangent. JAX must be able to differentiate it, unless plain_tangent is
+        given.
+      gradients: takes these arrays and the output's gradient, in which it is linear; returns the
+        gradients of the floating arguments, in their dtypes.
+      plain_gradients: the same as gradients, in operations that JAX differentiates correctly; None
+        means gradients itself.
+      plain_tangent: likewise for tangent.
 
     Returns:
-      The function of the same arrays, to the output alone.
+      A function of the same arrays that returns only the output.
     """
 
     def in_tuple(tangent: Callable[..., jax.Array]) -> Callable[..., Arrays]:
@@ -89,7 +91,7 @@ def with_rules(
     return lambda *arrays: with_jvp(*arrays)[0]
 
 
-# The primitive: rule.fast(*arrays), linear in all but the first num_residuals of them.
+# The primitive computes rule.fast(*arrays), linear in all arrays but the first num_residuals.
 _linear = Primitive("linear_by_rule")
 _linear.multiple_results = True
 
@@ -105,7 +107,7 @@ def _types(*types: Any, rule: _Rule, **_: Any) -> Any:
 def _jvp(
     primals: Arrays, tangents: Arrays, *, num_residuals: int, rule: _Rule, transposed: _Rule
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The rule itself on the tangents of what it is linear in; the plain one's by the residuals."""
+    """Applies the rule to tangents of linear arguments; differentiates plain for the residuals."""
     bind = functools.partial(
         _linear.bind, rule=rule, transposed=transposed, num_residuals=num_residuals
     )
@@ -149,7 +151,7 @@ def _transpose(
 def _batched(
     arrays: Arrays, axes: tuple[Any, ...], *, num_residuals: int, rule: _Rule, transposed: _Rule
 ) -> tuple[list[jax.Array], list[int]]:
-    """Both rules mapped over the residuals' axes, and over the first axis of all other arrays."""
+    """Maps both rules over the residuals' axes and over the first axis of all other arrays."""
     (size,) = {x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None}
 
     def mapped(rule: _Rule) -> _Rule:

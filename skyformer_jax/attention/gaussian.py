@@ -1,11 +1,11 @@
 """The Gaussian-kernel primitive (Chen et al., 2021, section 4.1).
 
-Everything of Skyformer stands on one operation, for p = head_dim:
+Skyformer is built on one operation:
 
     G(q, k) v:  out_i = sum_j exp(-scale/2 * ||q_i - k_j||^2) v_j
 
-It is here in three forms that agree to rounding: dense, which holds all scores; tiles in plain JAX;
-and a kernel for accelerators. gaussian_attention chooses.
+This module has three implementations that agree to rounding: dense, which stores all scores; tiles
+in plain JAX; and kernels for accelerators. gaussian_attention chooses one.
 """
 
 import functools
@@ -34,9 +34,9 @@ from skyformer_jax.attention.platforms import (
     check_implementation,
 )
 
-# Rows of a tile of scores along the longer and along the shorter of query and key, by platform. On
-# a CPU a tile then stays in the caches, which is measured (docs/speed.md). Accelerators want few,
-# large tiles; their figure only bounds the memory.
+# Length of a tile of scores along the longer and the shorter of query and key, by platform. On a
+# CPU a tile of this size stays in the caches, as measured (docs/speed.md). Accelerators are fastest
+# with few, large tiles; their size only bounds the memory.
 _TILE = {"cpu": (1024, 128), "default": (8192, 1024)}
 
 # The kernels by platform.
@@ -46,16 +46,16 @@ _GRADIENTS = Kernels(
     {"cuda": gpu_gradients, "tpu": tpu_gradients}, (*_ARRAYS, ROWS), (ROWS, ROWS, ROWS)
 )
 
-# Scores of a head up to which storing them all for the gradient is faster than a second
-# computation, on two CPU cores.
+# Up to this many scores per head, storing all of them for the gradient is faster than computing
+# them twice, on two CPU cores.
 _DENSE_SCORES = 128 * 128
 
 
 def gaussian_scores(query: jax.Array, key: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """Gaussian kernel values exp(-scale/2 * ||q_i - k_j||^2).
+    """Computes the Gaussian kernel's values exp(-scale/2 * ||q_i - k_j||^2).
 
-    The product is taken at the highest precision: the exponent is a difference of larger numbers,
-    and what TF32 or bfloat16 would lose in it comes out multiplied.
+    The product has the highest precision, because the exponent is a difference of larger numbers:
+    the exponential would amplify the rounding errors of TF32 or bfloat16 in it.
 
     Args:
       query: float32 [batch, q_length, heads, head_dim].
@@ -81,41 +81,42 @@ def gaussian_attention(
     mask: jax.Array | None = None,
     is_causal: bool = False,
 ) -> jax.Array:
-    """G(query, key) value.
+    """Computes G(query, key) value.
 
     Args:
       query: [batch, q_length, heads, head_dim].
       key: [batch, kv_length, heads, head_dim].
-      value: [batch, kv_length, heads, value_dim]; 0 where a key is masked, which is all that such a
-        mask has to do here, since nothing normalises the sum.
+      value: [batch, kv_length, heads, value_dim]; 0 at masked keys, which is all that a mask of
+        keys requires, because the sum is not normalised.
       scale: the kernel's inverse squared width.
-      implementation: which form computes it.
+      implementation: how the result is computed.
 
-        - "dense" holds all q_length x kv_length scores, and again for gradients.
-        - "chunked" holds a tile of them at a time and computes it anew for gradients, so that
+        - "dense": stores all q_length x kv_length scores, also for gradients.
+        - "chunked": stores one tile of scores at a time and recomputes it for gradients, so that
           memory is linear in q_length + kv_length for gradients too.
-        - "pallas" is a kernel that holds none of them in memory: for NVIDIA GPUs and for TPUs; on
-          a CPU that of GPUs is interpreted, slowly, to try it. It takes no mask and no causality.
-        - "auto" is dense for the smallest sizes, where that is faster, and otherwise what is best
-          on the platform that the program is compiled for: "pallas" on NVIDIA GPUs and TPUs, else
+        - "pallas": a kernel for NVIDIA GPUs and TPUs that stores no scores in memory. On a CPU the
+          GPU kernel runs in interpret mode, slowly, for testing. It takes no mask and no
+          is_causal.
+        - "auto": dense for the smallest sizes, where it is faster. Otherwise it depends on the
+          platform that the program is compiled for: "pallas" on NVIDIA GPUs and TPUs, else
           "chunked".
       mask: bool [batch or 1, heads or 1, q_length or 1, kv_length], True for the terms of each
         query's sum.
-      is_causal: the sum for query i ends with key i.
+      is_causal: True restricts the sum of query i to keys 0..i.
 
     Returns:
-      float32 [batch, q_length, heads, value_dim], summed in float32. docs/kernels.md has the
+      float32 [batch, q_length, heads, value_dim], summed in float32. docs/kernels.md documents the
       precision of the products.
 
     Raises:
-      ValueError: for another implementation, or one that cannot honour the mask.
+      ValueError: if the implementation is unknown or does not support the mask or is_causal.
     """
     check_implementation(implementation)
     masked = mask is not None or is_causal
     if implementation == "pallas" and masked:
         raise ValueError(
-            'implementation="pallas" masks whole keys alone; choose "auto", "chunked" or "dense" '
-            "for a mask of queries and keys, or causality"
+            'implementation="pallas" can only mask whole keys; choose "auto", "chunked" or "dense" '
+            "for a mask of queries and keys, or for is_causal"
         )
     few = query.shape[1] * key.shape[1] <= _DENSE_SCORES
     if (
@@ -129,7 +130,7 @@ def gaussian_attention(
             earlier = jnp.tri(query.shape[1], key.shape[1], dtype=bool)
             scores = only(earlier[None, None], scores)
         return jnp.einsum("bhqk,bkhp->bqhp", scores, value)
-    # Gradients are traced later than the call, and are to be of the settings of the call.
+    # Gradients are traced after the call, but must use the settings in effect during the call.
     function = _without_scores(
         "chunked" if masked else implementation,
         mask is not None,
@@ -149,15 +150,16 @@ def _without_scores(
     precision: str | None,
     tiles: tuple[tuple[str, tuple[int, int]], ...],
 ) -> Callable[..., jax.Array]:
-    """The primitive of query, key, value, scale and, perhaps, mask, without holding all scores.
+    """Returns the primitive as a function of query, key, value, scale and an optional mask.
 
-    Tangents, and what derivatives of higher order differentiate, come from the tiles always.
+    It does not store all scores. Tangents and higher-order derivatives always use the tiled
+    functions, not the kernels.
 
     Args:
       implementation: "auto", "chunked" or "pallas".
-      has_mask: whether there is a mask.
+      has_mask: whether the function takes a mask.
       is_causal: as in gaussian_attention.
-      precision: the precision of products, as jax.default_matmul_precision has it.
+      precision: the precision of products, a value of jax.default_matmul_precision.
       tiles: items of _TILE.
     """
 
@@ -201,9 +203,9 @@ def _with_scale(
     scale: jax.Array,
     *others: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Adds the gradient by scale to those by query, key and value; each in its array's dtype.
+    """Adds the gradient for scale to those for query, key and value; casts each to its dtype.
 
-    G depends on sqrt(scale) q and sqrt(scale) k alone, wherever they are measured from.
+    G depends only on sqrt(scale) q and sqrt(scale) k, and does not change if both are translated.
     """
     del others
     d_query, d_key, _ = gradients

@@ -1,9 +1,9 @@
 """The Gaussian primitive as Pallas kernels for NVIDIA GPUs; see gpu_kernels.
 
 The exponent is a difference of products and norms, and the gradients are differences
-W k - (W 1) q, so both sides of each are taken of the same rounded numbers. Arrays that are not
-bfloat16 are centred before they are rounded, x - c with c the mean of the keys, which changes no
-distance.
+W k - (W 1) q. Both sides of each difference are therefore computed from the same rounded numbers.
+Arrays that are not bfloat16 are centred before rounding: x - c, where c is the mean of the keys.
+This changes no distance.
 """
 
 import functools
@@ -33,14 +33,14 @@ def gpu_value(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """G(query, key) value.
+    """Computes G(query, key) value.
 
     Args:
       query: [batch, q_length, heads, head_dim].
       key: [batch, kv_length, heads, head_dim].
       value: [batch, kv_length, heads, value_dim].
       scale: float32 scalar, the kernel's inverse squared width.
-      interpret: runs the kernel operation by operation, on any platform.
+      interpret: runs the kernel in Pallas's interpret mode, on any platform.
 
     Returns:
       float32 [batch, q_length, heads, value_dim].
@@ -59,7 +59,7 @@ def gpu_gradients(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of (gpu_value(query, key, value, scale) * d_out).sum().
+    """Computes the gradients of (gpu_value(query, key, value, scale) * d_out).sum().
 
     Returns:
       float32 arrays of the shapes of query, key and value.
@@ -75,7 +75,7 @@ def gpu_gradients(
 def _runner(
     query: jax.Array, key: jax.Array, value: jax.Array, scale: jax.Array, interpret: bool
 ) -> Callable[..., list[jax.Array]]:
-    """gpu_kernels.run for a problem: with its scale, its centre and its precision."""
+    """gpu_kernels.run with the scale, the centre and the precision for these arrays."""
     precision = precision_of(query, key, value)
     exact = precision.exact
     centre = jnp.zeros_like(key[:, :1], jnp.float32) if exact else mean_of_keys(key)
@@ -95,7 +95,7 @@ def _scores(
 
     norms = half_norms(rows)[:, None] + half_norms(columns)[None, :]
     exponent = (scale * LOG2E) * (matmul(rows, columns.T, precision) - norms)
-    return jnp.exp2(jnp.minimum(exponent, 0))  # rounding alone can make it positive
+    return jnp.exp2(jnp.minimum(exponent, 0))  # rounding can make the exponent positive
 
 
 def _value_kernel(
@@ -136,7 +136,7 @@ def _query_gradient_kernel(
     turns: int,
     precision: Precision,
 ) -> None:
-    """The gradient scale (W k - (W 1) q), with W = S * (d_out v^T)."""
+    """Computes d_query = scale (W k - (W 1) q), with W = S * (d_out v^T)."""
     scale, centre = scale_ref[0], centre_ref[...]
     query = centred(query_ref[...], centre, precision)
     d_out = operand(d_out_ref[...], precision)
@@ -170,9 +170,9 @@ def _key_gradients_kernel(
     turns: int,
     precision: Precision,
 ) -> None:
-    """The gradients scale (W^T q - (W^T 1) k) and S^T d_out.
+    """Computes d_key = scale (W^T q - (W^T 1) k) and d_value = S^T d_out.
 
-    Keys are the rows here, and queries the columns.
+    Here keys are the rows and queries are the columns.
     """
     scale, centre = scale_ref[0], centre_ref[...]
     key = centred(key_ref[...], centre, precision)

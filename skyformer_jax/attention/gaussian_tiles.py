@@ -1,7 +1,7 @@
 """The Gaussian primitive tile by tile, in plain JAX: memory linear in the length, on any platform.
 
-Blocks are float32 [batch, heads, rows, head_dim] here, whatever the arrays: no copy of those in
-float32 has to exist, and the products are plain.
+Blocks are float32 [batch, heads, rows, head_dim], whatever the dtype of the arrays. So no float32
+copy of the whole arrays is needed, and the products are plain matrix products.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def kernel_values(half_distances: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """exp(-scale/2 ||q - k||^2) from ||q - k||^2 / 2."""
+    """Computes exp(-scale/2 ||q - k||^2) from ||q - k||^2 / 2."""
     exponent = -scale * half_distances
-    # Rounding alone can make it positive, where points coincide: a constant to derivatives, as the
-    # second one is largest there.
+    # Rounding can make the exponent positive where points coincide. The correction has no gradient,
+    # because the second derivative is largest there.
     return jnp.exp(exponent - jax.lax.stop_gradient(jnp.maximum(exponent, 0)))
 
 
@@ -36,7 +36,7 @@ def tiled_value(
     is_causal: bool = False,
     skips: bool = True,
 ) -> jax.Array:
-    """G(query, key) value.
+    """Computes G(query, key) value.
 
     Args:
       query: [batch, q_length, heads, head_dim].
@@ -44,9 +44,9 @@ def tiled_value(
       value: [batch, kv_length, heads, value_dim].
       scale: float32 scalar, the kernel's inverse squared width.
       mask: bool [batch or 1, heads or 1, q_length or 1, kv_length], True for the terms of the sum.
-      tile: the most rows of a tile along the longer and along the shorter of query and key.
-      is_causal: the sum for query i ends with key i.
-      skips: leaves out the tiles that causality rules out; JAX cannot differentiate that backwards.
+      tile: the maximum length of a tile along the longer and the shorter of query and key.
+      is_causal: True restricts the sum of query i to keys 0..i.
+      skips: skips the tiles that causality excludes; JAX's reverse mode cannot differentiate that.
 
     Returns:
       float32 [batch, q_length, heads, value_dim].
@@ -88,11 +88,11 @@ def tiled_gradients(
     is_causal: bool = False,
     skips: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of (tiled_value(...) * d_out).sum() by query, key and value.
+    """Computes the gradients of (tiled_value(...) * d_out).sum() for query, key and value.
 
     With S the scores and W = S * (d_out v^T), elementwise, they are d_v = S^T d_out,
-    d_q = scale (W k - (W 1) q) and d_k = scale (W^T q - (W^T 1) k). No tile has to add up W^T 1: it
-    is v . d_v, row by row.
+    d_q = scale (W k - (W 1) q) and d_k = scale (W^T q - (W^T 1) k). Tiles need not accumulate
+    W^T 1, because it equals v . d_v, row by row.
 
     Returns:
       float32 arrays of the shapes of query, key and value.
@@ -145,10 +145,10 @@ def tiled_tangent(
     tile: tuple[int, int],
     is_causal: bool = False,
 ) -> jax.Array:
-    """The tangent of tiled_value(...) for the tangents of its arguments: (S * d_E) v + S d_v.
+    """Computes the tangent of tiled_value(...) for the tangents of its arguments.
 
-    E is the exponent, whose tangent is
-    scale (d_q . (k - q) + d_k . (q - k)) - d_scale/2 ||q - k||^2.
+    It is (S * d_E) v + S d_v, where the tangent of the exponent E is
+    d_E = scale (d_q . (k - q) + d_k . (q - k)) - d_scale/2 ||q - k||^2.
 
     Returns:
       float32 [batch, q_length, heads, value_dim].
@@ -179,13 +179,13 @@ def tiled_tangent(
 
 
 def _block(array: jax.Array, index: jax.Array | int, rows: int) -> jax.Array:
-    """Block index of [batch, length, heads, head_dim]."""
+    """Block `index` of an array [batch, length, heads, head_dim]."""
     block = jax.lax.dynamic_slice_in_dim(array, index * rows, rows, axis=1)
     return jnp.swapaxes(block, 1, 2).astype(jnp.float32)
 
 
 def _put(array: jax.Array, block: jax.Array, index: jax.Array | int) -> jax.Array:
-    """The array with its block index replaced."""
+    """The array with block `index` replaced."""
     rows = block.shape[2]
     return jax.lax.dynamic_update_slice_in_dim(
         array, jnp.swapaxes(block, 1, 2), index * rows, axis=1
@@ -193,16 +193,16 @@ def _put(array: jax.Array, block: jax.Array, index: jax.Array | int) -> jax.Arra
 
 
 def _add(array: jax.Array, block: jax.Array, index: jax.Array | int) -> jax.Array:
-    """The array with something added to its block index."""
+    """The array with something added to block `index`."""
     return _put(array, _block(array, index, block.shape[2]) + block, index)
 
 
 def _terms(
     mask: jax.Array | None, query_rows: int, key_rows: int, is_causal: bool
 ) -> Callable[[Any, Any], jax.Array | None]:
-    """A function of a tile's indices: which of its scores count, or None for all."""
+    """A function from a tile's indices to which of its scores count, or None if all do."""
     if mask is not None:
-        # Padding is not read: values and gradients there are 0.
+        # The mask's padding has no effect: values and gradients there are 0.
         missing = (
             -mask.shape[2] % query_rows if mask.shape[2] > 1 else 0,
             -mask.shape[3] % key_rows,
@@ -226,7 +226,7 @@ def _terms(
 
 
 def only(terms: jax.Array | None, scores: jax.Array) -> jax.Array:
-    """The scores that count, 0 in place of the others."""
+    """Sets the scores that do not count to 0; terms None means that all count."""
     return scores if terms is None else jnp.where(terms, scores, 0)
 
 
@@ -262,10 +262,10 @@ def _tile_gradients(
     scale: jax.Array,
     terms: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """W k, W 1, W^T q and S^T d_out for scores S and W = S * (d_out v^T).
+    """Computes W k, W 1, W^T q and S^T d_out for scores S and W = S * (d_out v^T).
 
-    The tile's longer side is its rows, which suits the matrix products. The terms of differences,
-    W k - (W 1) q, are computed at the highest precision.
+    The tile's longer side is its rows, which makes the matrix products faster. The terms of the
+    differences W k - (W 1) q are computed at the highest precision.
     """
     if query.shape[2] >= key.shape[2]:
         s = _tile_scores(query, key, scale, terms)

@@ -1,7 +1,7 @@
 """The Gaussian primitive as Pallas kernels for TPUs, through Mosaic.
 
-See tpu_tiles for the layout, the grid and the precision. W 1 is a row of the same product as W k: a
-row of ones stands below k.
+See tpu_tiles for the layout, the grid and the precision. W 1 comes from the same product as W k,
+because rows of ones are appended to k.
 """
 
 import functools
@@ -34,7 +34,7 @@ def tpu_value(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """G(query, key) value; arguments and result as those of gaussian_gpu.gpu_value."""
+    """Computes G(query, key) value; arguments and result are those of gaussian_gpu.gpu_value."""
     how = tpu_tiles.operands(query, key, value)
     tile = tpu_tiles.most_rows(how, query, value)
     x, y = sizes(query.shape[1], tile), sizes(key.shape[1], tile)
@@ -69,9 +69,9 @@ def tpu_gradients(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of (tpu_value(query, key, value, scale) * d_out).sum().
+    """Computes the gradients of (tpu_value(query, key, value, scale) * d_out).sum().
 
-    The shorter of queries and keys stays, the longer passes by.
+    The shorter of queries and keys stays, and the longer passes by.
 
     Returns:
       float32 arrays of the shapes of query, key and value.
@@ -115,14 +115,14 @@ def _constants(scale: jax.Array, key: jax.Array) -> list[jax.Array]:
 
 
 def _scores(x: jax.Array, y: jax.Array, scale: jax.Array) -> jax.Array:
-    """[rows of y, rows of x], of points [dim, rows]."""
+    """Scores [rows of y, rows of x] of points x and y, [dim, rows]."""
 
     def half_norms(points: jax.Array) -> jax.Array:
         points = points.astype(jnp.float32)
         return 0.5 * (points * points).sum(axis=0, keepdims=True)
 
     exponent = scale * (matmul(y, x, 0, 0) - (half_norms(x) + column(half_norms(y))))
-    return jnp.exp2(jnp.minimum(exponent, 0))  # rounding alone can make it positive
+    return jnp.exp2(jnp.minimum(exponent, 0))  # rounding can make the exponent positive
 
 
 def _value_kernel(
@@ -141,9 +141,9 @@ def _gradients_kernel(
     x_ref: Any, of_x_ref: Any, y_ref: Any, of_y_ref: Any,
     *results: Any, how: Operands, keys_stay: bool,
 ) -> None:  # fmt: skip
-    """W y - (W 1) x for what passes, W^T x - (W^T 1) y for what stays, and S^T d_out.
+    """Computes W y - (W 1) x for what passes, W^T x - (W^T 1) y for what stays, and S^T d_out.
 
-    Of x are d_out, and of y values, if keys stay; otherwise the other way round.
+    If keys stay, of_x is d_out and of_y holds the values; otherwise it is the other way round.
     """
     del first_ref
     *results, x_sums, y_sums = results  # type: ignore[assignment]

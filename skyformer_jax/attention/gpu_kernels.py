@@ -1,16 +1,17 @@
-"""What the Pallas kernels for NVIDIA GPUs have in common: their grids, and how products round.
+"""The common parts of the Pallas kernels for NVIDIA GPUs: grids, and the rounding of products.
 
-The kernels go through Triton. A program computes a block of rows of a result and passes over the
-other side in blocks of columns, so that scores live in registers only. Arrays stay [batch, length,
-heads, dim]. Where the rows alone would not fill the device, the columns are split into parts.
+The kernels compile through Triton. A program computes a block of rows of a result and loops over
+the other side in blocks of columns, so that scores exist only in registers. Arrays keep the layout
+[batch, length, heads, dim]. If the rows alone would not fill the device, the columns are split into
+parts.
 
-Precision is chosen here and not left to the compiler:
+The kernels choose the precision and do not leave it to the compiler:
 
 - bfloat16 arrays are multiplied as they are, which is exact; scores and weights are rounded to
   bfloat16.
-- Other arrays are rounded to TF32, whose mantissa has ten bits, as are scores and weights. Where
-  jax.default_matmul_precision asks for more than its default, each is split into two such numbers
-  and multiplied in three passes, which is float32 but for its last bits.
+- Other arrays are rounded to TF32, whose mantissa has ten bits, as are scores and weights. If
+  jax.default_matmul_precision asks for more than its default, each number is split into two such
+  numbers and multiplied in three passes, which gives float32 except for its last bits.
 """
 
 import functools
@@ -26,14 +27,14 @@ from skyformer_jax.attention.kernel_inputs import takes_one_pass, varying_alike
 
 # Warps that fill a device: eight for each multiprocessor of an H100.
 _WARPS = 8 * 132
-# Blocks of columns that a part has at least. Each part writes a result of its own, which is read
-# again: that is to be little beside the columns. The axes that jax.vmap maps give more programs,
-# which are not known here.
+# The minimum number of column blocks per part. Each part writes a result of its own, which is read
+# again; this traffic should be small compared with that of the columns. Axes mapped by jax.vmap add
+# further programs, whose number is unknown here.
 _LEAST_TURNS = 8
 
 
 class Precision(NamedTuple):
-    """How products round.
+    """The precision of products.
 
     Attributes:
       dtype: the operands' dtype, bfloat16 or float32.
@@ -45,12 +46,12 @@ class Precision(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether the operands are the arrays themselves."""
+        """Whether the operands are the arrays themselves, neither centred nor rounded."""
         return self.dtype == jnp.bfloat16
 
 
 def precision_of(*arrays: jax.Array) -> Precision:
-    """The precision for arrays of these dtypes under the present jax.default_matmul_precision."""
+    """Returns the precision for these arrays' dtypes and jax.default_matmul_precision."""
     if all(x.dtype == jnp.bfloat16 for x in arrays):
         return Precision(jnp.bfloat16, 1)
     return Precision(jnp.float32, 1 if takes_one_pass() else 3)
@@ -72,20 +73,21 @@ def run(
 ) -> list[jax.Array]:
     """Runs a kernel over all blocks of rows and all parts of the columns.
 
-    Lengths are padded by zeros to whole blocks, and dims to powers of two.
+    Lengths are padded with zeros to whole blocks, and dims to powers of two.
 
     Args:
-      kernel: takes references to scale, each of centres, rows and columns, and each output; and
-        num_columns, of a block, turns, the blocks of a part, precision, and the options.
+      kernel: takes references to scale, to each of centres, rows and columns, and to each output.
+        Its keyword arguments are num_columns (columns per block), turns (column blocks per part),
+        precision and the options.
       name: the kernel's name in profiles.
-      rows: [batch, length, heads, dim] or [batch, length, heads], all of one length.
-      columns: likewise, of another length.
-      out_dims: the last dimension of each output; None for one without it.
+      rows: arrays [batch, length, heads, dim] or [batch, length, heads], all of one length.
+      columns: likewise; their length may differ from that of the rows.
+      out_dims: the last dimension of each output; None for an output without it.
       scale: float32 scalar.
       centres: float32 [batch, 1, heads, dim].
-      precision: the precision of the products; sizes of blocks depend on it.
-      interpret: runs the kernel operation by operation, on any platform.
-      tall: twice the rows in a block, where the registers allow it.
+      precision: the precision of the products; block sizes depend on it.
+      interpret: runs the kernel in Pallas's interpret mode, on any platform.
+      tall: doubles the rows of a block if the registers allow it.
       **options: further keyword arguments of the kernel.
 
     Returns:
@@ -145,14 +147,15 @@ def _spec(
     *,
     of_part: bool = False,
 ) -> pl.BlockSpec:
-    """Blocks of rows of an example and a head, in [batch, length, heads, *dims].
+    """The BlockSpec of row blocks of one example and head in [batch, length, heads, *dims].
 
     Args:
-      heads: their number.
-      rows: number of rows of a block; None means a single one, without an axis.
+      heads: number of heads.
+      rows: rows per block; None means a single row, without an axis.
       dims: the last dimension, if there is one.
-      index: the block's index along the length, made from the indices of rows and of the part.
-      of_part: the array has an axis of parts before all others.
+      index: returns the block's index along the length, given the indices of the row block and the
+        part.
+      of_part: whether the array has a leading axis of parts.
     """
 
     def place(i: Any, s: Any, n: Any) -> tuple[Any, ...]:
@@ -163,14 +166,14 @@ def _spec(
 
 
 def _dims(x: jax.Array) -> tuple[int, ...]:
-    """What follows [batch, length, heads], padded."""
+    """The dimensions after [batch, length, heads], padded."""
     return tuple(map(_power_of_2, x.shape[3:]))
 
 
 def _grid(
     rows: Sequence[jax.Array], columns: Sequence[jax.Array], precision: Precision, tall: bool
 ) -> tuple[int, int, int, int, int, int]:
-    """Rows and columns of a block; blocks of rows, parts, blocks of columns in each; and warps."""
+    """Rows and columns per block, row blocks, parts, column blocks per part, and warps."""
     batch, length, heads = rows[0].shape[:3]
     dims = [_power_of_2(x.shape[-1]) for x in (*rows, *columns) if x.ndim == 4]
     row_limit, column_limit, num_warps = _blocks(max(dims), precision, tall)
@@ -183,15 +186,15 @@ def _grid(
 
 
 def _power_of_2(size: int, least: int = 16) -> int:
-    """The least power of two that is not below size, nor below least, as Triton wants blocks."""
+    """The smallest power of two that is at least size and `least`, as Triton requires of blocks."""
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
 def _blocks(dim: int, precision: Precision, tall: bool) -> tuple[int, int, int]:
-    """The most rows and columns of a tile of scores, and warps that share it.
+    """The maximum rows and columns of a tile of scores, and the number of warps that share it.
 
-    As many as fit the registers, by what the compiler says for sm_90. Tall blocks read the columns
-    half as often, by twice the warps.
+    The tile is as large as fits the registers, according to the compiler's report for sm_90. Tall
+    blocks read the columns half as often, with twice the warps.
     """
     wide = max(64, _power_of_2(dim))
     if precision.exact and tall and wide <= 128:
@@ -206,26 +209,26 @@ def _blocks(dim: int, precision: Precision, tall: bool) -> tuple[int, int, int]:
 
 
 def _tf32(x: jax.Array) -> jax.Array:
-    """Rounded to ten bits of mantissa, by Veltkamp's splitting."""
+    """Rounds to ten bits of mantissa by Veltkamp's splitting."""
     shifted = x * 8193.0  # 2**13 + 1
     return shifted - (shifted - x)
 
 
 def centred(block: jax.Array, centre: jax.Array, precision: Precision) -> jax.Array:
-    """Rows as the products take them: bfloat16 ones as they are, others less the centre."""
+    """Prepares rows for products: subtracts the centre and rounds, or leaves bfloat16 as it is."""
     if precision.exact:
         return block
     return operand(block.astype(precision.dtype) - centre[None, :], precision)
 
 
 def operand(block: jax.Array, precision: Precision) -> jax.Array:
-    """Rounded as the products round, but where they take more than one pass."""
+    """Rounds a block to the precision of the products, unless these take several passes."""
     block = block.astype(precision.dtype)
     return block if precision.exact or precision.passes > 1 else _tf32(block)
 
 
 def matmul(a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:
-    """A product of operands; float32 ones are multiplied as TF32, in one pass or three."""
+    """Multiplies operands; float32 ones are multiplied as TF32, in one pass or three."""
     dot = functools.partial(
         jax.lax.dot_general,
         dimension_numbers=(((1,), (0,)), ((), ())),

@@ -1,4 +1,4 @@
-"""Calls what is right on the platform that a program is compiled for, on each device."""
+"""Calls, on each device, the implementation for the platform that a program is compiled for."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 IMPLEMENTATIONS = ("auto", "dense", "chunked", "pallas")
 
-# The axes of an array, a letter each: "b" batch, "h" heads, "." any other.
+# The axes of an array, one letter each: "b" for batch, "h" for heads, "." for any other.
 ROWS = "b.h."  # [batch, length, heads, dim]
 ROW_SUMS = "bh."  # [batch, heads, length]
 MASK = "bh.."  # [batch or 1, heads or 1, q_length or 1, kv_length or 1]
@@ -18,7 +18,7 @@ SCALAR = ""
 
 
 def check_implementation(implementation: str) -> None:
-    """Raises a ValueError for one that is not of IMPLEMENTATIONS."""
+    """Raises a ValueError unless implementation is one of IMPLEMENTATIONS."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
@@ -26,12 +26,12 @@ def check_implementation(implementation: str) -> None:
 
 
 class Kernels(NamedTuple):
-    """Kernels that do the same on several platforms.
+    """Kernels that compute the same function on different platforms.
 
     Attributes:
-      functions: by platform.
-      arrays: the axes of each argument, as above.
-      results: the axes of the result, or a tuple of those of the results.
+      functions: the kernels, by platform.
+      arrays: the axes of each argument, such as ROWS.
+      results: the axes of the result, or a tuple with the axes of each result.
     """
 
     functions: Mapping[str, Callable[..., Any]]
@@ -47,15 +47,16 @@ def by_platform(
     kernels: Kernels | None = None,
     interpreted: bool = False,
 ) -> Any:
-    """Calls a function of arrays, or the kernel of the platform that does the same.
+    """Calls a tiled function of arrays, or the platform's kernel if there is one.
 
     Args:
-      tiled: a function of the arrays and a tile.
-      precision: the precision of products, as jax.default_matmul_precision has it.
-      tiles: items of a mapping from platforms, or "default", to the tile there.
+      tiled: a function of the arrays and a keyword argument, tile.
+      precision: the precision of products, a value of jax.default_matmul_precision.
+      tiles: items of a mapping from platforms, or "default", to the tile size there.
       *arrays: the arrays.
-      kernels: the kernels, which take the same arrays.
-      interpreted: whether the kernel of GPUs is interpreted elsewhere, instead of calling tiled.
+      kernels: kernels that take the same arrays.
+      interpreted: True runs the GPU kernel in interpret mode on platforms without a kernel, instead
+        of calling tiled.
     """
     calls = {platform: functools.partial(tiled, tile=tile) for platform, tile in tiles}
     if kernels is not None:
@@ -68,14 +69,14 @@ def by_platform(
 
 
 def _on_each_device(kernels: Kernels, platform: str, *arrays: jax.Array, **options: Any) -> Any:
-    """Calls a kernel on every device's part, where a mesh with explicit axes divides the arrays.
+    """Calls a kernel on each device's shard if the arrays are sharded over explicit mesh axes.
 
     Args:
-      kernels: see by_platform. The first of the arrays is of ROWS, and its division of batch and
-        heads is that of all; axes of length 1 are not divided.
-      platform: which of the kernels is called.
-      *arrays: its arguments.
-      **options: of the kernel.
+      kernels: see by_platform. The first array has the axes ROWS. All arrays are sharded over batch
+        and heads like the first; axes of length 1 are not sharded.
+      platform: the platform whose kernel is called.
+      *arrays: the kernel's arrays.
+      **options: keyword arguments of the kernel.
     """
     function = functools.partial(kernels.functions[platform], **options)
     sharding = jax.typeof(arrays[0]).sharding
@@ -108,7 +109,7 @@ def _on_each_device(kernels: Kernels, platform: str, *arrays: jax.Array, **optio
 
 
 def _names(axes: Any) -> tuple[str, ...]:
-    """The axes of a mesh in an entry of a PartitionSpec."""
+    """The mesh axes in one entry of a PartitionSpec."""
     if axes is None:
         return ()
     return axes if isinstance(axes, tuple) else (axes,)

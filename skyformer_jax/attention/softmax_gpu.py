@@ -1,14 +1,14 @@
 """Softmax attention as Pallas kernels for NVIDIA GPUs; see gpu_kernels.
 
-The forward pass keeps the greatest score and the sum of weights of each row as it goes (Milakov
-and Gimelshein, 2018); gradients compute the weights again, from the logarithm of that sum (Dao et
-al., 2022).
+The forward pass keeps a running maximum of the scores and a running sum of the weights of each row
+(Milakov and Gimelshein, 2018). Gradients recompute the weights from the logarithm of that sum (Dao
+et al., 2022).
 
-Gradients are of differences: of each row's d_out v and their mean over its weights, which is d_out
-out. Where a row has one large weight, little is left of them. So both are taken of the same rounded
-numbers, and what is common to all keys, or to all values, is left out before arrays that are not
-bfloat16 are rounded: it changes no weight, and only adds to the output. Weights are divided by the
-sum of the rounded ones.
+The gradients depend on differences between each row's d_out v and their mean over its weights,
+which is d_out out. If a row has one large weight, these differences are small. So both sides are
+computed from the same rounded numbers. The mean of the keys and that of the values are subtracted
+before arrays that are not bfloat16 are rounded: the former changes no weight, and the latter only
+adds to the output. Weights are divided by the sum of the rounded weights.
 """
 
 import functools
@@ -28,7 +28,7 @@ from skyformer_jax.attention.gpu_kernels import (
 )
 from skyformer_jax.attention.kernel_inputs import LOG2E, mean_of_keys
 
-# The score of what may not be attended to. It is finite, so that differences of two are numbers.
+# The score of keys that may not be attended to. It is finite so that differences are not NaN.
 _LEAST = -1e30
 
 
@@ -42,16 +42,16 @@ def gpu_value(
     is_causal: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output softmax(scale * query key^T) value, and the weights' normalisation.
+    """Computes softmax(scale * query key^T) value, and the logarithm of its normalisation.
 
     Args:
       query: [batch, q_length, heads, head_dim].
-      key: [batch, kv_length, heads, head_dim]; finite, also where it is masked.
+      key: [batch, kv_length, heads, head_dim]; finite, also at masked keys.
       value: [batch, kv_length, heads, value_dim]; likewise.
       scale: float32 scalar, factor of the scores.
-      mask: bool [batch, kv_length], True at real keys; None: all are.
+      mask: bool [batch, kv_length], True at real keys; None if all keys are real.
       is_causal: query i attends to keys 0..i only.
-      interpret: runs the kernel operation by operation, on any platform.
+      interpret: runs the kernel in Pallas's interpret mode, on any platform.
 
     Returns:
       out, float32 [batch, q_length, heads, value_dim], 0 for a query without keys; and lse, float32
@@ -95,7 +95,7 @@ def gpu_gradients(
     is_causal: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of (out * d_out).sum() for the out of gpu_value.
+    """Computes the gradients of (out * d_out).sum(), where out is the output of gpu_value.
 
     Args:
       query: as in gpu_value.
@@ -103,8 +103,8 @@ def gpu_gradients(
       value: likewise.
       scale: likewise.
       mask: likewise.
-      out: what gpu_value returned.
-      lse: likewise.
+      out: the output of gpu_value.
+      lse: the second result of gpu_value.
       d_out: [batch, q_length, heads, value_dim].
       is_causal: as in gpu_value.
       interpret: likewise.
@@ -115,7 +115,7 @@ def gpu_gradients(
     precision = precision_of(query, key, value)
     centres = mean_of_keys(key), mean_of_keys(value)
     lse = jnp.moveaxis(lse, 1, 2) - _shift(query, centres[0], scale, precision)
-    # sum_j P_ij (d_out_i v_j), of the same rounded d_out and values as the kernels' products.
+    # sum_j P_ij (d_out_i v_j), from the same rounded d_out and values as the kernels' products.
     d_out = d_out.astype(precision.dtype)
     away = out if precision.exact else out - centres[1]
     mean_change = (operand(d_out, precision).astype(jnp.float32) * away).sum(axis=-1)
@@ -137,7 +137,7 @@ def gpu_gradients(
 
 
 def _kept(key: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """float32 [batch, kv_length, heads]: 1 at real keys, and so 0 where the length is padded."""
+    """float32 [batch, kv_length, heads]: 1 at real keys, so that zero padding masks keys."""
     if mask is None:
         return jnp.ones(key.shape[:3], jnp.float32)
     return jnp.broadcast_to(mask[:, :, None].astype(jnp.float32), key.shape[:3])
@@ -146,24 +146,24 @@ def _kept(key: jax.Array, mask: jax.Array | None) -> jax.Array:
 def _shift(
     query: jax.Array, centre: jax.Array, scale: jax.Array, precision: Precision
 ) -> jax.Array:
-    """What all scores of a query have more than those that the kernels see: float32 [b, q, h]."""
+    """How much each query's scores exceed those in the kernels: float32 [batch, length, heads]."""
     if precision.exact:
         return jnp.zeros(query.shape[:3], jnp.float32)
     return scale * (query.astype(jnp.float32) * centre).sum(axis=-1)
 
 
 def _first_row(num_rows: int) -> jax.Array:
-    """The first row of this program."""
+    """The index of this program's first row."""
     return pl.program_id(0) * num_rows
 
 
 def _first_column(num_columns: int, turns: int) -> jax.Array:
-    """The first column of this program's part."""
+    """The index of the first column of this program's part."""
     return pl.program_id(1) * (turns * num_columns)
 
 
 def _turns(num_keys: jax.Array, num_columns: int, turns: int, is_causal: bool) -> Any:
-    """The blocks of this part that have one of its first num_keys keys, or all blocks."""
+    """The number of key blocks to process: if causal, those with the part's first num_keys keys."""
     if not is_causal:
         return turns
     return jnp.minimum(pl.cdiv(jnp.maximum(num_keys, 0), num_columns), turns)
@@ -180,15 +180,15 @@ def _scores(
     first: tuple[jax.Array, jax.Array],
     is_causal: bool,
 ) -> jax.Array:
-    """Scores times log2(e), where a query may attend; _LEAST elsewhere.
+    """Computes scores times log2(e) where a query may attend, and _LEAST elsewhere.
 
     Args:
-      rows: queries or keys, as the products take them.
-      columns: the others, likewise.
+      rows: operands, queries or keys.
+      columns: operands, the other of the two.
       scale: as in gpu_value.
       precision: the precision of the product.
-      kept: 1 at keys that are to be attended to, 0 at others.
-      keys_axis: that of the keys in the scores.
+      kept: 1 at keys to attend to, 0 at others.
+      keys_axis: the axis of the keys in the scores, 0 or 1.
       first: the positions of the first row and of the first column.
       is_causal: as in gpu_value.
     """
@@ -252,7 +252,7 @@ def _value_kernel(
     )
     last = _turns(first_query + num_rows - first_key, num_columns, turns, is_causal)
     out, top, total = jax.lax.fori_loop(0, last, turn, init)
-    # Where a row has no key at all, every weight of it so far is exp2(_LEAST - _LEAST).
+    # If a row has no key at all, each of its weights is exp2(_LEAST - _LEAST) = 1.
     some = top > _LEAST / 2
     total = jnp.where(some, total, 1)
     out /= total[:, None]
@@ -280,7 +280,7 @@ def _query_gradient_kernel(
     precision: Precision,
     is_causal: bool,
 ) -> None:
-    """The gradient scale W k, with W = P * (d_out v^T - mean_change), whose rows sum to 0."""
+    """Computes d_query = scale W k, with W = P * (d_out v^T - mean_change), whose rows sum to 0."""
     scale = scale_ref[0]
     key_centre, value_centre = key_centre_ref[...], value_centre_ref[...]
     query, d_out = (operand(ref[...], precision) for ref in (query_ref, d_out_ref))
@@ -310,7 +310,7 @@ def _query_gradient_kernel(
     last = _turns(first_query + num_rows - first_key, num_columns, turns, is_causal)
     zeros = jnp.zeros((num_rows, dim), jnp.float32), jnp.zeros((num_rows,), jnp.float32)
     w_key, sums = jax.lax.fori_loop(0, last, turn, zeros)
-    if precision.exact:  # whose keys have not been centred, and rounded rows do not sum to 0
+    if precision.exact:  # the keys are not centred, and the rounded rows of W do not sum to 0
         w_key -= sums[:, None] * key_centre[None, :]
     d_query_ref[...] = scale * w_key
 
@@ -334,7 +334,10 @@ def _key_gradients_kernel(
     precision: Precision,
     is_causal: bool,
 ) -> None:
-    """The gradients scale W^T q and P^T d_out; keys are the rows here, and queries the columns."""
+    """Computes d_key = scale W^T q and d_value = P^T d_out.
+
+    Here keys are the rows and queries are the columns.
+    """
     scale = scale_ref[0]
     key = centred(key_ref[...], key_centre_ref[...], precision)
     value = centred(value_ref[...], value_centre_ref[...], precision)

@@ -1,7 +1,7 @@
 """Softmax attention's kernels by platform, with the signatures of softmax_tiles.
 
-A kernel takes as many heads of key and value as of query, and masks whole keys; what is between
-that and the tiles' arguments is here.
+A kernel takes key and value with as many heads as query, and masks whole keys. This module converts
+the arguments of the tiled functions to those of a kernel.
 """
 
 import functools
@@ -24,7 +24,7 @@ def _value(
     mask: jax.Array | None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """tiled_value by a kernel, for a mask [batch or 1, 1, 1, kv_length]."""
+    """Computes tiled_value by a kernel, for a mask [batch or 1, 1, 1, kv_length]."""
     key, value = (repeat_heads(x, query.shape[2]) for x in (key, value))
     return kernel(query, key, value, scale, _of_keys(mask, key), **options)
 
@@ -39,7 +39,7 @@ def _gradients(
     *others: jax.Array,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """tiled_gradients by a kernel, likewise."""
+    """Computes tiled_gradients by a kernel, likewise."""
     kv_heads = key.shape[2]
     key, value = (repeat_heads(x, query.shape[2]) for x in (key, value))
     d_query, *found = kernel(query, key, value, scale, _of_keys(mask, key), *others, **options)
@@ -54,7 +54,7 @@ def _gradients(
 
 
 def _of_keys(mask: jax.Array | None, key: jax.Array) -> jax.Array | None:
-    """[batch, kv_length] of [batch or 1, 1, 1, kv_length]."""
+    """[batch or 1, 1, 1, kv_length] -> [batch, kv_length]."""
     return None if mask is None else jnp.broadcast_to(mask[:, 0, 0], key.shape[:2])
 
 

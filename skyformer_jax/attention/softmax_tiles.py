@@ -1,12 +1,12 @@
 """Softmax attention tile by tile, in plain JAX: memory linear in the length, on any platform.
 
-The value takes a running maximum and a running sum of each row of scores (Milakov and Gimelshein,
-2018). Beside the output it returns the logarithm of each row's sum of exponentials, lse, from which
-derivatives compute the weights of a tile anew, P = exp(scores - lse) (Dao et al., 2022).
+tiled_value keeps a running maximum and a running sum of each row of scores (Milakov and Gimelshein,
+2018). Besides the output it returns lse, the logarithm of each row's sum of exponentials. From lse,
+derivatives recompute the weights of a tile, P = exp(scores - lse) (Dao et al., 2022).
 
-Where several heads of query share one of key and value, a group, a tile has rows of all of them,
-so that nothing is repeated. Kernels for accelerators have the signatures of tiled_value and
-tiled_gradients.
+If several query heads, a group, share one head of key and value, a tile contains rows of all of
+them, so that keys and values are not repeated. The kernels in softmax_kernels have the signatures
+of tiled_value and tiled_gradients.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def tiled_value(
     is_causal: bool = False,
     skips: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """softmax(scale * Q K^T) V, and the logarithms of the sums that normalise it.
+    """Computes softmax(scale * Q K^T) V, and the logarithms of the sums that normalise it.
 
     Args:
       query: [batch, q_length, heads, head_dim].
@@ -38,14 +38,14 @@ def tiled_value(
       scale: float32 scalar, the factor of the scores.
       mask: bool [batch or 1, heads or 1, q_length or 1, kv_length or 1], True where a query may
         attend to a key.
-      tile: the most rows of a tile along the longer and along the shorter of query and key.
+      tile: the maximum length of a tile along the longer and the shorter of query and key.
       is_causal: query i attends to keys 0..i only.
-      skips: leaves out the tiles that causality rules out; JAX cannot differentiate that backwards.
+      skips: skips the tiles that causality excludes; JAX's reverse mode cannot differentiate that.
 
     Returns:
       out [batch, q_length, heads, value_dim] and lse [batch, heads, q_length], float32, or float64
-      if an array is. A query without any key has out 0 and lse infinity, so that exp(score - lse)
-      is 0.
+      if any input is. A query without any key has out 0 and lse infinity, so that
+      exp(score - lse) is 0.
     """
     tiles = divide(query, key, mask, tile, is_causal, skips)
     dtype = _dtype(query, key, value)
@@ -59,7 +59,7 @@ def tiled_value(
             top, mass, sums = carry
             keys, values = (_block(x, j, tiles.key_rows) for x in (k, v))
             scores = _only(queries @ _transposed(keys), tiles.terms(i, j), tiles.group)
-            # The maximum only keeps exponentials in range: a constant to derivatives.
+            # The maximum only keeps the exponentials in range, so it needs no gradient.
             new_top = jax.lax.stop_gradient(jnp.maximum(top, scores.max(axis=-1, keepdims=True)))
             weights, faded = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             mass = faded * mass + weights.sum(axis=-1, keepdims=True)
@@ -93,9 +93,9 @@ def tiled_gradients(
     is_causal: bool = False,
     skips: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of (tiled_value(query, key, value, scale, mask)[0] * d_out).sum().
+    """Computes the gradients of (tiled_value(query, key, value, scale, mask)[0] * d_out).sum().
 
-    With P = exp(scores - lse) they are, for dS = P * (d_out v^T - (d_out * out) 1),
+    With P = exp(scores - lse) and dS = P * (d_out v^T - (d_out * out) 1), they are
 
         d_value = P^T d_out,   d_query = scale dS k,   d_key = scale dS^T q.
 
@@ -105,15 +105,15 @@ def tiled_gradients(
       value: likewise.
       scale: likewise.
       mask: likewise.
-      out: what tiled_value returned.
-      lse: likewise.
+      out: the output of tiled_value.
+      lse: the second result of tiled_value.
       d_out: [batch, q_length, heads, value_dim].
       tile: as in tiled_value.
       is_causal: likewise.
       skips: likewise.
 
     Returns:
-      Arrays of the shapes of query, key and value, float32, or float64 if an array is.
+      Arrays of the shapes of query, key and value, float32, or float64 if any input is.
     """
     tiles = divide(query, key, mask, tile, is_causal, skips, keys_long=True)
     dtype = _dtype(query, key, value)
@@ -173,7 +173,7 @@ def _tile_gradients(
     terms: jax.Array | None,
     tiles: Tiles,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """DS k, dS^T q and P^T d_out of a tile, which lies with its longer side in rows."""
+    """Computes dS k, dS^T q and P^T d_out of a tile, whose longer side is its rows."""
     if tiles.keys_long:
         scores = _only(key @ _transposed(query), terms, tiles.group, axis=3)
         weights = jnp.exp(scores - _transposed(lse))
@@ -201,12 +201,12 @@ def tiled_tangent(
     is_causal: bool = False,
     skips: bool = True,
 ) -> jax.Array:
-    """The tangent of tiled_value(...)[0] for the tangents of query, key and value.
+    """Computes the tangent of tiled_value(...)[0] for the tangents of query, key and value.
 
-    It is (P * dS) v + P d_v - ((P * dS) 1) out for dS = scale (d_q . k + q . d_k).
+    It is (P * dS) v + P d_v - ((P * dS) 1) out, with dS = scale (d_q . k + q . d_k).
 
     Returns:
-      [batch, q_length, heads, value_dim], float32, or float64 if an array is.
+      [batch, q_length, heads, value_dim], float32, or float64 if any input is.
     """
     tiles = divide(query, key, mask, tile, is_causal, skips)
     dtype = _dtype(query, key, value)
@@ -240,15 +240,15 @@ def tiled_tangent(
 
 
 def _dtype(*arrays: jax.Array) -> Any:
-    """The dtype of all computation."""
+    """The dtype of the computation."""
     return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
 def _split(x: jax.Array, key: jax.Array, rows: int, dtype: Any) -> jax.Array:
-    """[batch, length, heads, dim] as [batch, kv_heads, group, length, dim], for blocks of rows.
+    """[batch, length, heads, dim] -> [batch, kv_heads, group, length, dim], for blocks of rows.
 
-    Zeros are added to the length, up to a multiple of rows. A head's rows are then together in
-    memory, which the products are faster for.
+    The length is padded with zeros to a multiple of rows. A head's rows are then contiguous in
+    memory, which makes the products faster.
     """
     batch, length, heads, dim = x.shape
     shape = (batch, length, key.shape[2], heads // key.shape[2], dim)
@@ -257,14 +257,14 @@ def _split(x: jax.Array, key: jax.Array, rows: int, dtype: Any) -> jax.Array:
 
 
 def _joined(x: jax.Array, like: jax.Array) -> jax.Array:
-    """The inverse of _split, of the length and heads of another array."""
+    """The inverse of _split; the result has the length and the heads of `like`."""
     x = jnp.moveaxis(x[:, :, :, : like.shape[1]], 3, 1)
     shape = (*like.shape[:3], x.shape[-1])
     return reshaped(x, shape, lambda spec: (*spec[:3], spec[4]))
 
 
 def _block(array: jax.Array, index: Any, rows: int) -> jax.Array:
-    """Block index of what _split returned, [batch, kv_heads, group * rows, dim]."""
+    """Block `index` of an array from _split, as [batch, kv_heads, group * rows, dim]."""
     block = jax.lax.dynamic_slice_in_dim(array, index * rows, rows, axis=3)
     batch, kv_heads, group, _, dim = block.shape
     return reshaped(
@@ -273,7 +273,7 @@ def _block(array: jax.Array, index: Any, rows: int) -> jax.Array:
 
 
 def _put(array: jax.Array, block: jax.Array, index: Any) -> jax.Array:
-    """The array with its block index replaced."""
+    """The array with block `index` replaced."""
     rows = block.shape[2] // array.shape[2]
     shape = (*array.shape[:3], rows, array.shape[4])
     block = reshaped(block, shape, lambda spec: (*spec[:2], None, None, spec[3]))
@@ -281,7 +281,7 @@ def _put(array: jax.Array, block: jax.Array, index: Any) -> jax.Array:
 
 
 def _add(array: jax.Array, block: jax.Array, index: Any) -> jax.Array:
-    """The array with something added to its block index."""
+    """The array with something added to block `index`."""
     rows = block.shape[2] // array.shape[2]
     return _put(array, _block(array, index, rows) + block, index)
 
@@ -291,13 +291,13 @@ def _transposed(matrix: jax.Array) -> jax.Array:
 
 
 def _only(scores: jax.Array, terms: jax.Array | None, group: int, *, axis: int = 2) -> jax.Array:
-    """The scores that count, -inf in place of the others.
+    """Sets the scores that do not count to -inf.
 
     Args:
-      scores: [batch, kv_heads, group * query rows, key rows], or with the last two exchanged.
+      scores: [batch, kv_heads, group * query rows, key rows], or with the last two axes swapped.
       terms: see tiles.Tiles.
       group: likewise.
-      axis: that of the queries, 2 or 3.
+      axis: the axis of the queries, 2 or 3.
     """
     if terms is None:
         return scores

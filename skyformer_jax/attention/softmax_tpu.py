@@ -1,10 +1,10 @@
 """Softmax attention as Pallas kernels for TPUs, through Mosaic.
 
-As Dao et al. (2022) do it: a running maximum and sum, and for gradients P = exp(scale q k - lse)
-and dS = P (d_out v - delta) again, with delta = d_out out. See tpu_tiles for the layout, the grid
-and the precision. Queries pass by, keys stay. Both, and values, are measured from their means,
-which differences of scores do not notice: only the mean query's products with keys matter, which
-are taken in float32.
+They follow Dao et al. (2022): the forward pass keeps a running maximum and sum, and gradients
+recompute P = exp(scale q k - lse) and dS = P (d_out v - delta), with delta = d_out out. See
+tpu_tiles for the layout, the grid and the precision. Queries pass by, keys stay. Queries, keys and
+values are centred on their means. Differences between a query's scores then lack only the mean
+query's products with the keys, which are added in float32.
 """
 
 import functools
@@ -29,8 +29,8 @@ from skyformer_jax.attention.tpu_tiles import (
     with_ones,
 )
 
-# In place of -inf, so that no difference is NaN: exponents of masked keys, and where the running
-# maximum begins.
+# Used instead of -inf, so that no difference is NaN: the exponents of masked keys, and the initial
+# value of the running maximum.
 _NEVER, _LOWEST = -1e30, -1e29
 
 
@@ -44,21 +44,21 @@ def tpu_value(
     is_causal: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """softmax(scale * query key^T) value.
+    """Computes softmax(scale * query key^T) value, and the logarithm of its normalisation.
 
     Args:
       query: float32 or bfloat16 [batch, q_length, heads, head_dim].
       key: [batch, kv_length, heads, head_dim].
       value: [batch, kv_length, heads, value_dim]; it must be finite at masked keys too.
-      scale: float32, of no axes.
-      mask: bool [batch, kv_length], True at real keys.
+      scale: float32 scalar, factor of the scores.
+      mask: bool [batch, kv_length], True at real keys; None if all keys are real.
       is_causal: whether query i attends to keys 0..i only.
-      interpret: whether the kernel is interpreted, on a CPU.
+      interpret: runs the kernel in Pallas's interpret mode, on a CPU.
 
     Returns:
-      float32 [batch, q_length, heads, value_dim], zeros where there is no key; and the logarithms
-      of the sums of exponentials, float32 [batch, heads, q_length], infinity where there is no
-      key, so that exp(score - lse) is 0.
+      out, float32 [batch, q_length, heads, value_dim], 0 for a query without keys; and lse, float32
+      [batch, heads, q_length], the logarithm of the sum of the scores' exponentials, infinity for
+      a query without keys, so that exp(score - lse) is 0.
     """
     how = tpu_tiles.operands(query, key, value)
     tile = tpu_tiles.most_rows(how, query, value)
@@ -99,7 +99,7 @@ def tpu_gradients(
     is_causal: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of (tpu_value(query, key, value, scale, mask)[0] * d_out).sum().
+    """Computes the gradients of (tpu_value(query, key, value, scale, mask)[0] * d_out).sum().
 
     Args:
       query: as in tpu_value.
@@ -107,8 +107,8 @@ def tpu_gradients(
       value: likewise.
       scale: likewise.
       mask: likewise.
-      out: the output.
-      lse: the other one.
+      out: the output of tpu_value.
+      lse: the second result of tpu_value.
       d_out: [batch, q_length, heads, value_dim].
       is_causal: as in tpu_value.
       interpret: likewise.
@@ -120,7 +120,7 @@ def tpu_gradients(
     tile = tpu_tiles.most_rows(how, query, value)
     x, y = sizes(query.shape[1], tile), sizes(key.shape[1], tile, tpu_tiles.PART)
     staying = [columns(key, y.length), columns(value, y.length), _restriction(key, mask, y)]
-    # Queries without keys, and those that fill up, attend to nothing.
+    # Queries without keys, and padding, attend to nothing.
     lse = jnp.where(jnp.isfinite(lse), LOG2E * lse, -_NEVER).reshape(-1, 1, lse.shape[2])
     missing = x.length - lse.shape[2]
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, missing)), constant_values=-_NEVER)
@@ -158,7 +158,7 @@ def _constants(
 
 
 def _restriction(key: jax.Array, mask: jax.Array | None, y: Sizes) -> jax.Array:
-    """What is added to the exponents of each key: float32 [batch, 1, length]."""
+    """The mask as a term of each key's exponents: float32 [batch, 1, length], 0 or _NEVER."""
     batch, length = key.shape[:2]
     real = jnp.zeros((batch, length), jnp.float32)
     if mask is not None:
@@ -175,7 +175,7 @@ def _of_keys(
     scale: jax.Array,
     how: Operands,
 ) -> jax.Array:
-    """[1, keys]: what is added to the exponents of a key, whatever the query."""
+    """[1, keys]: the term of each key's exponents that is the same for all queries."""
     if not how.centred:
         return restriction_ref[0]
     key = key_ref[0].astype(jnp.float32) - key_mean_ref[0]  # not rounded: the mean may be large
@@ -183,7 +183,7 @@ def _of_keys(
 
 
 def _causal(exponents: jax.Array, behind: jax.Array) -> jax.Array:
-    """The exponents [keys, queries] of keys that do not come after the query."""
+    """Sets the exponents [keys, queries] of keys that come after the query to _NEVER."""
     at_key, at_query = (
         jax.lax.broadcasted_iota(jnp.int32, exponents.shape, axis) for axis in (0, 1)
     )
@@ -191,7 +191,7 @@ def _causal(exponents: jax.Array, behind: jax.Array) -> jax.Array:
 
 
 def _by_mean_key(query_ref: Any, key_mean_ref: Any, scale: jax.Array, how: Operands) -> Any:
-    """[1, queries]: what has been taken from a query's exponents, because keys are centred."""
+    """[1, queries]: the amount that centring the keys has subtracted from a query's exponents."""
     if not how.centred:
         return 0
     products = query_ref[0].astype(jnp.float32) * key_mean_ref[0]
@@ -288,7 +288,7 @@ def _gradients_kernel(
     @pl.when(j == pl.num_programs(2) - 1)
     def _() -> None:
         d_query = query_sums[:dim]
-        if not how.centred:  # the rounded d_scores of a query do not quite add up to 0
+        if not how.centred:  # the rounded d_scores of a query do not sum to exactly 0
             d_query -= key_mean_ref[0] * query_sums[dim : dim + 1]
         d_query_ref[0] = d_query
 
@@ -301,6 +301,6 @@ def _gradients_kernel(
 
 
 def _behind(first_ref: Any, query_ref: Any, key_ref: Any) -> jax.Array:
-    """The position of the tile's first key less that of its first query."""
+    """The position of the tile's first key minus that of its first query."""
     first_key = first_ref[0, 0] + pl.program_id(2) * key_ref.shape[2]
     return first_key - pl.program_id(1) * query_ref.shape[2]

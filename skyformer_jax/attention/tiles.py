@@ -1,4 +1,4 @@
-"""How scores are divided into tiles, and loops over these, for the tiled forms in plain JAX."""
+"""The division of scores into tiles and loops over them, for the implementations in plain JAX."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,10 @@ from skyformer_jax.attention.inputs import reshaped
 
 
 def tile_rows(q_length: int, kv_length: int, tile: tuple[int, int]) -> tuple[int, int]:
-    """Rows of a tile along query and along key."""
+    """Returns the length of a tile along query and along key.
+
+    `tile` is the maximum along the longer and along the shorter of the two.
+    """
     long, short = tile
     if q_length < kv_length:
         return even_rows(q_length, short), even_rows(kv_length, long)
@@ -18,23 +21,27 @@ def tile_rows(q_length: int, kv_length: int, tile: tuple[int, int]) -> tuple[int
 
 
 def even_rows(length: int, limit: int) -> int:
-    """Rows of each of the fewest equal blocks that hold length rows, limit being the most."""
+    """Returns the rows per block for the fewest equal blocks of at most `limit` rows.
+
+    If there are several blocks, it is rounded up to a multiple of 8.
+    """
     num_blocks = max(1, -(-length // limit))
     rows = -(-length // num_blocks)
     return max(1, rows if num_blocks == 1 else -(-rows // 8) * 8)
 
 
 def pad(array: jax.Array, rows: int, axis: int = 1) -> jax.Array:
-    """Zeros after an axis, up to a multiple of rows."""
+    """Pads an axis with zeros at its end, to a multiple of rows."""
     missing = -array.shape[axis] % rows
     widths = [(0, missing if i == axis else 0) for i in range(array.ndim)]
     return jnp.pad(array, widths) if missing else array
 
 
 def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Carry after body(start, carry), ..., body(stop - 1, carry); a loop for several turns only.
+    """Returns carry after body(start, carry), ..., body(stop - 1, carry).
 
-    JAX can differentiate it backwards where start and stop are ints, not where they are traced.
+    It uses fori_loop unless start and stop are ints and there is at most one iteration. JAX's
+    reverse mode can differentiate it if start and stop are ints, but not if they are traced.
     """
     if not (isinstance(start, int) and isinstance(stop, int)) or stop - start > 1:
         return jax.lax.fori_loop(start, stop, body, carry)
@@ -42,20 +49,21 @@ def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], carry: Any) -> 
 
 
 class Tiles(NamedTuple):
-    """How the scores are divided.
+    """How the scores are divided into tiles.
 
     Attributes:
-      group: heads of query that share one of key and value.
-      query_rows: rows of queries of a tile, for each head of a group.
-      key_rows: rows of keys of a tile.
-      query_blocks: how many there are.
-      key_blocks: likewise.
+      group: number of query heads that share one head of key and value.
+      query_rows: queries per tile, for each head of a group.
+      key_rows: keys per tile.
+      query_blocks: number of blocks of queries.
+      key_blocks: number of blocks of keys.
       keys_long: whether a tile is longer along the keys.
-      keys_of: for the index of a block of queries, the first and, exclusively, the last of the
-        blocks of keys that it attends to.
-      queries_of: for the index of a block of keys, likewise the blocks of queries that do.
-      terms: for the indices of a tile, bool [batch or 1, kv_heads or 1, group or 1, query_rows or
-        1, key_rows or 1], the scores that count, or None for all.
+      keys_of: returns (start, stop), the range of key blocks that a query block attends to, given
+        the index of the query block.
+      queries_of: returns (start, stop), the range of query blocks that attend to a key block, given
+        the index of the key block.
+      terms: returns which scores of a tile count, given its two indices: bool [batch or 1, kv_heads
+        or 1, group or 1, query_rows or 1, key_rows or 1], or None if all count.
     """
 
     group: int
@@ -70,7 +78,7 @@ class Tiles(NamedTuple):
 
 
 def causal_keys(i: Any, query_rows: int, key_rows: int, num_keys: int) -> jax.Array:
-    """How many of num_keys blocks of keys are open to block i of queries, if query j sees 0..j."""
+    """Returns how many of num_keys key blocks causal query block i attends to."""
     return jnp.minimum(num_keys, -(-((i + 1) * query_rows) // key_rows))
 
 
@@ -85,7 +93,8 @@ def divide(
 ) -> Tiles:
     """Divides the scores of softmax attention; see softmax_tiles.tiled_value for the arguments.
 
-    keys_long decides how a tile lies where queries, of all heads of a group, are as many as keys.
+    keys_long decides the orientation of a tile if a group has as many queries, over all its heads,
+    as there are keys.
     """
     q_length, kv_length, group = query.shape[1], key.shape[1], query.shape[2] // key.shape[2]
     if group * q_length != kv_length:
@@ -124,7 +133,7 @@ def _terms(
     rows: tuple[int, int],
     is_causal: bool,
 ) -> Callable[[Any, Any], jax.Array | None]:
-    """See Tiles; rows are those of a tile along query and along key."""
+    """The attribute `terms` of Tiles; rows is the length of a tile along query and along key."""
     if mask is not None:
         heads = (1, 1) if mask.shape[1] == 1 else (kv_heads, group)
         shape = (mask.shape[0], *heads, *mask.shape[2:])

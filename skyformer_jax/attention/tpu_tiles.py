@@ -1,14 +1,15 @@
-"""What the kernels for TPUs have in common: the layout, the grid, and products in a tile.
+"""The common parts of the kernels for TPUs: the layout, the grid, and products in a tile.
 
-Arrays are [batch * heads, dim, length] here: lengths lie along the lanes, so that small head_dims
-waste none, and XLA lays such arrays out so by itself. A program computes a tile of scores in VMEM,
-[rows of what stays, rows of what passes by]. With gradients for both sides it takes one pass over
-the tiles: what stays has its gradients in VMEM, in parts if it is long.
+Arrays are [batch * heads, dim, length]. The length lies along the lanes, so that small head_dims
+waste none; XLA chooses this layout for such arrays by itself. One side of the scores, queries or
+keys, stays while the other passes by. A program computes a tile of scores in VMEM, [rows of what
+stays, rows of what passes by]. Gradients for both sides take one pass over the tiles: the gradients
+of what stays are kept in VMEM, in parts if it is long.
 
-Precision is chosen here, as in gaussian_gpu, so that both sides of each difference are taken of the
-same rounded numbers. bfloat16 arrays are multiplied as they are, which is exact. Others are centred
-and rounded to bfloat16, in which a TPU multiplies by default; or, where
-jax.default_matmul_precision asks for more than its default, multiplied in float32.
+The kernels choose the precision, as in gaussian_gpu, so that both sides of each difference are
+computed from the same rounded numbers. bfloat16 arrays are multiplied as they are, which is exact.
+Other arrays are centred and rounded to bfloat16, in which a TPU multiplies by default. If
+jax.default_matmul_precision asks for more than its default, they are multiplied in float32.
 """
 
 import math
@@ -24,20 +25,21 @@ from jax.experimental.pallas import tpu as pltpu
 from skyformer_jax.attention.kernel_inputs import takes_one_pass, varying_alike
 
 LANES = 128
-# The most rows that stay at a time; and those of a tile along both sides, of which all products are
-# unrolled: larger ones are faster, and take long to compile where a product takes several passes.
+# The maximum number of rows that stay at a time, and that of rows of a tile along both sides. All
+# products of a tile are unrolled: larger tiles are faster, but take long to compile if a product
+# takes several passes.
 PART = 8192
 _TILE, _TILE_OF_LONG_PRODUCTS = 1024, 512
-ONES = 16  # rows of ones in with_ones; and what dims are multiples of, for bfloat16's sake
+ONES = 16  # rows of ones in with_ones; dims are padded to multiples of it because of bfloat16
 _VMEM = 96 * 2**20
 
 
 class Operands(NamedTuple):
-    """How the points of a kernel become operands of its products.
+    """How a kernel's points are converted to operands of its products.
 
     Attributes:
       dtype: the operands' dtype.
-      centred: whether points are centred before they have it.
+      centred: whether points are centred before they are converted to it.
     """
 
     dtype: Any
@@ -45,12 +47,12 @@ class Operands(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How an axis of lengths is divided.
+    """How a length is divided.
 
     Attributes:
-      length: with what is filled up.
-      part: what stays at a time.
-      tile: the tile of a program.
+      length: the padded length.
+      part: the number of rows that stay at a time.
+      tile: the number of rows of a program's tile.
     """
 
     length: int
@@ -59,25 +61,25 @@ class Sizes(NamedTuple):
 
 
 def operands(*arrays: jax.Array) -> Operands:
-    """The operands of products of these arrays."""
+    """Returns how these arrays are converted to operands of products."""
     exact = all(x.dtype == jnp.bfloat16 for x in arrays)
     dtype = jnp.bfloat16 if exact or takes_one_pass() else jnp.float32
     return Operands(dtype, not exact)
 
 
 def most_rows(how: Operands, *arrays: jax.Array) -> int:
-    """The most rows of a tile for arrays [batch, length, heads, dim]."""
+    """Returns the maximum number of rows of a tile for arrays [batch, length, heads, dim]."""
     short = how.dtype == jnp.bfloat16 and all(x.shape[3] <= LANES for x in arrays)
     return _TILE if short else _TILE_OF_LONG_PRODUCTS
 
 
 def up(size: int, multiple: int) -> int:
-    """The least positive multiple that is at least the size."""
+    """Rounds size up to a positive multiple of `multiple`."""
     return max(1, -(-size // multiple)) * multiple
 
 
 def sizes(length: int, tile: int, part: int | None = None) -> Sizes:
-    """Tiles of about equal sizes, at most `tile`; and parts of equal numbers of them."""
+    """Divides a length into tiles of about equal size, at most `tile`, and equal parts of tiles."""
     num_tiles = up(length, tile) // tile
     tile = up(-(-length // num_tiles), LANES)
     num_parts = 1 if part is None else up(num_tiles * tile, part) // part
@@ -86,14 +88,14 @@ def sizes(length: int, tile: int, part: int | None = None) -> Sizes:
 
 
 def columns(x: jax.Array, length: int) -> jax.Array:
-    """[batch, length, heads, dim] -> [batch * heads, dim, length], filled up with zeros."""
+    """[batch, length, heads, dim] -> [batch * heads, dim, length], padded with zeros."""
     batch, rows, heads, dim = x.shape
     x = jnp.transpose(x, (0, 2, 3, 1)).reshape(batch * heads, dim, rows)
     return jnp.pad(x, ((0, 0), (0, up(dim, ONES) - dim), (0, length - rows)))
 
 
 def rows(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """The other way round, without what was filled up."""
+    """The inverse of columns: removes the padding and returns an array of the given shape."""
     _, length, heads, dim = shape
     x = x[:, :dim, :length].reshape(-1, heads, dim, length)
     return jnp.transpose(x, (0, 3, 1, 2))
@@ -116,24 +118,24 @@ def by_tiles(
     name: str,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Calls a kernel for every tile of what passes by, x, and what stays, y; those of y first.
+    """Calls a kernel for every tile of x, which passes by, and y, which stays; y varies fastest.
 
     Args:
-      kernel: takes references to the first row of y that stays, int32 [1, 1]; to all arrays in the
-        order here; to the results and the sums.
-      constants: one number, [1, 1], and for each head [batch * heads, any, 1].
-      passing: [batch * heads, any, x.length].
-      staying: [batch * heads or a divisor, any, y.length].
-      of_x: the dim of each result along x; the kernel adds to it over the tiles of y.
-      of_y: the dim of each result along y; the kernel adds to it over the tiles of x.
+      kernel: takes references to the first row of y that stays, int32 [1, 1]; to all arrays, in the
+        order of the arguments here; to the results; and to the sums.
+      constants: first a number, [1, 1], then arrays [batch * heads, any, 1] with a column per head.
+      passing: arrays [batch * heads, any, x.length].
+      staying: arrays [batch * heads or a divisor, any, y.length].
+      of_x: the dim of each result along x, which the kernel accumulates over the tiles of y.
+      of_y: the dim of each result along y, which the kernel accumulates over the tiles of x.
       x: how x is divided.
-      y: how y is.
-      sums: shapes of arrays of float32 in VMEM.
-      contracted: the dim over which each product that gives a tile sums.
-      produced: the dim of the result of each product of a tile with points or values.
-      how: what it multiplies.
-      name: the kernel's.
-      interpret: whether to interpret it.
+      y: how y is divided.
+      sums: shapes of float32 scratch arrays in VMEM.
+      contracted: for each product that yields a tile, the dim over which it sums.
+      produced: for each product of a tile with points or values, the dim of its result.
+      how: how points are converted to operands, for the cost estimate.
+      name: the kernel's name.
+      interpret: runs the kernel in Pallas's interpret mode.
 
     Returns:
       float32 [batch * heads, dim, length] for each result.
@@ -215,9 +217,10 @@ def _cost(
     produced: Sequence[int],
     how: Operands,
 ) -> pl.CostEstimate:
-    """What XLA cannot see: operations as the matrix unit does them, exponentials, bytes moved.
+    """Estimates the kernel's cost for XLA: matrix unit operations, exponentials, bytes moved.
 
-    The unit sums over 128 at a time, whatever the dim, and takes six passes for float32.
+    The matrix unit sums over 128 numbers at a time, whatever the dim, and takes six passes for
+    float32.
     """
     scores = results[0].shape[0] * x.length * y.part
     rows = sum(up(dim, LANES) for dim in contracted) + sum(produced)
@@ -234,7 +237,7 @@ def _cost(
 
 
 def matmul(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
-    """The product over an axis of each, in one pass of bfloat16 or in float32."""
+    """Multiplies a and b, contracting one axis of each, in one pass of bfloat16 or in float32."""
     exact = a.dtype == jnp.float32
     return jax.lax.dot_general(
         a,
@@ -246,7 +249,7 @@ def matmul(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
 
 
 def points(ref: Any, centre_ref: Any, how: Operands) -> jax.Array:
-    """Points [dim, rows], as the products take them."""
+    """Returns points [dim, rows], converted to operands."""
     if not how.centred:
         return ref[0]
     return (ref[0].astype(jnp.float32) - centre_ref[0]).astype(how.dtype)
@@ -258,13 +261,13 @@ def column(row: jax.Array) -> jax.Array:
 
 
 def with_ones(x: jax.Array) -> jax.Array:
-    """Rows of ones below [dim, length]: a product with it sums as well, at no cost."""
+    """Appends rows of ones to x, [dim, length], so that a product with it also sums, at no cost."""
     ones = jnp.ones((ONES, x.shape[1]), x.dtype)
     return jnp.concatenate([x, ones], axis=0)
 
 
 def add(ref: Any, at: tuple[Any, ...], x: jax.Array, is_first: jax.Array) -> None:
-    """Adds to what has been added before, if this is not the first."""
+    """Adds x to ref[at], or sets ref[at] to x if this is the first term."""
 
     @pl.when(is_first)
     def _() -> None:
