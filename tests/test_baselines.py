@@ -128,7 +128,7 @@ def test_linformer_equals_float64_reference(sharing):
     )
     with pytest.raises(ValueError, match="25 tokens at most; got 30"):
         attention.linformer_attention(*inputs(9, 30), **arrays)
-    with pytest.raises(ValueError, match="as many features"):
+    with pytest.raises(ValueError, match="must have the same number of features"):
         attention.linformer_attention(q, k, v, key_projection=e, value_projection=f[..., :3])
 
 

@@ -189,7 +189,7 @@ def _sow_weights(
 
 
 def _check_supported(name: str, argument: str, what: str) -> None:
-    """Raises a ValueError listing those that do, unless the attention takes this argument."""
+    """Raises a ValueError that lists the attentions with this argument, unless this one has it."""
     if argument not in REGISTRY[name].masks:
         able = [other for other, entry in REGISTRY.items() if argument in entry.masks]
         raise ValueError(f"attention {name!r} does not support {what}; use: {', '.join(able)}")

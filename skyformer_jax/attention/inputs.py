@@ -51,7 +51,7 @@ def _number(name: str, value: Any) -> jax.Array | float:
     if np.ndim(value) != 0:
         raise ValueError(
             f"{name} must be one number; got an array of shape {np.shape(value)}. "
-            "Multiply queries and keys where heads need scales of their own"
+            "If heads need scales of their own, multiply queries and keys by them"
         )
     if isinstance(value, jax.core.Tracer):
         return value.astype(jnp.float32)
@@ -114,7 +114,7 @@ def hide_unseen(
     full_mask: jax.Array | None,
     is_causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sets key and value to zero at keys that no query may attend to; they may hold NaN.
+    """Sets key and value to zero at keys that no query may attend to, which may hold NaN.
 
     Args:
       query: [batch, q_length, heads, head_dim].
@@ -209,11 +209,11 @@ def check_causal(
 
 
 def check_segment_ids(segment_ids: jax.Array, query: jax.Array, key: jax.Array) -> None:
-    """Raises a ValueError unless segment_ids are int [batch, length] and both lengths equal it."""
+    """Raises ValueError unless segment_ids are int [batch, q_length] and q_length == kv_length."""
     integers = jnp.issubdtype(segment_ids.dtype, jnp.integer)
     if not integers or segment_ids.shape != query.shape[:2] or query.shape[1] != key.shape[1]:
         raise ValueError(
-            "segment_ids must be int [batch, length] of queries and keys of one length; got "
+            "segment_ids must be int [batch, length], with as many queries as keys; got "
             f"{segment_ids.dtype} {segment_ids.shape} for query {query.shape} and key {key.shape}"
         )
 

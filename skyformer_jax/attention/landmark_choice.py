@@ -70,7 +70,7 @@ def concatenated(query: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _given_landmarks(query: jax.Array, landmarks: jax.Array) -> list[jax.Array]:
-    """Landmarks [d, heads, head_dim] for each example, [batch, d, heads, head_dim], all valid."""
+    """Repeats landmarks [d, heads, head_dim] for each example; also returns that all are valid."""
     if landmarks.ndim != 3 or landmarks.shape[1:] != query.shape[2:] or not len(landmarks):
         raise ValueError(
             "an array of landmarks must be [num_landmarks, heads, head_dim] with heads and "

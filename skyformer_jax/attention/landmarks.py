@@ -149,8 +149,8 @@ def segment_means(
     if running_counts is None or counts is None:
         running_counts, counts = shards.running_counts([candidates], None)
     counts = jnp.maximum(counts, 1)[:, None]
-    # Unsigned, so that the product may be nearly 2**32: 128 segments of 16 million
-    # queries and as many keys.
+    # Unsigned, so that the product may be nearly 2**32: 128 segments of 16 million queries and as
+    # many keys.
     ranks = jnp.maximum(running_counts - 1, 0).astype(jnp.uint32)
     segments = ranks * num_segments[:, None].astype(jnp.uint32) // counts.astype(jnp.uint32)
     segments = segments.astype(jnp.int32)

@@ -69,7 +69,7 @@ def check_skyformer_options(
     drawn = landmarks if isinstance(landmarks, str) else ""
     if drawn == "leverage" and not isinstance(gamma, jax.core.Tracer) and gamma == 0:
         raise ValueError(
-            'landmarks="leverage" needs a gamma above 0, the least ridge of its scores'
+            'landmarks="leverage" needs a gamma above 0, the minimum ridge of its scores'
         )
 
 
