@@ -267,7 +267,8 @@ def spec_of(x: jax.Array) -> tuple[Any, ...]:
 def out_spec(query: jax.Array, value: jax.Array) -> tuple[Any, ...]:
     """Returns the sharding of an attention's result, as the entries of a PartitionSpec.
 
-    It is that of query, with value's last entry unless query already uses one of its mesh axes.
+    It is that of query, except for the last entry: that of value, or None if query's other entries
+    already use one of its mesh axes.
     """
     *rows, _ = spec_of(query)
     last = spec_of(value)[-1]

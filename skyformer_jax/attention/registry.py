@@ -252,7 +252,10 @@ def layer_variables(
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises a ValueError for an unknown attention or an invalid option, without computing."""
+    """Raises a ValueError or TypeError for an unknown attention or an invalid option.
+
+    It only evaluates shapes and computes nothing.
+    """
     function_options, _ = split_options(name, options)
     specs = layer_variables(name, options, num_heads=1, head_dim=8, kv_length=4)
     entry = REGISTRY[name]

@@ -121,8 +121,8 @@ def by_tiles(
     """Calls a kernel for every tile of x, which passes by, and y, which stays; y varies fastest.
 
     Args:
-      kernel: takes references to the first row of y that stays, int32 [1, 1]; to all arrays, in the
-        order of the arguments here; to the results; and to the sums.
+      kernel: takes references to the index of the first row of y that stays, int32 [1, 1]; to all
+        arrays, in the order of the arguments here; to the results; and to the sums.
       constants: first a number, [1, 1], then arrays [batch * heads, any, 1] with a column per head.
       passing: arrays [batch * heads, any, x.length].
       staying: arrays [batch * heads or a divisor, any, y.length].
