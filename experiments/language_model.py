@@ -1,10 +1,11 @@
-r"""Trains a byte-level language model with each causal attention, samples from it, times decoding.
+r"""Trains byte-level language models with causal attentions, samples from them, times decoding.
 
     python -m experiments.language_model [--text=FOLDER] [--attentions=softmax,skyformer-conv]
 
-Prints bits per byte of what is held out, a sample, and tokens a second of decoding, with the bytes
-of state that it keeps, after 1k, 16k and 128k tokens. Writes JSON; an attention that it has from
-the same text, machine and config is not trained again. --small trains for a few steps, to try it.
+Prints the bits per byte of the held-out text, and the tokens per second and the state size of
+decoding after 1k, 16k and 128k tokens. Writes these and a sample as JSON. An attention is not
+trained again if the file has it from the same text, software versions, machine and config. --small
+trains for a few steps only, to try the script.
 """
 
 import functools
@@ -36,18 +37,19 @@ _NO_TEXT = (".git", "build", "data", "runs")
 _ATTENTIONS = flags.DEFINE_list(
     "attentions",
     ["softmax", "kernelized", "skyformer", "skyformer-conv"],
-    "Names that configs/language_model.py has.",
+    "Attentions to train, by their names in configs/language_model.py.",
 )
-_TEXT = flags.DEFINE_string("text", None, "Folder of .txt, .md and .py files; default: this one.")
-_MEGABYTES = flags.DEFINE_integer("megabytes", 16, "At most so many are read.", lower_bound=1)
-_SMALL = flags.DEFINE_bool("small", False, "A few steps, to try it.")
-_OUT = flags.DEFINE_string("out", "results/language_model.json", "File to write.")
+_TEXT = flags.DEFINE_string("text", None, "Folder of .txt, .md and .py files; default: this repository.")
+_MEGABYTES = flags.DEFINE_integer("megabytes", 16, "Reading stops after so many MiB.", lower_bound=1)
+_SMALL = flags.DEFINE_bool("small", False, "Train for a few steps only.")
+_OUT = flags.DEFINE_string("out", "results/language_model.json", "JSON to write.")
 
 
 def read_text(folder: Path, megabytes: int) -> np.ndarray:
-    """The bytes of a folder's texts, one after another in a fixed random order.
+    """Returns the bytes of a folder's text files, in a fixed random order, uint8 [bytes].
 
-    Folders of its own that hold what git and the commands of this repository make are left out.
+    Subfolders that git and the commands of this repository create (.git, build, data, runs) are
+    left out. Reading stops after the file that reaches `megabytes` MiB.
     """
     paths = sorted(p for p in folder.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
     paths = [p for p in paths if p.relative_to(folder).parts[0] not in _NO_TEXT]
@@ -64,13 +66,13 @@ def read_text(folder: Path, megabytes: int) -> np.ndarray:
 
 
 def make_model(config: ml_collections.ConfigDict) -> LanguageModel:
-    """The model of a config."""
+    """Builds the model of a config."""
     options = dict(config.attention)
     return LanguageModel(options.pop("name"), options, **config.model)
 
 
 def batches(text: np.ndarray, config: ml_collections.ConfigDict) -> Iterator[np.ndarray]:
-    """Random windows of length + 1 bytes, [batch, length + 1], endlessly."""
+    """Yields batches of random windows, uint8 [batch, length + 1], endlessly."""
     rng, train = np.random.default_rng(config.seed), config.train
     while True:
         starts = rng.integers(0, len(text) - train.length, train.batch_size)
@@ -78,7 +80,7 @@ def batches(text: np.ndarray, config: ml_collections.ConfigDict) -> Iterator[np.
 
 
 def train(config: ml_collections.ConfigDict, text: np.ndarray) -> tuple[Any, float]:
-    """Trains; returns the variables and the seconds of the steps, without compilation."""
+    """Trains a model; returns its variables and the seconds of the steps, without compilation."""
     settings, model = config.train, make_model(config)
     tokens = jnp.zeros((1, settings.length), jnp.int32)
     variables = jax.jit(model.init)(jax.random.key(config.seed), tokens)
@@ -117,7 +119,7 @@ def train(config: ml_collections.ConfigDict, text: np.ndarray) -> tuple[Any, flo
 
 
 def bits_per_byte(model: LanguageModel, variables: Any, text: np.ndarray, length: int) -> float:
-    """Of windows one after another, each predicted from its own beginning."""
+    """Returns the bits per byte of consecutive windows, each predicted from its own start."""
 
     @jax.jit
     def nats(tokens: jax.Array) -> jax.Array:
@@ -130,9 +132,9 @@ def bits_per_byte(model: LanguageModel, variables: Any, text: np.ndarray, length
 
 
 def time_decoding(model: LanguageModel, variables: Any, length: int, tokens: int) -> Row:
-    """Tokens a second after so many tokens, and what is kept of them.
+    """Times decoding after `length` tokens; returns the speed and the bytes of the cache.
 
-    The kept keys and values are zeros: their values change nothing in the time.
+    The cached keys and values are zeros, because the time does not depend on their values.
     """
     decoder = model.clone(decode=True)
     room = jax.ShapeDtypeStruct((1, length + tokens), jnp.int32)
@@ -167,7 +169,7 @@ def time_decoding(model: LanguageModel, variables: Any, length: int, tokens: int
 def measure(
     name: str, config: ml_collections.ConfigDict, text: np.ndarray, lengths: list[int]
 ) -> Row:
-    """The row of an attention."""
+    """Trains and measures one attention; returns its row."""
     held_out = len(text) - len(text) // 20
     variables, seconds = train(config, text[:held_out])
     model = make_model(config)
@@ -201,7 +203,7 @@ def _stored(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures each attention that the file does not have, and prints the table."""
+    """Measures each attention that the file lacks, and prints the table."""
     folder = expand(_TEXT.value) if _TEXT.value else _ROOT
     text = read_text(folder, _MEGABYTES.value)
     lengths = [64, 256] if _SMALL.value else [1 << 10, 1 << 14, 1 << 17]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# Colours that colour-blind readers tell apart (Okabe and Ito, 2008), and black for what is exact.
+# Colours that colour-blind readers can tell apart (Okabe and Ito, 2008), black for softmax.
 STYLES = {
     "softmax": ("#000000", "o"),
     "kernelized": ("#999999", "s"),
@@ -13,7 +13,7 @@ STYLES = {
     "performer": ("#E69F00", ">"),
     "reformer": ("#CC79A7", "P"),
     "bigbird": ("#8B6F3E", "h"),
-    # Other implementations of three of them, which experiments/benchmarks/ measures.
+    # Other implementations of three of these, which experiments/benchmarks/ measures.
     "softmax-dense": ("#444444", "p"),
     "softmax-chunked": ("#777777", "d"),
     "kernelized-dense": ("#5B2A86", "*"),
@@ -24,7 +24,7 @@ STYLES = {
 
 
 def line_style(name: str) -> dict[str, Any]:
-    """Options of matplotlib's `plot` for the line of an attention; Skyformer's stands out."""
+    """Returns options of matplotlib's `plot` for an attention's line; Skyformer's stands out."""
     color, marker = STYLES[name]
     ours = name == "skyformer"
     return {

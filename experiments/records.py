@@ -1,6 +1,6 @@
-"""The JSON file of a result: what it was measured with, how it is written, how it goes on.
+"""Reads, writes and resumes the JSON files of results, and records their provenance.
 
-Every script of experiments/ that can be interrupted goes on in the same way:
+Every script of experiments/ that can be interrupted resumes in the same way:
 
     header = {"what": "...", **provenance(jax.device_count()), "seed": 0}
     rows = resume(path, header)
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def provenance(num_devices: int) -> dict[str, Any]:
-    """What code and hardware a result comes from: commit, versions, device and cores.
+    """Returns the code and hardware of a result: commit, versions, device and CPU cores.
 
     The cores are those that this process may use.
     """
@@ -39,7 +39,7 @@ def provenance(num_devices: int) -> dict[str, Any]:
         command = ["git", "-C", str(Path(__file__).parent), *arguments.split()]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    # A new result changes a tracked file, but not the code that measures.
+    # Writing a result changes a tracked file, but not the code that measures.
     changed = git("status --porcelain --untracked-files=no -- :/ :(top,exclude)results")
     return {
         "commit": (git("describe --always") or "unknown") + ("-dirty" if changed else ""),
@@ -55,7 +55,10 @@ def provenance(num_devices: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `path` at the end: the file is whole or absent."""
+    """Yields a path to write to, and renames it to `path` if the block succeeds.
+
+    The file is thus whole or absent. Its folder is created if necessary.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     yield part
@@ -63,45 +66,47 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes the file whole or not at all; makes its folder."""
+    """Writes a JSON file, whole or not at all, and creates its folder."""
     with replacing(path) as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Returns the content of a JSON file.
 
     Raises:
-      UserError: if it is damaged.
+      UserError: if the file is damaged.
     """
     try:
         return json.loads(path.read_text())
-    except ValueError as error:  # of the JSON or of its encoding
+    except ValueError as error:  # invalid JSON, or text that cannot be decoded
         raise UserError(f"{path} is damaged: {error}") from None
 
 
 def provenance_of_run(workdir: Path) -> dict[str, Any] | None:
-    """The provenance of a run that experiments.paper.sweep trained; None of another's."""
+    """Returns the provenance of a run that experiments.paper.sweep trained, else None."""
     record = workdir / "sweep.json"
     return read_json(record)["provenance"] if record.exists() else None
 
 
 def as_read(value: Any) -> Any:
-    """The value as a JSON file gives it back: tuples are lists, keys are texts."""
+    """Returns the value as a JSON file gives it back: tuples become lists, keys strings."""
     return json.loads(json.dumps(value))
 
 
 def resume(
     path: Path, header: Mapping[str, Any], *, field: str = "rows", any_commit: bool = False
 ) -> list[Row]:
-    """The rows of an earlier result of the same settings; else none, and one line says why.
+    """Returns the rows of an earlier result with the same settings, or an empty list.
+
+    If the file exists but cannot be resumed, one printed line says why.
 
     Args:
-      path: the JSON file, which need not be there.
+      path: the JSON file, which may be missing.
       header: fields that the earlier result must have with the same values.
       field: name of the list of rows in the file.
-      any_commit: whether the rows may be of other code, because each says its own commit. If not,
-        neither another commit nor uncommitted changes are accepted.
+      any_commit: whether the rows may come from another commit, because each row records its own.
+        If False, neither another commit nor uncommitted changes are accepted.
     """
     if not path.exists():
         return []
@@ -111,14 +116,14 @@ def resume(
         rows = earlier[field]
         different = [name for name, value in wanted.items() if earlier.get(name) != value]
     except (UserError, KeyError, TypeError, AttributeError):
-        say(f"{path} is no result of this script: begun anew")
+        say(f"{path} is not a result of this script: starting over")
         return []
     if any_commit and "commit" in different:
         different.remove("commit")
     if different:
-        say(f"{path} is of other {', '.join(different)}: begun anew")
+        say(f"{path} has other values of {', '.join(different)}: starting over")
         return []
     if not any_commit and str(wanted.get("commit")).endswith("-dirty"):
-        say(f"{path} is of uncommitted changes, maybe not of those of now: begun anew")
+        say(f"{path} is from uncommitted changes, which may have changed since: starting over")
         return []
     return rows

@@ -1,9 +1,9 @@
-"""Makes a released checkpoint of a finished run.
+"""Makes a released checkpoint from a finished run.
 
     python -m experiments.release --workdir=runs/text-skyformer --out=checkpoints/text-skyformer
 
-The folder holds parameters.npz (arrays, read without pickle), config.json and result.json: the test
-result with the data's checksum, and how the model was trained.
+The folder gets parameters.npz (arrays, readable without pickle), config.json and result.json, which
+has the test result with the checksum of the data, and how the model was trained.
 """
 
 import jax
@@ -16,11 +16,11 @@ from skyformer_jax.training import config as configs
 from skyformer_jax.training.logs import read_metrics, training_seconds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the finished run.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder to create.", required=True)
 
 
 def main() -> None:
-    """Makes the folder and says what is in it."""
+    """Creates the folder and prints a summary of it."""
     workdir = expand(_WORKDIR.value)
     batch_size = configs.read(workdir / "config.json").train.batch_size
     trained = {

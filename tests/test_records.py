@@ -21,20 +21,20 @@ def test_rows_of_the_same_settings_are_gone_on_with(tmp_path, capsys):
 
     def anew(said, **options):
         assert records.resume(path, **{"header": HEADER, **options}) == []
-        assert capsys.readouterr().err == f"{path} is {said}: begun anew\n"
+        assert capsys.readouterr().err == f"{path} {said}: starting over\n"
 
-    anew("of other lengths, seed", header={**HEADER, "lengths": (16,), "seed": 1})
-    anew("of other commit", header={**HEADER, "commit": "def"})
+    anew("has other values of lengths, seed", header={**HEADER, "lengths": (16,), "seed": 1})
+    anew("has other values of commit", header={**HEADER, "commit": "def"})
     assert records.resume(path, {**HEADER, "commit": "def"}, any_commit=True) == rows
-    anew("of other seed", header={**HEADER, "seed": 1}, any_commit=True)
-    anew("no result of this script", field="cells")
+    anew("has other values of seed", header={**HEADER, "seed": 1}, any_commit=True)
+    anew("is not a result of this script", field="cells")
     for text in ("{", "[]", "3"):
         path.write_text(text)
-        anew("no result of this script")
+        anew("is not a result of this script")
 
     dirty = {**HEADER, "commit": "abc-dirty"}
     records.write_json(path, {**dirty, "cells": rows})
-    anew("of uncommitted changes, maybe not of those of now", header=dirty, field="cells")
+    anew("is from uncommitted changes, which may have changed since", header=dirty, field="cells")
     assert records.resume(path, dirty, field="cells", any_commit=True) == rows
 
 

@@ -1,11 +1,11 @@
-"""Our Pathfinder images against some of the original generator.
+"""Compares our Pathfinder images with images of the original generator.
 
     python -m experiments.data.pathfinder_check --reference=originals.npz
 
-Compares statistics of the images; draws some of both; trains a small convolutional network on ours
-and tests it on both; times the generator. The reference holds the arrays image, uint8
-[images, 32, 32], and label, of the original generator at "hard". Takes a quarter of an hour on two
-CPU cores; --small takes fewer images and steps.
+Compares statistics of the images, draws some of both, trains a small convolutional network on ours
+and tests it on both, and times our generator. The reference is an NPZ file with the arrays image,
+uint8 [images, 32, 32], and label, made by the original generator at "hard". The script takes a
+quarter of an hour on two CPU cores; --small uses fewer images and steps.
 """
 
 import itertools
@@ -30,15 +30,15 @@ from skyformer_jax.data import pathfinder
 from skyformer_jax.errors import UserError
 from skyformer_jax.progress import say, track
 
-_REFERENCE = flags.DEFINE_string("reference", None, "NPZ of original images.", required=True)
+_REFERENCE = flags.DEFINE_string("reference", None, "NPZ file of original images.", required=True)
 _OUT = flags.DEFINE_string(
-    "out", "results/pathfinder_check.json", "JSON to write; the picture has .png."
+    "out", "results/pathfinder_check.json", "JSON to write; the picture gets the suffix .png."
 )
 _SMALL = flags.DEFINE_bool("small", False, "The reduced setting for a CPU or a test.")
 
-# Straight to "hard", the network stays at chance for long; so it begins with short targets.
+# Trained on "hard" from the start, the network stays at chance for long: begin with short targets.
 _CURRICULUM = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12)  # dashes
-_GOOD = 0.8  # accuracy on the last _WINDOW batches with which it goes on to longer targets
+_GOOD = 0.8  # accuracy on the last _WINDOW batches at which training moves to longer targets
 _WINDOW = 40
 _BATCH = 64
 _LEARNING_RATE = 2e-3
@@ -47,7 +47,7 @@ Set = tuple[np.ndarray, np.ndarray]
 
 
 class Sizes(NamedTuple):
-    """Of the comparison: images of ours, and steps of training."""
+    """Numbers of our images, and of training steps."""
 
     compared: int = 5000
     curriculum: int = 5000  # for each of _CURRICULUM
@@ -61,7 +61,7 @@ _SMALL_SIZES = Sizes(compared=100, curriculum=128, train=128, test=100, steps=20
 
 
 def read_reference(path: str) -> Set:
-    """Images, uint8 [images, 32, 32], and labels, int32 [images], of a file."""
+    """Reads images, uint8 [images, 32, 32], and labels, int32 [images], from an NPZ file."""
     try:
         with np.load(path) as arrays:
             images, labels = arrays["image"], arrays["label"].astype(np.int32)
@@ -73,7 +73,7 @@ def read_reference(path: str) -> Set:
 
 
 def statistics(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers that describe each image; each value is [images]."""
+    """Computes numbers that describe each image; each value is [images]."""
     lit = images > 60
     # Discs fill three by three pixels; little else does.
     around = np.stack([ndimage.uniform_filter(image, 3) for image in images.astype(float)])
@@ -105,7 +105,7 @@ def statistics(images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def compare(original: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> dict[str, Row]:
-    """Means, standard errors and deviations of each statistic, and z of the means' difference."""
+    """Computes mean, standard error and deviation of each statistic, and z of the difference."""
     table = {}
     for name in original:
         row = table[name] = {}
@@ -121,7 +121,7 @@ def compare(original: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> dic
 def draw_picture(
     sources: dict[str, Set], described: dict[str, dict[str, np.ndarray]], path: Path
 ) -> None:
-    """Ten images of each label from each source, and histograms of some statistics."""
+    """Draws ten images of each label from each source, and histograms of some statistics."""
     names = ("mean", "pixels above 60", "their connected components")
     names = (*names, "pixels of discs", "distance of discs")
     figure = plt.figure(figsize=(15, 8.5), layout="constrained")
@@ -174,7 +174,7 @@ class State(TrainState):
 
 @jax.jit
 def train_step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-    """The next state, and the accuracy on the batch."""
+    """Takes one step; returns the next state and the accuracy on the batch."""
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple]:
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -190,11 +190,11 @@ def train(sets: list[Set], num_steps: int) -> tuple[State, list[Row]]:
     """Trains a network on each of the sets in turn.
 
     Args:
-      sets: sets of growing difficulty; all steps that are left go to the last.
+      sets: sets of growing difficulty; the last one gets all remaining steps.
       num_steps: number of training steps.
 
     Returns:
-      The trained state, and what happened on each set.
+      The trained state, and the number of steps and the training accuracy of each set.
     """
     network = Network()
     schedule = optax.cosine_onecycle_schedule(num_steps, _LEARNING_RATE, 0.05)
@@ -222,7 +222,7 @@ def train(sets: list[Set], num_steps: int) -> tuple[State, list[Row]]:
 
 
 def train_and_test(sets: list[Set], num_steps: int, held_out: Set, original: Set) -> Row:
-    """Trains a network on ours, and compares its accuracy on ours and on the original images."""
+    """Trains a network on our images; compares its accuracy on ours and on the original ones."""
     before = time.perf_counter()
     state, history = train(sets, num_steps)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -245,7 +245,7 @@ def train_and_test(sets: list[Set], num_steps: int, held_out: Set, original: Set
 
 
 def time_generation(size: int, difficulty: str, num_images: int) -> Row:
-    """CPU seconds of one process per image; the tables are made before."""
+    """Measures the CPU time per image in one process, without that for making the tables."""
     seconds = []
     for count in (0, num_images):
         before = time.process_time()
@@ -263,7 +263,7 @@ def time_generation(size: int, difficulty: str, num_images: int) -> Row:
 
 
 def main() -> None:
-    """Runs all parts; writes the JSON and the picture."""
+    """Runs all parts, and writes the JSON and the picture."""
     original, path = read_reference(_REFERENCE.value), Path(_OUT.value)
     sizes = _SMALL_SIZES if _SMALL.value else Sizes()
     timings = [

@@ -3,8 +3,9 @@
     python -m experiments.data.pictures --data_dir=data --out=docs
 
 image.png shows a photograph of each class of the test split, pathfinder.png images of both labels
-at 32 x 32 pixels, and pathx.png one of each label at 128 x 128. The photographs are prepared if
-they are not (--source=DIR names the published files); Pathfinder's images are drawn.
+at 32 x 32 pixels, and pathx.png one of each label at 128 x 128. The photographs are
+prepared first if they are missing (--source=DIR names the published files); Pathfinder's images are
+generated.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ _CLASSES = (
     *("dog", "frog", "horse", "ship", "truck"),
 )
 _LABELS = ("label 0", "label 1")
-_DRAWN = 32  # images of which the first of each label are shown
+_DRAWN = 32  # images to generate; the first ones of each label are shown
 _DPI = 100
 _GAP, _TITLE = 8, 24  # pixels between pictures, and for a title
 
@@ -41,7 +42,7 @@ def draw(
 ) -> None:
     """Writes a grid of gray pictures, uint8 [rows, columns, side, side], with titles.
 
-    Each of their pixels is a square of `scale` pixels.
+    Each pixel becomes a square of `scale` x `scale` pixels.
     """
     num_rows, num_columns, side, _ = pictures.shape
     side *= scale
@@ -70,12 +71,12 @@ def draw(
 
 
 def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the first `count` examples of each label, int [labels, count]."""
+    """Returns the indices of the first `count` examples of each label, int [labels, count]."""
     return np.stack([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)])
 
 
 def main() -> None:
-    """Draws all three."""
+    """Draws all three pictures."""
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
 

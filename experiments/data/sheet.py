@@ -1,8 +1,8 @@
-"""The numbers of docs/data.md: how long each data set takes to prepare, its size, what is in it.
+"""Measures the numbers of docs/data.md: each data set's preparation time, size and content.
 
     python -m experiments.data.sheet --tasks=listops,text --source=DIR --work=FOLDER
 
-Each task is prepared from nothing, in a folder of its own below --work, and then read as stored.
+Each task is prepared from scratch, in its own folder below --work, and then read as stored.
 Pathfinder takes minutes, Path-X half an hour.
 """
 
@@ -18,14 +18,14 @@ from skyformer_jax.data import store
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError
 
-_TASKS = flags.DEFINE_list("tasks", ["listops", "text", "image", "pathfinder"], "Which tasks.")
-_SOURCE = flags.DEFINE_string("source", None, "Folder of the published files, where it holds them.")
-_WORK = flags.DEFINE_string("work", None, "Folder for what is prepared; kept.", required=True)
+_TASKS = flags.DEFINE_list("tasks", ["listops", "text", "image", "pathfinder"], "Tasks to measure.")
+_SOURCE = flags.DEFINE_string("source", None, "Folder of published files, for the tasks it has.")
+_WORK = flags.DEFINE_string("work", None, "Folder of the prepared data; kept.", required=True)
 _OUT = flags.DEFINE_string("out", "results/data_sheet.json", "File to write.")
 
 
 def describe_split(task: tasks.Task, whole: Examples, read: Examples) -> Row:
-    """What is in a split as stored, and what of it the task reads by default."""
+    """Describes a split as stored, and the part of it that the task reads by default."""
     lengths = whole.lengths
     described = {
         "examples": len(whole),
@@ -48,7 +48,7 @@ def describe_split(task: tasks.Task, whole: Examples, read: Examples) -> Row:
 
 
 def measure(name: str) -> Row:
-    """Prepares a task's data set and reads it."""
+    """Prepares a task's data set, reads it, and returns its entry of the JSON."""
     task, data_dir = tasks.get(name), Path(_WORK.value) / name
     if data_dir.exists():
         raise UserError(f"{data_dir} exists; name another --work, or delete it to measure anew")
