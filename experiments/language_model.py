@@ -39,8 +39,12 @@ _ATTENTIONS = flags.DEFINE_list(
     ["softmax", "kernelized", "skyformer", "skyformer-conv"],
     "Attentions to train, by their names in configs/language_model.py.",
 )
-_TEXT = flags.DEFINE_string("text", None, "Folder of .txt, .md and .py files; default: this repository.")
-_MEGABYTES = flags.DEFINE_integer("megabytes", 16, "Reading stops after so many MiB.", lower_bound=1)
+_TEXT = flags.DEFINE_string(
+    "text", None, "Folder of .txt, .md and .py files; default: this repository."
+)
+_MEGABYTES = flags.DEFINE_integer(
+    "megabytes", 16, "Reading stops after so many MiB.", lower_bound=1
+)
 _SMALL = flags.DEFINE_bool("small", False, "Train for a few steps only.")
 _OUT = flags.DEFINE_string("out", "results/language_model.json", "JSON to write.")
 

@@ -3,9 +3,8 @@
     python -m experiments.data.pictures --data_dir=data --out=docs
 
 image.png shows a photograph of each class of the test split, pathfinder.png images of both labels
-at 32 x 32 pixels, and pathx.png one of each label at 128 x 128. The photographs are
-prepared first if they are missing (--source=DIR names the published files); Pathfinder's images are
-generated.
+at 32 x 32 pixels, and pathx.png one of each label at 128 x 128. The photographs are prepared first
+if they are missing (--source=DIR names the published files); Pathfinder's images are generated.
 """
 
 from collections.abc import Sequence
