@@ -1,27 +1,29 @@
-"""What an accelerator makes of the attentions and of training, by one command under a deadline.
+"""Measures the attentions and training on an accelerator, by one command with a deadline.
 
     python -m experiments.benchmarks.accelerator --minutes=15 --source=DIR
 
-The sections run in this order, each in a process of its own, so that a program that brings down
-the device's runtime costs its section alone:
+The sections run in this order, each in its own process, so that a program that crashes the device's
+runtime costs only its section:
 
-1. numbers: values and gradients of all attentions and forms against float64 and the CPU.
+1. numbers: compares values and gradients of all attentions and their implementations with float64
+   or the CPU.
 2. gaussian: how near Skyformer's two Gaussian passes, queries with landmarks and landmarks with
-   keys, come to what the device can do: the share of the measured time that arithmetic at the peak
-   rate, or reading every input and writing every output once, would take, whichever is more.
-3. attention: time and temporaries of all attentions, and of cuDNN's, as speed.py has them, at a
-   fixed number of tokens in a call, which fills the device at every length: what is linear in the
-   length takes the same time at each, what is quadratic grows with it.
+   keys, come to the limits of the device. The least time of a pass is the longer of arithmetic at
+   the peak rate, and reading every input and writing every output once; the section reports it as
+   a share of the measured time.
+3. attention: time and temporaries of all attentions, as in speed.py, and of cuDNN's. The number of
+   tokens per call is fixed and fills the device at every length, so that an attention that is
+   linear in the length takes the same time at each, and a quadratic one grows with it.
 4. steps: steps per second of training in the paper's settings, with one and with three seeds, and
-   what 50,000 would take beside the hours of the paper's table 2.
-5. training: runs of train.py in the paper's settings, in the order of the flags --run.
+   the hours of 50,000 steps beside those in the paper's table 2.
+5. training: runs of train.py in the paper's settings, in the order of the --run flags.
 
-Each section but the last has a share of the minutes. What time does not reach is recorded as not
-reached. A program that does not compile or run is recorded with its error, and everything else
-goes on. Training takes what is left; it stops with a checkpoint, and the same command with
---sections=training goes on. The JSON has commit, versions and hardware and is written as results
-come; a plot of the third section lies beside it. --small is tiny in everything, to try the script
-on a CPU.
+Each section but the last has a share of the minutes. A program for which no time is left is
+recorded as not reached. A program that does not compile or run is recorded with its error, and
+everything else continues. Training takes the remaining time and stops with a checkpoint; the same
+command with --sections=training resumes it. The JSON has commit, versions and hardware and is
+written as results come in, with a plot of the third section beside it. --small makes everything
+tiny, to try the script on a CPU.
 """
 
 import json
@@ -45,37 +47,39 @@ from skyformer_jax import cli
 from skyformer_jax.errors import one_of
 from skyformer_jax.progress import say
 
-# Seconds that a section may take longer than it should before it is killed.
+# Seconds by which a section may exceed its time before it is killed.
 _GRACE = 40
-# The share of the minutes after which a section ends, if it has not ended by itself.
+# When each section ends at the latest, as a share of the minutes.
 ENDS = {"numbers": 0.12, "gaussian": 0.17, "attention": 0.31, "steps": 0.45, "training": 1.0}
 
-_MINUTES = flags.DEFINE_float("minutes", 15, "Time for everything.", lower_bound=0)
-_SECTIONS = flags.DEFINE_list("sections", list(ENDS), "Sections to run, of those above.")
+_MINUTES = flags.DEFINE_float("minutes", 15, "Minutes for all sections.", lower_bound=0)
+_SECTIONS = flags.DEFINE_list("sections", list(ENDS), "Sections to run.")
 _SMALL = common_flags.small()
 _OUT = common_flags.out("results/accelerator.json")
-_COMMIT = flags.DEFINE_string("commit", "", "Commit that the result says where there is no git.")
+_COMMIT = flags.DEFINE_string("commit", "", "Commit to record, for a machine without git.")
 _RUNS = flags.DEFINE_multi_string(
     "run",
     ["text:skyformer", "listops:skyformer", "pathfinder:skyformer", "image:skyformer"],
-    "CONFIG:ATTENTION[,VARIANT] of a run to train; several are trained in this order.",
+    "CONFIG:ATTENTION[,VARIANT] of a run to train; repeatable, trained in this order.",
 )
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Models that a run trains at once.")
 _MORE_MINUTES = flags.DEFINE_float(
-    "more_minutes", 0, "Time that later calls will have: runs that need it are begun as well."
+    "more_minutes",
+    0,
+    "Minutes that later calls will have; runs that need them are started as well.",
 )
 _RUN_DIR = flags.DEFINE_string("run_dir", "runs/accelerator", "Folder of the runs.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets lie or are put.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
 _SOURCE = flags.DEFINE_string("source", "", "Folder with aclImdb and cifar-10-batches-bin.")
-# For the processes of the sections.
-_SECTION = flags.DEFINE_string("section", "", "Runs this section in this very process.")
-_SECONDS = flags.DEFINE_float("seconds", 0, "Time of that section.")
-_RATES = flags.DEFINE_string("rates", "{}", "Its steps per second by CONFIG:ATTENTION, as JSON.")
-_IMPLEMENTATIONS = flags.DEFINE_string("implementations", "{}", "Its forms by attention, as JSON.")
+# Internal flags, for the processes of the sections.
+_SECTION = flags.DEFINE_string("section", "", "Internal: run this section in this process.")
+_SECONDS = flags.DEFINE_float("seconds", 0, "Internal: seconds of that section.")
+_RATES = flags.DEFINE_string("rates", "{}", "Internal: steps per second, as JSON.")
+_IMPLEMENTATIONS = flags.DEFINE_string("implementations", "{}", "Internal: as JSON.")
 
 
 def _run_here() -> None:
-    """Runs one section and writes what it finds into --out as it comes."""
+    """Runs one section in this process, and writes its results to --out as they come in."""
     settings = Settings(
         deadline=time.monotonic() + _SECONDS.value,
         small=_SMALL.value,
@@ -93,7 +97,7 @@ def _run_here() -> None:
 
 
 def _run_section(name: str, seconds: float, result: dict[str, Any]) -> dict[str, Any]:
-    """What a section found in a process of its own, whatever became of the process."""
+    """Runs a section in its own process; returns its results, however the process ended."""
     part = Path(_OUT.value).with_suffix(f".{name}.json")
     part.unlink(missing_ok=True)
     command = [sys.executable, "-m", "experiments.benchmarks.accelerator", *sys.argv[1:]]
@@ -107,14 +111,14 @@ def _run_section(name: str, seconds: float, result: dict[str, Any]) -> dict[str,
     start = time.monotonic()
     say(f"{name}: {seconds:.0f} s")
     environment = dict(os.environ)
-    if name == "training":  # whose runs need the memory that this process would take first
+    if name == "training":  # its runs need the memory that the section would preallocate
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     process = subprocess.Popen([*command, f"--out={part}"], env=environment, start_new_session=True)
     try:
-        # A section looks at the time itself, between its programs, and one of these may hang.
+        # A section checks the time between its programs, but a program may hang.
         status = process.wait(seconds + _GRACE)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+        os.killpg(process.pid, signal.SIGKILL)  # and the processes that it has started
         status = process.wait()
     found = read_json(part) if part.exists() else {}
     part.unlink(missing_ok=True)
@@ -135,7 +139,7 @@ def _rates(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _prepare_data() -> list[subprocess.Popen]:
-    """Starts to prepare the data of the runs, on the CPU, beside the other sections."""
+    """Starts preparing the data of the runs on the CPU, while the other sections run."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     processes = []
     for task in dict.fromkeys(run.partition(":")[0] for run in _RUNS.value):

@@ -1,12 +1,13 @@
-"""Evaluates on this machine what the accelerator command trained elsewhere, unfinished or not.
+"""Evaluates, on this machine, a run that the accelerator command trained elsewhere.
 
     python -m experiments.benchmarks.accelerator.evaluate --run=DIR/text-skyformer \
         --trained=results/accelerator.json --data_dir=data
 
-The best checkpoint of each seed is evaluated on test. Its accuracy on validation is computed again
-and stands beside the one that the accelerator recorded: the same model on another device. Sequences
-are padded to --buckets, which changes no prediction beyond rounding and saves time. Writes JSON
-with commit, versions and hardware of the evaluation, and of the training from --trained.
+The run may be unfinished. The best checkpoint of each seed is evaluated on the test split. Its
+validation accuracy is computed again and written beside the one that the accelerator recorded, to
+compare the same model on two devices. Sequences are padded to --buckets, which saves time and
+changes predictions only by rounding. Writes JSON with commit, versions and hardware of the
+evaluation, and those of the training from --trained.
 """
 
 import json
@@ -23,8 +24,8 @@ from skyformer_jax import cli, training
 from skyformer_jax.errors import UserError
 
 _RUN = flags.DEFINE_string("run", None, "Folder of the run, with the folders of its seeds.")
-_TRAINED = flags.DEFINE_string("trained", None, "The JSON that the accelerator command wrote.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where the prepared data lie.")
+_TRAINED = flags.DEFINE_string("trained", None, "JSON that the accelerator command wrote.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the prepared data.")
 _BUCKETS = flags.DEFINE_list("buckets", ["512", "1024", "2048"], "Lengths to pad to.")
 _OUT = common_flags.out("results/accelerator_tests.json")
 flags.mark_flags_as_required(["run", "trained"])
@@ -32,7 +33,7 @@ _FIELDS = ("accuracy", "interval_95", "loss", "per_class_accuracy", "floors", "c
 
 
 def _evaluate(workdir: Path, buckets: list[int]) -> Row:
-    """The row of one seed."""
+    """Evaluates one seed; returns its row."""
     with tempfile.TemporaryDirectory() as folder:
         config = read_json(workdir / "config.json")
         config["data"]["buckets"] = buckets
@@ -53,7 +54,7 @@ def _evaluate(workdir: Path, buckets: list[int]) -> Row:
 
 
 def main() -> None:
-    """Evaluates each seed, writing as it goes."""
+    """Evaluates each seed, and writes the JSON after each."""
     run, path = Path(_RUN.value), Path(_OUT.value)
     for flag in (_RUN, _TRAINED):
         if not Path(flag.value).exists():
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def _name(row: Row) -> str:
-    """Name of a run's folder."""
+    """Name of the folder of a run."""
     return row["run"].replace(":", "-").replace(",", "-")
 
 

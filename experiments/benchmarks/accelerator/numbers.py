@@ -1,13 +1,13 @@
-"""Whether the device computes what it should: values and gradients of all attentions.
+"""Checks the values and gradients of all attentions on a device.
 
-The reference is float64 NumPy for softmax and kernelized attention, whose formulas it has. For the
-approximations it is the same function on the CPU in float32, which the tests hold against float64
-to 1e-5 or better. Both get what the device gets, bfloat16 inputs rounded. Informer and Reformer
-choose keys by comparing numbers, so that rounding can change a choice, and with it the output of a
-query.
+The reference for softmax and kernelized attention is their formula in float64 NumPy. For the
+approximations it is the same function on the CPU in float32, which the tests compare with float64
+to 1e-5 or better. Both references get the inputs that the device gets, rounded if they are
+bfloat16. Informer and Reformer choose keys by comparing numbers, so rounding can change a choice,
+and with it the output of a query.
 
-One program is compiled at a time: XLA of jax 0.11.2 crashed where programs for a GPU and for the
-CPU were compiled at once.
+Only one program is compiled at a time, because the XLA of jax 0.11.2 crashed when programs for a
+GPU and for the CPU were compiled at once.
 """
 
 import functools
@@ -26,22 +26,22 @@ from skyformer_jax.attention import REGISTRY
 from skyformer_jax.progress import say
 
 _BATCH = 2
-# The relative error from which on a kernel counts as wrong.
+# Relative error from which on a kernel counts as wrong.
 _WRONG = 0.02
 _NAMES = ("out", "d_query", "d_key", "d_value")
-# Standard deviation of queries and keys about a mean, and how far the mean lies from zero, both in
-# every component. A trained layer has such means.
+# Standard deviation and mean of queries and keys, the same in every component. Trained layers have
+# means this far from zero.
 _INPUTS = {"unit normal": (1.0, 0.0), "std 0.3, offset 3": (0.3, 3.0)}
-# The forms whose float64 formula is here, by the first word of an attention's name.
+# Attentions with a float64 formula here, by the first word of their names.
 _FLOAT64 = {"softmax": "softmax", "flash": "softmax", "kernelized": "kernelized"}
 
 
 def _exact(
     form: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, weights: np.ndarray
 ) -> list[np.ndarray]:
-    """Output of softmax or kernelized attention and the gradients of sum(out * weights).
+    """Computes softmax or kernelized attention, and the gradients of sum(out * weights).
 
-    All are float64 [batch, length, heads, head_dim].
+    All results are float64 [batch, length, heads, head_dim].
     """
     q, k, v, g = (np.moveaxis(x.astype(np.float64), 2, 1) for x in (query, key, value, weights))
     transposed = functools.partial(np.swapaxes, axis1=-1, axis2=-2)
@@ -64,7 +64,7 @@ def _exact(
 
 
 def _make_program(name: str, settings: attention_cells.Settings, inputs: tuple[Any, ...]) -> Any:
-    """A jitted function of (arguments, weights): the output and the gradients."""
+    """Returns a jitted function of (arguments, weights) to the output and the gradients."""
     forward, _ = attention_cells.make_call(name, "forward", settings, inputs)
     gradients, _ = attention_cells.make_call(name, "gradients", settings, inputs)
 
@@ -75,7 +75,7 @@ def _make_program(name: str, settings: attention_cells.Settings, inputs: tuple[A
 
 
 class _Check:
-    """Checks one attention; its programs serve all inputs."""
+    """Checks one attention, by the same programs for all inputs."""
 
     def __init__(self, name: str, length: int) -> None:
         self._name, self._length = name, length
@@ -90,7 +90,7 @@ class _Check:
         self._program = None
 
     def _run(self, inputs: tuple[jax.Array, ...], device: jax.Device) -> list[np.ndarray]:
-        """Output and gradients, float64."""
+        """Returns the output and the gradients as float64."""
         if self._program is None:
             self._program = _make_program(self._name, self._settings, inputs)
         _, arguments = attention_cells.make_call(self._name, "forward", self._settings, inputs)
@@ -98,7 +98,7 @@ class _Check:
         return [np.asarray(x, np.float64) for x in jax.tree.leaves(found)]
 
     def errors(self, dtype: str, std: float, offset: float) -> dict[str, float]:
-        """Relative errors of the output and the gradients."""
+        """Returns the relative errors of the output and the gradients."""
         drawn = attention_cells.make_inputs(self._settings, self._length, dtype)
         moved = tuple((std * x + offset).astype(dtype) for x in drawn[:2])
         inputs = (*moved, *drawn[2:])
@@ -119,13 +119,13 @@ class _Check:
 def check(length: int, deadline: float) -> Iterator[Row]:
     """Yields a row for each attention, dtype and kind of inputs.
 
-    It has errors, the relative errors by the Frobenius norm of the output and of the gradients with
-    respect to query, key (for all but Reformer, which has none of its own) and value; or skipped,
-    the reason.
+    A row has either errors, the relative errors in the Frobenius norm of the output and of the
+    gradients with respect to query, key (except for Reformer, which has no separate key) and
+    value; or skipped, the reason why there are none.
 
     Args:
       length: tokens of a sequence.
-      deadline: time.monotonic() after which no other check is begun.
+      deadline: time.monotonic() after which no check is started.
     """
     for name in attention_cells.ATTENTIONS:
         one = _Check(name, length)
@@ -138,11 +138,12 @@ def check(length: int, deadline: float) -> Iterator[Row]:
 
 
 def implementations(rows: Sequence[Row]) -> dict[str, str]:
-    """The form of each attention to train with, by what check found in float32.
+    """Chooses the implementation of each attention for training, by the float32 rows of check.
 
     Returns:
-      For the attentions that have forms: "auto", or XLA's, "chunked", where the kernels failed or
-      are wrong. Those that were not reached are left out.
+      {attention: implementation} for the attentions that have several implementations: "auto", or
+      "chunked", which XLA compiles, if the kernels failed or are wrong. Attentions without a row
+      are left out.
     """
     found: dict[str, str] = {}
     for row in rows:
@@ -163,5 +164,5 @@ def _line(row: Row) -> str:
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """A line for each row."""
+    """Formats each row as a line."""
     return "\n".join(map(_line, rows))

@@ -1,4 +1,4 @@
-"""How near the Gaussian passes come to what the device can do."""
+"""Compares the times of the Gaussian passes with the limits of the device."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -13,12 +13,12 @@ from experiments.records import Row
 from skyformer_jax.attention.gaussian import gaussian_attention
 
 _HEADS, _HEAD_DIM = attention_cells.PAPER_HEADS.values()
-_LANDMARKS = 128  # of the paper
+_LANDMARKS = 128  # as in the paper
 _ROUNDS = 3
 _WORKERS = 2  # programs compiled at a time
 
-# Dense operations and bytes a second, by jax's device_kind: NVIDIA's data sheets of the H100
-# (SXM) and the H200, whose figures for tensor cores are for sparse matrices, twice these.
+# Dense operations and bytes per second by jax's device_kind, from NVIDIA's data sheets of the H100
+# (SXM) and the H200. Their figures for tensor cores are for sparse matrices, twice these.
 _HOPPER = {"float32": 66.9e12, "tf32": 494e12, "bfloat16": 989e12}
 PEAKS = {
     "NVIDIA H100 80GB HBM3": {**_HOPPER, "bytes": 3.35e12},
@@ -27,9 +27,9 @@ PEAKS = {
 
 
 def measure_peaks(small: bool, deadline: float) -> dict[str, float]:
-    """Operations a second of large square products, and bytes a second of a large sum.
+    """Measures operations per second of large matrix products, and bytes per second of x + 1.
 
-    "float32" is at the highest precision, "tf32" as a GPU multiplies float32 otherwise.
+    "float32" is the rate at the highest precision, "tf32" that of float32 at a GPU's default.
     """
     size, length = (512, 2**22) if small else (8192, 2**28)
     key = jax.random.key(0)
@@ -51,17 +51,17 @@ def measure_peaks(small: bool, deadline: float) -> dict[str, float]:
 
 
 def count_work(kind: str, pairs: int, rows: int) -> dict[str, int]:
-    """The least that a Gaussian pass has to do, in float32.
+    """Counts the least work of a Gaussian pass in float32.
 
-    Forward, it multiplies queries by keys and scores by values: 2 products of 2 * head_dim
-    operations for each pair. With gradients, where scores are computed again rather than kept,
-    it is these 2, the first again, and 4 for the gradients of values, scores, queries and keys.
-    An exponential for each pair and time that scores are computed comes on top.
+    The forward pass multiplies queries by keys and scores by values: 2 products of 2 * head_dim
+    operations for each pair. With gradients, and scores recomputed rather than kept, it is these 2,
+    the first one again, and 4 for the gradients of values, scores, queries and keys. Each time that
+    scores are computed adds one exponential per pair.
 
     Args:
       kind: "forward" or "gradients".
       pairs: number of pairs of a query and a key, over batch and heads.
-      rows: queries and keys together, over batch and heads, of head_dim each.
+      rows: number of queries and keys together, over batch and heads, each of size head_dim.
 
     Returns:
       operations, exponentials, and bytes: query, key, value (and the output's gradient) read
@@ -82,12 +82,11 @@ def measure_roofline(
     peaks: Mapping[str, float],
     deadline: float,
 ) -> list[Row]:
-    """A row for each Gaussian pass, length, kind and implementation.
+    """Returns a row for each Gaussian pass, length, kind and implementation.
 
-    A call has tokens // length sequences.
-
-    It has the count_work, the fields of timing.measure, and shares: for the units "float32" and
-    "tf32", if they have a peak, the least time that the device needs over the median.
+    A call has tokens // length sequences. A row has the fields of count_work and timing.measure,
+    and shares: for each of the units "float32" and "tf32" that has a peak, the least time that the
+    device needs over the median time.
     """
 
     def make_calls(implementation: str) -> dict[str, Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""The sections of the accelerator's result: what each measures, and how the result is shown."""
+"""The sections of the accelerator's result: what each one measures, and how it is shown."""
 
 import dataclasses
 import importlib
@@ -25,8 +25,8 @@ TASKS = ("text", "listops", "pathfinder", "image", "retrieval")
 _FIRST = ("skyformer", "softmax", "kernelized")
 _EXACT_AND_OURS = (*_FIRST, *attention_cells.EXTRAS)
 _ROUNDS = 3
-# Programs compiled at a time. XLA compiles one with many threads, and tries its kernels on the
-# device; sixteen at a time took longer than all of them one by one.
+# Programs compiled at a time. XLA compiles a program with many threads and tries its kernels on the
+# device; compiling sixteen at a time took longer than compiling them one by one.
 _WORKERS = 2
 
 
@@ -52,7 +52,7 @@ def _gaussian(settings: Settings) -> Found:
 
 
 def _attention(settings: Settings) -> Found:
-    """Groups in the order of their interest, so that the deadline costs the last ones."""
+    """Measures the most interesting groups first, so that the deadline costs the others."""
     others = tuple(name for name in attention_cells.ATTENTIONS if name not in _EXACT_AND_OURS)
     lengths = (128, 256) if settings.small else (4096, 16_384, 1024, 131_072)
     groups = [
@@ -97,7 +97,7 @@ def _steps(settings: Settings) -> Found:
 
 
 def step_rows(names: tuple[str, ...], num_seeds: int, task: str, settings: Settings) -> list[Row]:
-    """Rows of measure_steps for some attentions on one task, with the paper's hours."""
+    """Returns rows of measure_steps for attentions on one task, with the paper's hours."""
     variant = "small" if settings.small else ""
     configs = {}
     for name in names:
@@ -127,7 +127,7 @@ SECTIONS: Mapping[str, Callable[[Settings], Found]] = {
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """The tables of the sections that a result has."""
+    """Formats the tables of the sections that a result has."""
     fields = {
         "numbers": (),
         "gaussian": ("implementation", "rows", "pass", "length"),

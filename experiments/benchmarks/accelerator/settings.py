@@ -1,4 +1,4 @@
-"""What the sections are told."""
+"""The settings of the sections."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,19 +7,19 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the sections are told.
+    """The settings of all sections.
 
     Attributes:
-      deadline: time.monotonic() after which a section begins nothing more.
-      small: tiny in everything.
+      deadline: time.monotonic() after which a section starts nothing new.
+      small: whether everything is tiny, to try the script.
       runs: CONFIG:ATTENTION[,VARIANT] of the runs to train, in this order.
       num_seeds: models that a run trains at once.
       rates: measured steps per second with num_seeds models, by CONFIG:ATTENTION.
-      implementations: by attention, where it is not to be the default.
-      later_seconds: time that later calls will have for the runs.
+      implementations: the implementation by attention, where it is not the config's.
+      later_seconds: seconds that later calls will have for the runs.
       run_dir: folder of the runs.
-      data_dir: where prepared data sets lie or are put.
-      source: folder with published data; "" if there is none.
+      data_dir: folder of the prepared data sets.
+      source: folder of the published data; "" if there is none.
     """
 
     deadline: float

@@ -1,4 +1,4 @@
-"""Runs of train.py one after another until the time is over; the same call again goes on."""
+"""Runs train.py for one run after another until the time is over; a second call resumes."""
 
 import json
 import os
@@ -18,17 +18,17 @@ from skyformer_jax.progress import say
 _ROOT = Path(__file__).resolve().parents[3]
 # Seconds of a run that are not steps: start, compiling, and the evaluation at the end.
 _OVERHEAD = 45
-# Time of a run's step over that of one measured alone: input, validations, checkpoints.
+# Time of a step within a run over that of a step alone: input, validations, checkpoints.
 _SLOWER = 1.25
-# A run that is not the paper's 50,000 steps has as many thousands as fit, and at least so many.
+# A run without time for the paper's 50,000 steps has as many thousands as fit, at least these.
 _FEWEST_STEPS = 5_000
 _EVAL_EVERY = 1_000
-_PLACES = ("data.dir", "data.source", "compilation_cache")  # which a result does not say
+_PLACES = ("data.dir", "data.source", "compilation_cache")  # fields that a result leaves out
 _TO_SAVE = 15  # seconds from a signal until a run has saved its checkpoint
 
 
 def _num_steps(run: str, settings: Settings) -> int:
-    """The steps that a new run can take in the time that is left, 0 if they are too few."""
+    """Returns the steps that a new run can take in the time left, or 0 if they are too few."""
     if settings.small:
         return 20
     rate = settings.rates.get(run.partition(",")[0])
@@ -40,7 +40,7 @@ def _num_steps(run: str, settings: Settings) -> int:
 
 
 def source_of(task: str, source: str) -> str:
-    """The source of a task: that of published data where it is not generated."""
+    """Returns the source of a task's published data, or "" if its data are generated."""
     return source if task in ("text", "image") else ""
 
 
@@ -65,7 +65,7 @@ def _lines(path: Path) -> list[Row]:
 
 
 def _read(workdir: Path) -> Row:
-    """What a run has come to, by what lies in its folder."""
+    """Reads how far a run has come, from the files in its folder."""
     row: Row = {"validation": {}, "training_loss": {}, "step": 0}
     for path in sorted(workdir.glob("**/metrics.jsonl")):
         metrics = _lines(path)
@@ -103,11 +103,11 @@ def _wait(process: subprocess.Popen, deadline: float) -> None:
 
 
 def train_in_turn(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yields {"rows": ...} after each run, a row for each run that was begun.
+    """Yields {"rows": ...} after each run, with a row for each run that was started.
 
-    A row has run, overrides, num_steps, whether that is "full" (the paper's number), step (the last
-    one taken), seconds in this call, test (eval_test.json) if it was reached, the validations and
-    the training loss of each seed, and error if the run failed.
+    A row has run, overrides, num_steps, full (whether num_steps is the paper's), step (the last one
+    taken), seconds in this call, test (the content of eval_test.json) if it exists, the validations
+    and the training loss of each seed, and error if the run failed.
     """
     rows: list[Row] = []
     for run in settings.runs:
@@ -159,5 +159,5 @@ def _line(row: Row) -> str:
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """A line for each run."""
+    """Formats each run as a line."""
     return "\n".join(map(_line, rows))
