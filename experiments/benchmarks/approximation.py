@@ -1,12 +1,12 @@
-"""Where Skyformer approximates Kernelized Attention, and how nystrom_residual shows it.
+"""Measures where Skyformer approximates Kernelized Attention, and how nystrom_residual shows it.
 
     python -m experiments.benchmarks.approximation
 
-Queries and keys are normal with a standard deviation from 0.25 to 4, 1/sqrt(3) being that of a
-layer of skyformer_jax at its start, after a layer norm; values are normal. A row has the error of
-skyformer_attention, relative to kernelized_attention in the Frobenius norm, the norm of its output
-relative to that, the residual, and the error that the Schulz iteration adds to the exact inverse's.
---small has 128 tokens and two spreads.
+Queries and keys are normal with a standard deviation from 0.25 to 4; 1/sqrt(3) is that of a new
+layer of skyformer_jax after a layer norm. Values are normal. A row has the residual and, in the
+Frobenius norm relative to the output of kernelized_attention, the error of skyformer_attention, the
+norm of its output, and the error that the Schulz iteration adds to that of the exact inverse.
+--small uses 128 tokens and two spreads.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ _LANDMARKS = (32, 128, 512)
 
 
 def measure(spread: float, num_landmarks: int, length: int) -> Row:
-    """One row: landmarks drawn uniformly, in each head of each example the same places."""
+    """Measures one row, with uniform landmarks at the same positions in all heads and examples."""
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value = (
         jax.random.normal(k, (_BATCH, length, _HEADS, _HEAD_DIM)) for k in keys[:3]

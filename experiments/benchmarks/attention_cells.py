@@ -1,4 +1,4 @@
-"""Time and memory of attention functions against the length: measured, fitted, shown.
+"""Measures, fits and plots time and memory of attention functions against the length.
 
 A cell is one attention at one length, dtype and pass, "forward" or "gradients".
 """
@@ -34,11 +34,11 @@ from skyformer_jax.progress import say
 PASSES = ("forward", "gradients")
 DTYPES = ("float32", "bfloat16")
 PAPER_HEADS = {"heads": 2, "head_dim": 32}
-# Exponents are fitted to at least so many points at lengths from this on, where what does not
-# depend on the length no longer counts.
+# Exponents are fitted to at least _FIT_POINTS points at lengths from _FIT_FROM on, where costs that
+# do not depend on the length no longer matter.
 _FIT_FROM = 4096
 _FIT_POINTS = 3
-# What is drawn of a cell: its exponent's name, unit, field and factor.
+# What is plotted of a cell: the name of its exponent, unit, field and factor.
 _SHOWN = (
     ("time", "ms", "median_seconds", 1e3),
     ("temporaries", "MiB", "temporaries_bytes", 2**-20),
@@ -50,18 +50,20 @@ Cell = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all cells of a result have in common.
+    """The settings that all cells of a result share.
 
     Attributes:
       attentions: some of ATTENTIONS.
       dtypes: some of DTYPES, the dtypes of query, key and value.
       passes: some of PASSES.
-      heads: number of heads, of head_dim each.
+      heads: number of heads.
+      head_dim: size of each head.
       rounds: turns that each cell takes.
-      batch: sequences in a call; 0 means as many as have `tokens` tokens altogether.
+      batch: sequences in a call; 0 means as many as have `tokens` tokens together, at least one.
+      tokens: tokens in a call if batch is 0.
       max_seconds: a cell that takes longer is timed once, and is not timed at greater lengths.
       max_temporaries: bytes; a cell that needs more is not run.
-      seed: the seed of inputs, variables and what is drawn.
+      seed: seed of the inputs, variables and random draws.
     """
 
     attentions: tuple[str, ...]
@@ -77,11 +79,11 @@ class Settings:
     seed: int = 0
 
 
-# What is measured beside the nine attentions. A dash leads from an attention to one of its forms.
+# Functions measured beside the nine attentions; after a dash, an attention's implementation.
 EXTRAS: dict[str, Callable[..., jax.Array]] = {
-    # Softmax attention by cuDNN, which holds no scores; for GPUs, in 16 bits.
+    # cuDNN's softmax attention, which stores no scores; for GPUs, in 16 bits.
     "flash": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
-    # The exact ones that hold all scores, and in tiles without a kernel.
+    # Implementations that store all scores, or compute them in tiles without a kernel.
     "softmax-dense": functools.partial(softmax_attention, implementation="dense"),
     "softmax-chunked": functools.partial(softmax_attention, implementation="chunked"),
     "kernelized-dense": functools.partial(kernelized_attention, implementation="dense"),
@@ -92,9 +94,9 @@ ATTENTIONS = (*NAMES, *EXTRAS)
 
 
 def _variables_of(name: str, settings: Settings, length: int) -> tuple[Arrays, Arrays]:
-    """Returns the variables that a layer keeps for an attention: the trained, and the fixed.
+    """Returns the trained and the fixed variables that a layer keeps for an attention.
 
-    What training draws anew in every step, the stream "landmarks", is not among the fixed.
+    Variables of the stream "landmarks", which training draws anew in every step, are left out.
     """
     trained, fixed = {}, {}
     if name in REGISTRY:
@@ -109,7 +111,7 @@ def _variables_of(name: str, settings: Settings, length: int) -> tuple[Arrays, A
 
 
 def make_inputs(settings: Settings, length: int, dtype: str) -> tuple[jax.Array, ...]:
-    """Normal query, key, value and weights of the output, [batch, length, heads, head_dim]."""
+    """Draws normal query, key, value and output weights, [batch, length, heads, head_dim]."""
     batch = settings.batch or max(1, settings.tokens // length)
     shape = (batch, length, settings.heads, settings.head_dim)
     keys = jax.random.split(jax.random.key(settings.seed), 4)
@@ -123,10 +125,10 @@ def make_call(
 
     Args:
       name: one of ATTENTIONS.
-      kind: "forward", or "gradients": those of sum(out * weights) with respect to query, key, value
-        and the trained variables; the forward pass that they need is part of it.
-      settings: for the variables.
-      inputs: what make_inputs returned.
+      kind: "forward", or "gradients", which are those of sum(out * weights) with respect to query,
+        key, value and the trained variables, including the forward pass that they need.
+      settings: the settings of the variables.
+      inputs: the arrays from make_inputs.
     """
     query, key, value, weights = inputs
     if name in REGISTRY and REGISTRY[name].shared_query_key:
@@ -152,7 +154,7 @@ def make_call(
 
 
 def device_memory() -> int:
-    """Bytes that temporaries may take: half of a CPU's memory, or all that the device gives."""
+    """Returns the bytes for temporaries: the device's limit, or half of a CPU's memory."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -160,12 +162,12 @@ def device_memory() -> int:
 
 
 def _same(cell: Cell, other: Cell) -> bool:
-    """Whether only the length differs."""
+    """Returns whether two cells have the same attention, dtype and pass."""
     return all(cell[field] == other[field] for field in ("attention", "dtype", "pass"))
 
 
 def _skip_reason(cell: Cell, shorter: Sequence[Cell], settings: Settings) -> str | None:
-    """Says why a compiled cell is not run after the cells of smaller lengths, or None."""
+    """Returns why a compiled cell is not run, given the cells of smaller lengths; else None."""
     if cell["temporaries_bytes"] > settings.max_temporaries:
         return (
             f"needs {cell['temporaries_bytes'] / 2**30:.1f} GiB of temporaries, more than "
@@ -183,7 +185,7 @@ def _skip_reason(cell: Cell, shorter: Sequence[Cell], settings: Settings) -> str
 def measure_length(
     settings: Settings, length: int, shorter: Sequence[Cell], **options: Any
 ) -> list[Cell]:
-    """Compiles all cells of one length, then times them by turns.
+    """Compiles all cells of one length, then times them in turns.
 
     Args:
       settings: what to measure.
@@ -217,10 +219,10 @@ def measure_length(
 
 
 def fit_exponent(lengths: Sequence[float], values: Sequence[float]) -> float | None:
-    """Least-squares slope of log value against log length, from 4096 on.
+    """Fits the slope of log value against log length by least squares, from 4096 tokens on.
 
     Returns:
-      The exponent, or None with fewer than 3 points or where a value is not positive.
+      The exponent, or None if there are fewer than 3 points or a value is not positive.
     """
     points = [(n, v) for n, v in zip(lengths, values, strict=True) if n >= _FIT_FROM]
     if len(points) < _FIT_POINTS or min(v for _, v in points) <= 0:
@@ -229,7 +231,7 @@ def fit_exponent(lengths: Sequence[float], values: Sequence[float]) -> float | N
 
 
 def exponents(cells: Sequence[Cell]) -> list[Row]:
-    """How time and temporaries of one sequence grow, for each attention, dtype and pass."""
+    """Fits exponents of time and temporaries per sequence, by attention, dtype and pass."""
     rows = []
     for first in {(c["attention"], c["dtype"], c["pass"]): c for c in cells}.values():
         row = {field: first[field] for field in ("attention", "dtype", "pass")}
@@ -244,7 +246,7 @@ def exponents(cells: Sequence[Cell]) -> list[Row]:
 
 
 def tables(cells: Sequence[Cell]) -> str:
-    """Time and temporaries of every cell, in a line each."""
+    """Formats time and temporaries of every cell, one per line."""
     return as_text(cells, "attention", "dtype", "pass", "length")
 
 
@@ -254,7 +256,7 @@ def _draw(
     slopes: Sequence[Row],
     shown: tuple[str, str, str, float],
 ) -> None:
-    """One panel: what is shown of the cells of one pass against the length, a line an attention."""
+    """Draws a panel of one quantity of one pass against the length, a line per attention."""
     what, unit, field, factor = shown
     ends = {}
     for name in dict.fromkeys(cell["attention"] for cell in cells):

@@ -1,22 +1,22 @@
-"""What a compiled program sends between devices, read off its text."""
+"""Counts what a compiled program sends between devices, from its text."""
 
 import collections
 
 from experiments.benchmarks.hlo import Instruction, Program, elements, num_bytes, parse
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-# These begin with a tuple of the operand, the result and what the end needs.
+# These return a tuple of the operand, the result, and what the matching "-done" needs.
 _WITH_OPERAND = ("all-gather-start", "collective-permute-start")
 
 
 def kind_of(one: Instruction) -> str | None:
-    """Which of KINDS begins with the instruction, if any."""
+    """Returns the kind of collective that an instruction starts, one of KINDS, or None."""
     kind = one.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def _bytes(one: Instruction) -> int:
-    """Bytes of a collective's results."""
+    """Returns the bytes of a collective's results."""
     result = one.type
     if one.opcode in _WITH_OPERAND:
         result = elements(result)[1]
@@ -24,10 +24,10 @@ def _bytes(one: Instruction) -> int:
 
 
 def _begun(program: Program, one: Instruction) -> list[Instruction]:
-    """The collectives that an instruction begins.
+    """Returns the collectives that an instruction starts.
 
-    XLA for TPUs spreads a collective over several fusions, one after another, of which each holds
-    it: the first is marked.
+    XLA for TPUs spreads a collective over several consecutive fusions. Each of them contains the
+    collective, and the first one is marked.
     """
     if one.opcode != "fusion":
         return [one] if kind_of(one) else []
@@ -38,18 +38,18 @@ def _begun(program: Program, one: Instruction) -> list[Instruction]:
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """A program's collectives, on one device, those in loops as often as they turn.
+    """Counts a program's collectives on one device; in a loop, once per iteration.
 
     Args:
-      text: the compiled program's, of jax.stages.Compiled.as_text().
+      text: the text of the compiled program, from jax.stages.Compiled.as_text().
 
     Returns:
-      For each kind that occurs, the count of an execution and the bytes of their results. An
-      all-reduce of B bytes over S devices sends about 2 B (S - 1) / S of them from each device, an
-      all-gather B (S - 1) / S, a collective-permute B.
+      For each kind that occurs, the count in one execution and the bytes of the results. With B
+      bytes and S devices, each device sends about 2 B (S - 1) / S bytes in an all-reduce,
+      B (S - 1) / S in an all-gather, and B in a collective-permute.
 
     Raises:
-      ValueError: for a collective in a loop whose number of turns is not known.
+      ValueError: if a collective is in a loop whose number of iterations is unknown.
     """
     program = parse(text)
     total: collections.Counter = collections.Counter()

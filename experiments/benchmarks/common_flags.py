@@ -1,6 +1,6 @@
-"""The flags that the benchmarks share.
+"""Flags that the benchmarks share.
 
-A script defines those that it has: OUT = common_flags.out("results/speed_cpu.json").
+A script defines the ones that it has, as in OUT = common_flags.out("results/speed_cpu.json").
 """
 
 import os
@@ -11,7 +11,7 @@ from absl import flags
 
 from skyformer_jax.errors import UserError
 
-flags.disclaim_key_flags()  # --help shows them as flags of the script that asks for them
+flags.disclaim_key_flags()  # --help lists them under the script that defines them
 
 
 def out(default: str) -> flags.FlagHolder:
@@ -25,14 +25,14 @@ def rounds(default: int) -> flags.FlagHolder:
 
 
 def small() -> flags.FlagHolder:
-    """Defines --small, which the result says as "small"."""
+    """Defines --small, which the result records as "small"."""
     return flags.DEFINE_bool(
-        "small", False, "The reduced setting, for a CPU or a test; the script says which."
+        "small", False, "Use the reduced setting described above, for a CPU or a test."
     )
 
 
 def set_defaults(**defaults: Any) -> None:
-    """Gives flags other defaults, for --small."""
+    """Changes the defaults of flags, for --small."""
     for name, value in defaults.items():
         flags.FLAGS.set_default(name, value)
 
@@ -43,18 +43,18 @@ def fake_devices() -> flags.FlagHolder:
 
 
 def use_fake_devices(flag: flags.FlagHolder) -> None:
-    """Makes that many devices of the CPU, before jax first asks for its devices."""
+    """Splits the CPU into that many devices; must run before jax first asks for its devices."""
     if flag.value:
-        # With fewer threads than devices, their collectives can wait for each other for ever.
+        # With fewer threads than devices, the collectives can deadlock.
         os.environ.setdefault("NPROC", "16")
         jax.config.update("jax_num_cpu_devices", flag.value)
 
 
 def integers(flag: flags.FlagHolder, greatest: float = float("inf")) -> list[int]:
-    """Returns the positive integers of a list flag in rising order.
+    """Returns the positive integers of a list flag in ascending order.
 
     Raises:
-      UserError: if one is no integer, below 1 or above the greatest, or if there is none.
+      UserError: if a value is not an integer from 1 to `greatest`, or if there is none.
     """
     try:
         values = sorted({int(value) for value in flag.value})

@@ -1,20 +1,20 @@
-"""What XLA makes of a training step for TPUs and GPUs that are not there.
+"""Compiles training steps for TPUs and GPUs that this machine lacks, and counts their costs.
 
     python -m experiments.benchmarks.compiled --platform=tpu --topology=v5e:2x4 \
         --config=configs/text.py:skyformer --mesh=8,1 --config.train.batch_size=16
     python -m experiments.benchmarks.compiled --platform=cuda --topology=h100:8 --table
 
 XLA's own compilers run on a CPU: for TPUs with libtpu (pip install ".[aot]"), for NVIDIA GPUs with
-JAX's CUDA wheels (docs/compiled.md). The step is the very one that train.py would run, on a mesh of
-data x seq of the topology's devices. Nothing is executed, so nothing is measured: cycles are XLA's
-estimates for TPUs, at the clock that is printed, with loops as often as they turn; a kernel has
-none, and beside them stand a model over the device's peaks and, for TPUs, the cycles that the
-compiler schedules for it (docs/compiled.md). Bytes are what passes main memory by the compiled
-text, and what the devices send each other is counted.
+JAX's CUDA wheels (docs/compiled.md). The step is exactly the one that train.py would run, on a
+data x seq mesh of the topology's devices. Nothing is executed, so nothing is measured. Cycles are
+XLA's estimates for TPUs, at the clock rate "hertz" of the row, and count a loop once per iteration.
+XLA does not estimate the cycles of a kernel; they come from a model over the device's peaks and,
+for TPUs with --schedules, from the compiler's schedule (docs/compiled.md). Bytes are the traffic
+through main memory by the compiled text, and what the devices send each other is counted.
 
---stock computes softmax by JAX's own kernel for TPUs. --table compiles the rows of docs/compiled.md
-that are for the platform and the topology, one after another. --hlo writes the compiled text. --out
-takes the place of an earlier row of the same step.
+--stock computes softmax with JAX's own kernel for TPUs. --table compiles the rows of
+docs/compiled.md for the platform and the topology, one after another. --hlo writes the compiled
+text. In --out, a new row replaces an earlier row of the same step.
 """
 
 import contextlib
@@ -50,20 +50,24 @@ from skyformer_jax.training.config import check
 from skyformer_jax.training.mesh import make_mesh
 from skyformer_jax.training.run import make_run
 
-_PLATFORM = flags.DEFINE_enum("platform", "tpu", ("tpu", "cuda"), "What to compile for.")
+_PLATFORM = flags.DEFINE_enum("platform", "tpu", ("tpu", "cuda"), "Platform to compile for.")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5e:2x4", "A TPU slice, as v5e:2x4, or a number of GPUs, as h100:8."
+    "topology", "v5e:2x4", "A TPU slice, such as v5e:2x4, or a number of GPUs, such as h100:8."
 )
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, as configs/text.py:ATTENTION[,VARIANT].", lock_config=True
+    "config", None, "Config file, such as configs/text.py:ATTENTION[,VARIANT].", lock_config=True
 )
 _MESH = flags.DEFINE_list("mesh", ["-1", "1"], "Devices along data and along seq; -1: the rest.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Default: the config's.")
-_STOCK = flags.DEFINE_bool("stock", False, "Softmax by JAX's own kernel for TPUs.")
-_SCHEDULES = flags.DEFINE_bool(
-    "schedules", False, "Also state what the compiler schedules for kernels on TPUs; slower."
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Examples in a batch; default: the config's."
 )
-_HLO = flags.DEFINE_string("hlo", None, "File for the compiled text.")
+_STOCK = flags.DEFINE_bool("stock", False, "Compute softmax with JAX's kernel for TPUs.")
+_SCHEDULES = flags.DEFINE_bool(
+    "schedules",
+    False,
+    "Also record the cycles that the compiler schedules for TPU kernels; slower.",
+)
+_HLO = flags.DEFINE_string("hlo", None, "File to write the compiled text to.")
 _TABLE = flags.DEFINE_bool("table", False, "Compile the rows of the table instead of one config.")
 _OUT = common_flags.out("results/compiled.json")
 
@@ -75,11 +79,11 @@ class Case:
     """A step to compile.
 
     Attributes:
-      config: as --config has it.
+      config: the config, in the form of --config.
       data: devices along data.
       seq: devices along seq.
-      changes: changes of the config by dotted names.
-      stock: whether softmax attention is by JAX's own kernel for TPUs.
+      changes: overrides of the config by dotted names.
+      stock: whether softmax attention uses JAX's own kernel for TPUs.
     """
 
     config: str
@@ -90,7 +94,11 @@ class Case:
 
 
 def table(platform: str, topology: str) -> list[Case]:
-    """The cases of the table for a topology, of a batch of 16 or the config's."""
+    """Returns the cases of the table for a topology.
+
+    Raises:
+      UserError: if the table has no cases for it.
+    """
     text = "configs/text.py:"
     one_document = {"train.batch_size": 1, "model.positions": "sinusoidal"}
     cases = {
@@ -117,14 +125,14 @@ def table(platform: str, topology: str) -> list[Case]:
 
 
 def described_devices(platform: str, topology: str) -> list[jax.Device]:
-    """The devices of a topology, to compile for.
+    """Returns the devices of a topology, to compile for.
 
     Raises:
       UserError: if the topology is unknown, or XLA's compiler for the platform is not installed.
     """
-    jax.config.update("jax_platforms", "cpu")  # this machine computes nothing
+    jax.config.update("jax_platforms", "cpu")  # nothing is executed
     if platform == "tpu":
-        # libtpu then neither looks for its machine nor for others that use it.
+        # libtpu then looks neither for a TPU machine nor for other processes that use libtpu.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -134,7 +142,7 @@ def described_devices(platform: str, topology: str) -> list[jax.Device]:
         target = _TARGETS / f"{name}.textproto"
         if not target.is_file() or not count.isdigit():
             known = ", ".join(f"{path.stem}:8" for path in sorted(_TARGETS.glob("*.textproto")))
-            raise UserError(f"--topology={topology} is no number of GPUs, such as {known}")
+            raise UserError(f"--topology={topology} is not a number of GPUs, such as {known}")
         cuda = Path(sys.prefix, f"lib/python{sys.version_info[0]}.{sys.version_info[1]}")
         cuda = cuda / "site-packages/nvidia/cu13"
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -172,17 +180,18 @@ def compile_step(
     """Compiles a training step for the first data x seq devices.
 
     Args:
-      config: the step's.
-      devices: to compile for.
+      config: the config of the step.
+      devices: the devices to compile for.
       data: devices along data.
       seq: devices along seq.
-      scheduled: the cycles that the compiler has just scheduled, by kernel.
+      scheduled: returns the cycles that the compiler has just scheduled, by kernel.
 
     Returns:
-      Its row, and the compiled text. Of a step that XLA refuses, the row has skipped, the reason.
+      The row of the step, and the compiled text. If XLA refuses the step, the row has skipped, the
+      reason, and the text is empty.
 
     Raises:
-      UserError: for the first thing in the config that cannot work.
+      UserError: if there are too few devices, or for the first config field that cannot work.
     """
     config = config.copy_and_resolve_references()
     config.parallel.data, config.parallel.seq = data, seq
@@ -220,7 +229,7 @@ def compile_step(
 
 
 def as_text(row: Row) -> str:
-    """A row for people: cycles, bytes, memory, what crosses devices, and purposes."""
+    """Formats a row: cycles, bytes, memory, kernels, collectives, and costs by purpose."""
     title = (
         f"{row['platform']} {row['topology']}, {row['data']} x {row['seq']} devices, {row['task']} "
         f"{row['attention']}, batch {row['batch_size']}, length {row['length']:,}: "
@@ -268,7 +277,7 @@ def as_text(row: Row) -> str:
 
 
 def _put(path: Path, row: Row) -> None:
-    """Writes the row to the file, in the place of an earlier one of the same step."""
+    """Writes the row to the file, in place of an earlier row of the same step."""
     same = ("platform", "topology", "config", "attention", "changes", "data", "seq")
     same += ("batch_size", "length")
     what = "training steps compiled ahead of time, nothing executed; cycles are XLA's estimates"
@@ -291,7 +300,7 @@ def _mesh_shape(num_devices: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Compiles, prints, and writes a row for each step."""
+    """Compiles each step, and prints and writes its row."""
     platform, topology = _PLATFORM.value, _TOPOLOGY.value
     if not _TABLE.value and _CONFIG.value is None:
         raise UserError("give --config=configs/FILE.py:ATTENTION, or --table")

@@ -1,21 +1,22 @@
-"""A training step on sequences of up to 16 million tokens, on paper: Skyformer, and a ring.
+"""Models a training step on up to 16 million tokens: Skyformer, and exact attention in a ring.
 
     python -m experiments.benchmarks.cost_model
 
-A model of arithmetic, with constants that were measured here and nothing else: of two CPU cores,
-and of the wire between two processes of theirs. It says how a step would grow with the length n and
-the devices S, all along the sequence, for the paper's model (2 layers, width 64) and one sequence:
+The model is arithmetic over constants that were measured here: of two CPU cores, and of the wire
+between two processes on them. It predicts how the time t of a step grows with the length n and the
+number of devices S, all along the sequence, for the paper's model (2 layers, width 64) and one
+sequence:
 
     Skyformer       t = n/S (r + L a) + its collectives on the wire
     exact, a ring   t = n/S r + L max(n^2/S b, 3 S passes on the wire) + those collectives
 
-with L layers; r seconds a token for all but the attention, a for Skyformer's attention, b for a
-pair of tokens in exact attention, forward and backward. b is that of the chunked Gaussian kernel:
-like softmax attention in a ring it holds no scores, and it has as many matrix products; dense
-softmax takes 4 to 13 times as long here, from 4,096 tokens on. A ring's passes are counted as
-hidden behind its products where they are shorter. An all-reduce over S takes log2(S) times the
-latency of one between two, and 2 (S - 1) / S times the bytes. Reads results/, writes JSON and a
-picture. It measures nothing, so that there is nothing to reduce by --small.
+with L layers, r seconds per token for everything but the attention, a seconds per token for
+Skyformer's attention, and b seconds per pair of tokens for exact attention, forward and backward. b
+is that of the chunked Gaussian kernel: like softmax attention in a ring it stores no scores, and it
+has as many matrix products; dense softmax takes 4 to 13 times as long here, from 4,096 tokens on. A
+ring's passes are hidden behind its products where they are shorter. An all-reduce over S devices
+takes log2(S) times the latency of one between two, and 2 (S - 1) / S times the bytes. Reads
+results/, and writes JSON and a picture. There is no --small, because nothing is measured.
 """
 
 import math
@@ -30,7 +31,7 @@ from experiments.palette import STYLES
 from experiments.records import Row, provenance, read_json, write_json
 from skyformer_jax import cli
 
-_RESULTS = flags.DEFINE_string("results", "results", "Folder of the measurements, and for this.")
+_RESULTS = flags.DEFINE_string("results", "results", "Folder of the measurements; gets the result.")
 _LENGTHS = tuple(4**i for i in range(6, 13))  # 4,096 to 16,777,216
 _DEVICES = (1, 8, 64, 256)
 _LAYERS, _WIDTH = 2, 64
@@ -38,7 +39,7 @@ _GRADIENTS = {"pass": "gradients"}
 
 
 def constants(folder: Path) -> dict[str, Any]:
-    """What the formulas need, in seconds, bytes and bytes per second, and where each is from."""
+    """Reads the constants of the formulas, in seconds, bytes and bytes per second, with sources."""
 
     def read(name: str) -> Any:
         return read_json(folder / f"{name}.json")
@@ -82,7 +83,7 @@ def constants(folder: Path) -> dict[str, Any]:
 
 
 def step_time(known: dict[str, Any], n: int, devices: int) -> dict[str, dict[str, float]]:
-    """Seconds of a step and bytes that a device sends, for both, by the formulas above."""
+    """Computes seconds of a step and bytes that a device sends, for both, by the formulas above."""
     own = n / devices
     rest = own * known["rest_token"]["value"]
     skyformer = rest + own * _LAYERS * known["skyformer_token"]["value"]
@@ -110,7 +111,7 @@ def step_time(known: dict[str, Any], n: int, devices: int) -> dict[str, dict[str
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Seconds and bytes against the length, for each number of devices."""
+    """Plots seconds and bytes against the length, for each number of devices."""
     figure, (seconds, sent) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for shade, devices in zip(np.linspace(0.35, 1, len(_DEVICES)), _DEVICES, strict=True):
         of_devices = [row for row in rows if row["devices"] == devices]

@@ -1,12 +1,12 @@
-"""The forms of the Gaussian primitive against each other: what gaussian_attention chooses by.
+"""Compares the forms of the Gaussian primitive; gaussian_attention's choice is based on this.
 
     python -m experiments.benchmarks.gaussian_forms
 
 Measures output and gradients of the dense form, and of the chunked form with tiles of several
-sizes, for n queries and n keys, and for n queries and d landmarks and the other way round, as in
-Skyformer's two passes. All sizes have 4,096 tokens in a call, mapped over the examples as training
-does. Medians of turns in one process; JSON with commit, versions and hardware. --small has 256
-tokens in a call, lengths of 32 and 256 and one round.
+sizes: for n queries and n keys, for n queries and d landmarks, and for d landmarks and n keys, as
+in Skyformer's two passes. A call always has 4,096 tokens and is mapped over the examples, as in
+training. The forms take turns in one process, and medians are reported. Writes JSON with commit,
+versions and hardware. --small uses 256 tokens per call, lengths of 32 and 256, and one round.
 """
 
 import functools
@@ -35,11 +35,12 @@ _TILES = ((256, 128), (512, 128), (1024, 64), (1024, 128), (1024, 512), (2048, 1
 def value_and_gradients(
     implementation: str, tile: tuple[int, int] | None, *arrays: jax.Array
 ) -> Any:
-    """The output, and its gradients against itself, each example by itself.
+    """Computes the output and its vector-Jacobian products with itself, mapped over examples.
 
     Args:
       implementation: the implementation of gaussian_attention.
-      tile: rows of a chunk's sides, in place of those that gaussian_attention chooses.
+      tile: rows of a tile along the longer and the shorter of query and key; None leaves the
+        choice to gaussian_attention.
       *arrays: query, key and value, [batch, length, heads, head_dim].
     """
 
@@ -56,7 +57,7 @@ def value_and_gradients(
 
 
 def measure_size(num_queries: int, num_keys: int, batch: int) -> list[Row]:
-    """A row for each form at one size."""
+    """Measures all forms at one size; returns a row for each."""
     inputs = tuple(
         jax.random.normal(jax.random.key(i), (batch, num_rows, _HEADS, _HEAD_DIM))
         for i, num_rows in enumerate((num_queries, num_keys, num_keys))
@@ -83,7 +84,7 @@ def main() -> None:
     if _SMALL.value:
         tokens, lengths = 256, (32, 256)
         common_flags.set_defaults(rounds=1)
-    # Keys of a dict: each size once, in this order.
+    # A dict has each size once, in this order.
     sizes = {
         size: None for n in lengths for d in (*_LANDMARKS, n) if d <= n for size in ((n, d), (d, n))
     }

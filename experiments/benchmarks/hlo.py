@@ -1,4 +1,4 @@
-"""The text of a compiled program, read: its instructions, and how often each of them runs."""
+"""Parses the text of a compiled program: its instructions, and how often each of them runs."""
 
 import dataclasses
 import functools
@@ -17,20 +17,20 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
-_WIDTHS = {"pred": 1}  # in bytes; the names of other types have the bits in them
+_WIDTHS = {"pred": 1}  # in bytes; the names of other types contain their bits
 
-# What runs the instructions of another computation as they are, beside loops.
+# Opcodes, beside loops, that run the instructions of another computation as they are.
 _CALLS = ("call", "conditional", "async-start")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of the text.
+    """An instruction, which is a line of the text.
 
     Attributes:
       name: the name of its result.
-      type: the type of its result, with the layout; a tuple's in parentheses.
-      opcode: such as "fusion".
+      type: the type of its result, with the layout; a tuple type is in parentheses.
+      opcode: the operation, such as "fusion".
       operands: names of its arguments.
       text: the whole line.
     """
@@ -58,14 +58,14 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """Computations by name, and the name of the one that is the program."""
+    """The computations of a program by name, and the name of its entry computation."""
 
     computations: Mapping[str, tuple[Instruction, ...]]
     entry: str
 
     @functools.cache  # noqa: B019 (a program lives as long as its text)
     def fused(self, fusion: Instruction) -> tuple[Instruction, ...]:
-        """The instructions of a fusion, those of fusions within it included."""
+        """Returns the instructions of a fusion, including those of nested fusions."""
         found: list[Instruction] = []
         for name in fusion.called:
             for one in self.computations.get(name, ()):
@@ -73,10 +73,10 @@ class Program:
         return tuple(found)
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a loop turns, where the text tells.
+        """Returns the number of iterations of a loop, or None if the text does not tell.
 
-        TPU programs have no number; there the condition compares a counter, which starts at 0 and
-        grows by 1, to the only integer that it holds.
+        The text of a TPU program has no number. There, the condition compares a counter, which
+        starts at 0 and grows by 1, to the only integer constant in it.
         """
         if known := _TRIPS.search(loop.text):
             return int(known[1])
@@ -89,11 +89,11 @@ class Program:
         return constants.pop() if len(constants) == 1 else None
 
     def executed(self) -> Iterator[tuple[Instruction, int, bool]]:
-        """Every instruction that runs by itself, so a fusion but nothing within it.
+        """Yields every instruction that runs by itself: a fusion, but nothing within it.
 
         Yields:
-          The instruction, how often it runs, and whether that is known: an unknown number of turns
-          counts as 1. All branches of a conditional count.
+          The instruction, how often it runs, and whether that is known: a loop with an unknown
+          number of iterations counts as one. All branches of a conditional count.
         """
         yield from self._executed(self.entry, 1, True)
 
@@ -116,7 +116,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads what jax.stages.Compiled.as_text() returns."""
+    """Parses the text that jax.stages.Compiled.as_text() returns."""
     computations: dict[str, list[Instruction]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -132,7 +132,7 @@ def parse(text: str) -> Program:
 
 
 def _until_closed(text: str) -> str:
-    """What comes before the parenthesis that closes more than are opened."""
+    """Returns the text before the first closing bracket that has no opening one."""
     depth = 0
     for i, character in enumerate(text):
         depth += (character in "({[") - (character in ")}]")
@@ -142,7 +142,7 @@ def _until_closed(text: str) -> str:
 
 
 def _split_type(text: str) -> tuple[str, str]:
-    """A result's type, and what follows it."""
+    """Splits text into the type of a result and what follows it."""
     if text.startswith("("):
         inside = _until_closed(text[1:])
         return text[: len(inside) + 2], text[len(inside) + 2 :].lstrip()
@@ -151,7 +151,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def elements(result: str) -> list[str]:
-    """The types in a tuple's type; the type itself, if it is none."""
+    """Returns the types in a tuple type, or the type itself if it is not a tuple."""
     if not result.startswith("("):
         return [result]
     found, depth, start = [], 0, 1
@@ -164,17 +164,18 @@ def elements(result: str) -> list[str]:
 
 
 def sizes(result: str) -> str:
-    """The sizes in an array's type: 2,3 for f32[2,3]{1,0}."""
+    """Returns the sizes in an array type, such as "2,3" for f32[2,3]{1,0}."""
     found = _ARRAY.search(result)
     return found[2] if found else ""
 
 
 def num_bytes(result: str, *, in_memory: bool = False) -> int:
-    """Bytes of all arrays in a type.
+    """Returns the bytes of all arrays in a type.
 
     Args:
-      result: as f32[2,3]{1,0}, or a tuple of such.
-      in_memory: leaves out what is not in the device's main memory: S(1) and others in a layout.
+      result: a type such as f32[2,3]{1,0}, or a tuple of such types.
+      in_memory: leaves out arrays outside the device's main memory, with S(1) or another memory
+        space in their layouts.
     """
     found = 0
     for name, sizes, layout in _ARRAY.findall(result):

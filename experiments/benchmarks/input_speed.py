@@ -1,13 +1,13 @@
-"""How fast examples come from memory, and what share of a training step waits for them.
+"""Measures how fast examples come from memory, and the share of a training step for input.
 
     python -m experiments.benchmarks.input_speed --tasks=text,image --data_dir=data
 
-For each task: seconds to read the training split into memory; examples a second that batching
-delivers, padded to the paper's length, with and without buckets, medians of five turns; and of
-training steps run one by one, each waited for, the share of the time that went into making the
-batch and putting it on the devices. Nothing overlaps in that, so it is more than a run waits.
-Writes JSON with commit, versions, hardware and the data's checksums. --small measures only the
-small variant of each task, which is otherwise measured beside the paper's setting.
+Measures for each task: the seconds to read the training split into memory; the examples per second
+of batching, padded to the config's length, with and without buckets (medians of five turns); and
+the share of a training step that goes into making the batch and putting it on the devices. The
+steps run one by one, each waited for, so nothing overlaps, and the share is more than a run waits.
+Writes JSON with commit, versions, hardware and checksums of the data. --small measures only the
+small variant of each task; otherwise the paper's setting is measured as well.
 """
 
 import importlib
@@ -30,7 +30,9 @@ from skyformer_jax.training.run import Run, new_run
 from skyformer_jax.training.sharded_step import make_train_step
 from skyformer_jax.training.state import init_states
 
-_TASKS = flags.DEFINE_list("tasks", ["text", "image"], "Which tasks; their data are prepared.")
+_TASKS = flags.DEFINE_list(
+    "tasks", ["text", "image"], "Tasks to measure; missing data are prepared."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of all data sets.")
 _SOURCE = flags.DEFINE_string("source", "", "Folder of the published files.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Training steps of each setting.", lower_bound=1)
@@ -43,7 +45,7 @@ _TURNS, _SECONDS_A_TURN = 5, 1.0  # of batching
 def examples_a_second(
     examples: Examples, size: int, max_length: int, buckets: tuple[int, ...]
 ) -> float:
-    """Of batching alone, the median of the turns."""
+    """Measures examples per second of batching alone, the median of the turns."""
     batches = training_batches(examples, size, max_length, seed=0, buckets=buckets)
     next(batches)
     rates = []
@@ -57,13 +59,13 @@ def examples_a_second(
 
 
 def step_times(examples: Examples, run: Run) -> tuple[float, float]:
-    """Seconds of all steps, and of these what went into input; compilation apart."""
+    """Returns the seconds of all steps and those that went into input, without compilation."""
     config, states, train_step = run.config, init_states(run), make_train_step(run)
     batches = training_batches(examples, config.train.batch_size, config.model.max_length, seed=0)
     total = spent = 0.0
     for i in range(_STEPS.value + 1):
         start = time.perf_counter()
-        batch = stack_batches([next(batches)])  # of one seed
+        batch = stack_batches([next(batches)])  # for one seed
         batch = jax.block_until_ready(shard_batch(batch, run.mesh, axis=1))
         made = time.perf_counter()
         states, sums = train_step(states, batch)
@@ -75,7 +77,7 @@ def step_times(examples: Examples, run: Run) -> tuple[float, float]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """All figures of a task."""
+    """Measures all figures of a task."""
     get_config = importlib.import_module(f"configs.{name}").get_config
     result: dict[str, Any] = {}
     for variant in ("small",) if _SMALL.value else ("", "small"):
@@ -108,7 +110,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures the tasks one after the other and writes the JSON."""
+    """Measures one task after another and writes the JSON."""
     result = {
         "what": "input from memory, and its share of training steps that are waited for",
         "attention": "skyformer",

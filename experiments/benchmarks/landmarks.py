@@ -1,11 +1,11 @@
-"""Error against cost of skyformer_attention for each way of choosing landmarks.
+"""Measures error and cost of skyformer_attention for each way of choosing landmarks.
 
     python -m experiments.benchmarks.landmarks --num_landmarks=16,32,64,128,256 --draws=10
 
-Compares with the exact kernelized_attention on three generated data sets. The errors are those of
-inverse="cholesky", so that nothing of the iterative inverse's own error is mixed in; the times are
-those of the default inverse="schulz". Writes JSON with commit, versions and hardware, and a plot
-beside it. --small has 128 queries and keys, 16 and 64 landmarks, two draws and one round.
+Compares it with the exact kernelized_attention on three generated data sets. The errors are those
+with inverse="cholesky", to leave out the error of the iterative inverse; the times are those with
+the default inverse="schulz". Writes JSON with commit, versions and hardware, and a plot beside it.
+--small uses 128 queries and keys, 16 and 64 landmarks, two draws and one round.
 """
 
 import functools
@@ -31,7 +31,7 @@ from skyformer_jax.attention.landmark_choice import LANDMARKS
 from skyformer_jax.attention.skyformer import skyformer_attention
 from skyformer_jax.progress import track
 
-_NUM_LANDMARKS = flags.DEFINE_list("num_landmarks", "16,32,64,128,256", "Which d to compare.")
+_NUM_LANDMARKS = flags.DEFINE_list("num_landmarks", "16,32,64,128,256", "Numbers d of landmarks.")
 _DRAWS = flags.DEFINE_integer("draws", 10, "Draws of the random landmarks.", lower_bound=1)
 _ROUNDS = common_flags.rounds(15)
 _SMALL = common_flags.small()
@@ -40,7 +40,7 @@ _OUT = common_flags.out("results/landmarks.json")
 _DETERMINISTIC = ("strided", "segment_means")
 _EXACT = ("exact", 0)
 _LENGTH, _SMALL_LENGTH = 2048, 128  # of queries, and of keys
-_HEADS, _HEAD_DIM = 2, 32  # of the paper
+_HEADS, _HEAD_DIM = 2, 32  # as in the paper
 _SEED = 0  # of the data; draw i of the landmarks has seed i
 
 Rows = np.ndarray
@@ -80,7 +80,7 @@ DATA = {"gaussian": gaussian_data, "clustered": clustered_data, "smooth": smooth
 
 
 def make_inputs(name: str, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query, key and normal value of one data set, float32 [1, length, heads, head_dim]."""
+    """Draws query, key and normal value of a data set, float32 [1, length, heads, head_dim]."""
     rng = np.random.default_rng([_SEED, list(DATA).index(name)])
     query, key = DATA[name](rng, length, _HEADS * _HEAD_DIM)
     value = rng.normal(size=query.shape)
@@ -89,9 +89,9 @@ def make_inputs(name: str, length: int) -> tuple[jax.Array, jax.Array, jax.Array
 
 
 def spectral_norms(matrices: np.ndarray) -> np.ndarray:
-    """Largest singular values of [heads, rows, columns], by Lanczos iteration.
+    """Computes the largest singular values of [heads, rows, columns] by Lanczos iteration.
 
-    They are length x length here, for which a decomposition in full takes too long.
+    The matrices here are length x length, and a full decomposition of these takes too long.
     """
     start = np.random.default_rng(0).normal(size=min(matrices.shape[1:])).astype(matrices.dtype)
     largest = functools.partial(
@@ -104,10 +104,10 @@ def spectral_norms(matrices: np.ndarray) -> np.ndarray:
 def approximate_matrix(
     query: jax.Array, key: jax.Array, rng: jax.Array, kind: str, num_landmarks: int
 ) -> jax.Array:
-    """What skyformer_attention has in place of the kernel matrix, [heads, q_length, kv_length].
+    """Computes skyformer_attention's approximation of the kernel matrix.
 
-    It is read off with the columns of the identity, head_dim at a time, as values. head_dim must
-    divide kv_length.
+    The values are columns of the identity, head_dim at a time; head_dim must divide kv_length. The
+    result is [heads, q_length, kv_length].
     """
 
     def attend(value: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def approximate_matrix(
 def measure_errors(
     settings: list[Setting], inputs: tuple[jax.Array, ...], what: str
 ) -> dict[Setting, Row]:
-    """Relative spectral errors of kernel matrix and output, over draws and heads."""
+    """Measures relative spectral errors of kernel matrix and output, over draws and heads."""
     query, key, value = inputs
     exact = np.asarray(gaussian_scores(query, key, query.shape[-1] ** -0.5)[0])
     values = np.moveaxis(np.asarray(value[0]), 1, 0)  # [heads, length, head_dim]
@@ -148,7 +148,7 @@ def measure_errors(
 
 
 def plot(rows: list[Row], exact_seconds: dict[str, float], path: Path) -> None:
-    """One panel a data set: kernel error against seconds, a line a kind, a marker a d."""
+    """Plots kernel error against seconds: a panel per data set, a line per kind, a marker per d."""
     figure, axes = plt.subplots(1, len(DATA), figsize=(14, 4), layout="tight", squeeze=False)
     for axis, name in zip(axes[0], DATA, strict=True):
         for kind, marker in zip(LANDMARKS, "os^Dv", strict=True):
@@ -172,7 +172,7 @@ def plot(rows: list[Row], exact_seconds: dict[str, float], path: Path) -> None:
 
 
 def measure(nums_landmarks: Sequence[int], length: int) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of all data sets and settings, and what the result says of exact attention."""
+    """Returns the rows of all data sets and settings, and the times of exact attention."""
     settings = [(kind, num) for kind in LANDMARKS for num in nums_landmarks]
     inputs = {name: make_inputs(name, length) for name in DATA}
 

@@ -3,13 +3,14 @@
     python -m experiments.benchmarks.long_sequences                   # 8 fake devices of a CPU
     python -m experiments.benchmarks.long_sequences --fake_devices=0  # the real devices
 
-For 1, 2, 4, ... shards of the sequence: what a device needs in memory, what it sends, and the time
-of a step; with the most shards it trains. The model is the paper's (2 layers, width 64, 2 heads of
-32, Skyformer with 128 landmarks), with positions that need no table and blocks that are computed
-again in the backward pass. The data are made up here: bytes, of which the upper 128 are more
-frequent than the lower ones, or less, and the question is which. Fake devices share the cores, so
-that their steps are no faster; memory and traffic are those of a real one. Writes JSON with commit,
-versions and hardware, and a picture. --small has 1,024 tokens, two devices and two steps.
+Measures, for 1, 2, 4, ... shards of the sequence, the memory of a device, what it sends, and the
+time of a step; trains with the most shards. The model is the paper's (2 layers, width 64, 2 heads
+of 32, Skyformer with 128 landmarks), with positions that need no table and blocks that are
+recomputed in the backward pass. The data are generated: random bytes, of which the upper 128 values
+are either more or less frequent than the lower ones; the label says which. Fake devices share the
+CPU cores, so more of them make steps no faster; memory and traffic are those of a real device.
+Writes JSON with commit, versions and hardware, and a picture. --small uses 1,024 tokens, two
+devices and two steps.
 """
 
 import statistics
@@ -44,7 +45,7 @@ _TILT = 0.2  # the upper bytes' share is 0.5 plus or minus this
 
 
 def make_config(length: int, num_steps: int) -> ml_collections.ConfigDict:
-    """The paper's model for that length, and a schedule for so few steps."""
+    """Returns the config of the paper's model for a length, with a schedule for a few steps."""
     config = common.paper_config("text", "skyformer", max_length=length)
     config.model.update({"positions": "sinusoidal", "remat": True})
     config.train.update({"num_steps": num_steps, "warmup_steps": 2, "learning_rate": 1e-3})
@@ -53,7 +54,7 @@ def make_config(length: int, num_steps: int) -> ml_collections.ConfigDict:
 
 
 def make_batch(length: int, step: int) -> Batch:
-    """One sequence of either label, [seeds, batch, ...] of one seed."""
+    """Makes a batch with one sequence of each label, [seeds, batch, ...] for one seed."""
     rng, label = np.random.default_rng((0, step)), np.array([0, 1], np.int32)
     upper = rng.random((2, length), np.float32) < 0.5 + _TILT * (2 * label[:, None] - 1)
     tokens = rng.integers(0, 128, (2, length), np.uint8) + 128 * upper.astype(np.uint8)
@@ -61,11 +62,12 @@ def make_batch(length: int, step: int) -> Batch:
 
 
 def measure(config: ml_collections.ConfigDict, shards: int, num_steps: int) -> dict[str, Any]:
-    """Compiles and takes steps with every sequence in so many shards.
+    """Compiles and takes training steps with every sequence split into `shards` shards.
 
     Returns:
       parts, the number of shards; bytes of temporaries, arguments and results on a device;
-      collectives of a device, by kind; seconds of each step after the first; the losses.
+      collectives of a device, by kind; seconds of each step after the first, and their median;
+      the losses.
     """
     run = make_run(config, make_mesh(1, shards, jax.devices()[:shards]))
 
@@ -88,13 +90,13 @@ def measure(config: ml_collections.ConfigDict, shards: int, num_steps: int) -> d
         row["loss"].append(float(sums["loss"][0] / sums["examples"][0]))
         row["seconds"].append(time.perf_counter() - start)
         say(f"  step {i + 1}/{num_steps}  loss {row['loss'][-1]:.4f}  {row['seconds'][-1]:.1f} s")
-    del row["seconds"][0]  # the first one also warms
+    del row["seconds"][0]  # the first step is a warm-up
     row["median_seconds"] = statistics.median(row["seconds"])
     return row
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Memory of a device against the shards, and the loss."""
+    """Plots the memory of a device against the shards, and the loss against the step."""
     rows = result["rows"]
     shards = [row["parts"] for row in rows]
     mebibytes = [row["temporaries_bytes"] / 2**20 for row in rows]
@@ -116,7 +118,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Measures with 1, 2, 4, ... shards, trains with the most, writes JSON and picture."""
+    """Measures with 1, 2, 4, ... shards, trains with the most, and writes JSON and picture."""
     if _SMALL.value:
         common_flags.set_defaults(length=1024, fake_devices=2, steps=2)
     common_flags.use_fake_devices(_FAKE_DEVICES)

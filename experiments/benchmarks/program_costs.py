@@ -1,4 +1,4 @@
-"""What a compiled program costs, read off its text: cycles, bytes, and what they are for."""
+"""Computes what a compiled program costs, from its text: cycles and bytes, by purpose."""
 
 import collections
 import math
@@ -11,13 +11,13 @@ from experiments.records import Row
 
 
 class Peaks(NamedTuple):
-    """What a device does at most in a cycle of `hertz`, by its makers' data sheet.
+    """What a device can do at most in a cycle, by its maker's data sheet.
 
     Attributes:
-      hertz: cycles a second.
-      operations: operations of products; a multiplication and an addition count two.
+      hertz: cycles per second.
+      operations: operations of matrix products; a multiplication and an addition count as two.
       exponentials: transcendental functions of a number.
-      bytes: from and to main memory.
+      bytes: bytes from and to main memory.
     """
 
     hertz: float
@@ -27,13 +27,13 @@ class Peaks(NamedTuple):
 
 
 class GpuKernel(NamedTuple):
-    """What a kernel of ours for GPUs does, whose estimate JAX's Triton back end drops.
+    """The work of one of our GPU kernels, whose cost estimate JAX's Triton back end drops.
 
     Attributes:
-      query: number of its operand [..., length, heads, head_dim].
-      key: likewise.
-      value: likewise.
-      products: for each pair of a query and a key, sums over head_dim, and over value_dim.
+      query: index of the operand with the queries, [..., length, heads, head_dim].
+      key: index of the operand with the keys.
+      value: index of the operand with the values.
+      products: number of sums over head_dim, and over value_dim, for each pair of query and key.
     """
 
     query: int
@@ -42,7 +42,7 @@ class GpuKernel(NamedTuple):
     products: tuple[int, int]
 
 
-# By name. Each takes one exponential for a pair.
+# By kernel name. Each kernel computes one exponential per pair.
 GPU_KERNELS = {
     "gaussian": GpuKernel(2, 3, 4, (1, 1)),
     "gaussian_dq": GpuKernel(2, 4, 5, (2, 1)),
@@ -52,15 +52,15 @@ GPU_KERNELS = {
     "softmax_dkv": GpuKernel(6, 3, 4, (2, 2)),
 }
 
-# By device_kind. Products are in one pass of bfloat16; TF32 counts as two, and float32 at the
-# highest precision takes six, which a kernel's own estimate has to count. A TPU core computes 1,024
-# numbers at a time.
+# By device_kind. Operations are those of one bfloat16 pass. TF32 counts as two passes; float32 at
+# the highest precision takes six, which a kernel's own estimate must include. A TPU core computes
+# 1,024 numbers at a time.
 PEAKS = {
     "TPU v5 lite": Peaks(1.5e9, 197e12 / 1.5e9, 1024, 819e9 / 1.5e9),
     "NVIDIA H100 80GB HBM3": Peaks(1.98e9, 989e12 / 1.98e9, 132 * 16, 3352e9 / 1.98e9),
 }
 
-# Nothing moves for these.
+# Opcodes that move no data.
 _FREE = (
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "iota"),
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier"),
@@ -70,20 +70,20 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
 _ESTIMATED = re.compile(r'"(\w+)":"?(\d+)"?')
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
-_SHIFTS = 16  # of Threefry's 20; no other computation of ours has nearly as many
+_SHIFTS = 16  # Threefry has 20; no other computation here has nearly as many
 _PROJECTIONS = re.compile(r"/(query|key|value|out|mlp_in|mlp_out|head_hidden|head_out)/")
 
 
 def is_kernel(one: Instruction) -> bool:
-    """Whether it is a kernel of ours, whose inside the compiler does not know."""
+    """Returns whether an instruction is a custom kernel, which is opaque to the compiler."""
     target = _TARGET.search(one.text) if one.opcode == "custom-call" else None
     return target is not None and target[1] in _KERNELS
 
 
 def purpose(program: Program, one: Instruction) -> str:
-    """What an instruction is for, by what is in it, and by the JAX operation it comes from.
+    """Returns the purpose of an instruction, by its content and the JAX operation it comes from.
 
-    A fusion has one purpose, the first that fits: what costs most usually.
+    A fusion has one purpose, the first that fits; what usually costs most is tried first.
     """
     inside = program.fused(one) if one.opcode == "fusion" else (one,)
     opcodes = collections.Counter(inner.opcode for inner in inside)
@@ -111,12 +111,12 @@ def purpose(program: Program, one: Instruction) -> str:
 
 
 def traffic(program: Program, one: Instruction, types: Mapping[str, str]) -> int:
-    """Bytes that an instruction reads from main memory and writes to it.
+    """Returns the bytes that an instruction reads from main memory and writes to it.
 
-    Of arrays that it only takes slices of, or changes in place, what is touched counts.
+    Of arrays that it only slices or updates in place, only the touched part counts.
 
     Args:
-      program: has the instruction.
+      program: the program of the instruction.
       one: an instruction that runs by itself.
       types: types of all instructions by name.
     """
@@ -182,20 +182,20 @@ def _fusion_traffic(program: Program, one: Instruction, types: Mapping[str, str]
 
 
 def kernel_name(one: Instruction) -> str:
-    """The name that a kernel was given."""
+    """Returns the name that a kernel was given."""
     path = one.op_name.removesuffix("/pallas_call")
     return re.sub(r"[.\d]+$", "", path.split("/")[-1] or one.name)
 
 
 def kernel_work(program: Program, one: Instruction, types: Mapping[str, str]) -> dict[str, int]:
-    """Operations, exponentials and bytes of a kernel; empty where nobody says.
+    """Returns operations, exponentials and bytes of a kernel; empty if they are unknown.
 
-    They are the kernel's own estimate, as XLA for TPUs has it in the text, or what GPU_KERNELS says
-    for its operands, float32 ones multiplied in one pass of TF32.
+    They come from the kernel's own estimate, which is in the text of TPU programs, or from
+    GPU_KERNELS and its operands, with float32 multiplied in one pass of TF32.
 
     Args:
-      program: has the kernel.
-      one: the kernel.
+      program: the program of the kernel.
+      one: the kernel's instruction.
       types: types of all instructions by name.
     """
     if found := _ESTIMATE.search(one.text):
@@ -219,19 +219,20 @@ def kernel_work(program: Program, one: Instruction, types: Mapping[str, str]) ->
 
 
 def costs(program: Program, peaks: Peaks | None, scheduled: Mapping[str, int] | None = None) -> Row:
-    """What a program does in one execution.
+    """Computes what a program does in one execution.
 
     Args:
       program: the program of a compiled text.
-      peaks: the device's peaks.
-      scheduled: cycles by the name of a kernel's instruction, of tpu_schedule.
+      peaks: the device's peaks, or None if they are unknown.
+      scheduled: cycles by the name of a kernel's instruction, from tpu_schedule.
 
     Returns:
-      runs, of instructions by themselves; loops, their number of turns each; bytes_through_memory;
-      estimated_cycles, XLA's, which TPU programs have; kernels: for each name runs,
-      modelled_cycles, its kernel_work over the peaks, whichever part takes longest, and estimated,
-      whether that is known, and scheduled_cycles, if they are; and by_purpose, with runs, bytes
-      and cycles, of kernels those scheduled or else modelled, most bytes or cycles first.
+      runs, the number of instructions that run by themselves; loops, the number of iterations of
+      each; bytes_through_memory; estimated_cycles, XLA's, which only TPU programs have; kernels,
+      with for each name runs, modelled_cycles (kernel_work over the peaks, for the part that takes
+      longest), estimated (whether kernel_work is known) and, if known, scheduled_cycles; and
+      by_purpose, with runs, bytes and cycles (of kernels, those scheduled or else modelled), sorted
+      by falling cycles, then bytes.
     """
     types = {one.name: one.type for body in program.computations.values() for one in body}
     total: collections.Counter = collections.Counter()
@@ -247,7 +248,7 @@ def costs(program: Program, peaks: Peaks | None, scheduled: Mapping[str, int] | 
         total.update({**work, "in_unknown_loops": 0 if known else 1})
         if is_kernel(one):
             name, known_work = kernel_name(one), kernel_work(program, one, types)
-            # Whichever part takes longest.
+            # Of the part that takes longest.
             longest = (
                 max(
                     (number / getattr(peaks, part) for part, number in known_work.items()),

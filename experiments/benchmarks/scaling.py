@@ -1,15 +1,15 @@
-"""What dividing a step over devices costs: throughput, bytes between devices, and the wire.
+"""Measures what dividing a step over devices costs: throughput, bytes sent, and the wire.
 
     python -m experiments.benchmarks.scaling
 
 Throughput: the quickstart's step with its batch divided over 1, 2, 4, 8 devices, by shard_map and
 by pmap, and a step of the Text model (length 4,096, batch 4) with its sequences divided; they take
-turns in one process. Fake devices share the cores, so this shows what dividing costs, not what it
-gains. Bytes: what a device sends in a step of the Text model with sequences in 8 shards, for every
-attention that can be divided, at several lengths, as the compiled programs say. Wire: seconds of
-an all-reduce and of a ring's pass between two processes on 127.0.0.1. Writes JSON with commit,
-versions and hardware. --small has two devices, none of them alone, the small Text at a length
-of 256, the bytes of Skyformer only, messages of up to 4 KiB and one round.
+turns in one process. Fake devices share the CPU cores, so this shows what dividing costs, not what
+it gains. Bytes: what a device sends in a step of the Text model with sequences in 8 shards, for
+every attention that can be divided and several lengths, according to the compiled programs. Wire:
+seconds of an all-reduce and of a ring's pass between two processes on 127.0.0.1. Writes JSON with
+commit, versions and hardware. --small uses two devices, but no single one, the small Text at a
+length of 256, the bytes of Skyformer only, messages of up to 4 KiB and one round.
 """
 
 import concurrent.futures
@@ -45,7 +45,7 @@ _OUT = common_flags.out("results/scaling.json")
 
 
 def _run(config: ml_collections.ConfigDict, data: int, seq: int) -> Run:
-    """A run on the first data x seq devices, the batch in one part."""
+    """Makes a run on the first data x seq devices, without gradient accumulation."""
     config.train.accumulation = 1
     return make_run(config, make_mesh(data, seq, jax.devices()[: data * seq]))
 
@@ -57,7 +57,7 @@ def _text(name: str, batch_size: int, length: int) -> ml_collections.ConfigDict:
 
 
 def throughput() -> list[Row]:
-    """Rows of data, seq, backend and seconds of a step, for two models."""
+    """Measures steps of two models; returns rows of config, data, seq, backend and seconds."""
     counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()][-1 if _SMALL.value else 0 :]
     runs = {}
     for backend, n in itertools.product(("shard_map", "pmap"), counts):
@@ -73,7 +73,7 @@ def throughput() -> list[Row]:
 
 
 def crossing(names: Sequence[str], lengths: Sequence[int]) -> list[Row]:
-    """Rows of attention, length and the bytes that cross devices in a step, by kind."""
+    """Returns rows of attention, length and the bytes between devices in a step, by kind."""
     rows, shards = [], jax.device_count()
     cells = list(itertools.product(names, lengths))
     for name, length in track(cells, len(cells), "bytes between devices", "programs"):
@@ -87,7 +87,7 @@ def crossing(names: Sequence[str], lengths: Sequence[int]) -> list[Row]:
 
 
 def _time_collectives(address: str, index: int, sizes: Sequence[int]) -> list[Row]:
-    """The rows of wire, by one of two processes that both call this; process 0 has the address."""
+    """Measures the rows of wire; two processes call this, and process 0 has the address."""
     jax.distributed.initialize(address, num_processes=2, process_id=index)
     mesh, along = jax.sharding.Mesh(np.array(jax.devices()), ("wire",)), P("wire")
     kinds = {
@@ -112,7 +112,7 @@ def _time_collectives(address: str, index: int, sizes: Sequence[int]) -> list[Ro
 
 
 def wire() -> list[Row]:
-    """Rows of kind, bytes of a device and median seconds, between two processes."""
+    """Returns rows of kind, bytes of a device and median seconds, between two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -124,7 +124,7 @@ def wire() -> list[Row]:
 
 
 def main() -> None:
-    """Measures all three, prints and writes them."""
+    """Measures all three, and prints and writes the results."""
     names, lengths = attention.SPLITTABLE, (1024, 4096, 16_384)
     if _SMALL.value:
         names, lengths = ("skyformer",), (256,)

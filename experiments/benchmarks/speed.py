@@ -1,20 +1,20 @@
-"""Time and temporaries of each attention function against the length, side by side.
+"""Measures time and temporaries of each attention function against the length, side by side.
 
     python -m experiments.benchmarks.speed --lengths=1024,2048,4096,8192,16384
 
-Measures the forward pass and the gradients (of a weighted sum of the output, with respect to query,
-key, value and trained variables) on normal float32 inputs without padding, a sequence in a call.
-Every function is compiled ahead of time, which is timed apart. It is given what a layer gives it in
-training: the variables that the layer keeps, and a key where training draws anew in every step, so
-that drawing Skyformer's landmarks, Informer's sample and Reformer's hashes is part of the time. At
-each length the functions take turns in one process, and medians are reported. Temporaries are what
-the compiled program says it needs, and what needs more than half of a CPU's memory, or than all of
-a GPU's, is not run; if XLA hides them in fusions on a CPU,
-XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= shows them.
+Measures the forward pass, and the gradients of a weighted sum of the output with respect to query,
+key, value and trained variables, on normal float32 inputs without padding, one sequence per call.
+Every function is compiled ahead of time, and the compilation is timed separately. A function gets
+what a layer passes to it in training: the variables that the layer keeps, and a PRNG key where
+training draws anew in every step. So the time includes drawing Skyformer's landmarks, Informer's
+sample and Reformer's hashes. At each length the functions take turns in one process, and medians
+are reported. Temporaries are what the compiled program says it needs. A program that needs more
+than half of a CPU's memory, or more than all of a GPU's, is not run. If XLA hides temporaries in
+fusions on a CPU, XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= shows them.
 
 Writes JSON after each length, with commit, versions and hardware, and a plot beside it. Started
-again after an interruption, it goes on with the lengths that are missing. --small measures 64, 128
-and 256 tokens, unless --lengths says others, in one round.
+again after an interruption, it measures the missing lengths. --small measures 64, 128 and 256
+tokens, unless --lengths names others, in one round.
 """
 
 import dataclasses
@@ -31,11 +31,16 @@ from experiments.records import as_read, provenance, resume, write_json
 from skyformer_jax import attention, cli
 from skyformer_jax.errors import one_of
 
-_ATTENTIONS = flags.DEFINE_list("attentions", [*attention.NAMES, "kernelized-dense"], "Which.")
+_ATTENTIONS = flags.DEFINE_list(
+    "attentions", [*attention.NAMES, "kernelized-dense"], "Attentions to measure."
+)
 _LENGTHS = flags.DEFINE_list("lengths", "1024,2048,4096,8192,16384", "Tokens of a sequence.")
-_PASSES = flags.DEFINE_list("passes", "forward,gradients", "Which.")
+_PASSES = flags.DEFINE_list("passes", "forward,gradients", "Passes to measure.")
 _MAX_SECONDS = flags.DEFINE_float(
-    "max_seconds", 30, "What takes longer is timed once, and not at greater lengths.", lower_bound=0
+    "max_seconds",
+    30,
+    "A call that takes longer is timed once, and not at greater lengths.",
+    lower_bound=0,
 )
 _ROUNDS = common_flags.rounds(5)
 _SMALL = common_flags.small()
@@ -45,13 +50,13 @@ _OUT = common_flags.out("results/speed_cpu.json")
 def measure(
     settings: Settings, lengths: Sequence[int], path: Path, header: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Measures length by length into a JSON file, from where an interrupted run left it.
+    """Measures length by length into a JSON file, and resumes after an interruption.
 
-    The file is written whole after each length. If it is there already, from the same settings and
-    header, which has the commit, only lengths that it lacks are measured, in rising order.
+    The file is written whole after each length. If it exists with the same settings and the same
+    header, which has the commit, only the missing lengths are measured, in ascending order.
 
     Returns:
-      What the file holds: the header, settings, cells (see attention_cells.measure_length) and
+      The content of the file: the header, settings, cells (see attention_cells.measure_length) and
       exponents.
     """
     header = as_read({**header, "settings": dataclasses.asdict(settings)})

@@ -1,23 +1,22 @@
-r"""Seconds of a training step: of the attentions, or of the step's options, side by side.
+r"""Measures the seconds of a training step: of the attentions, or of options, side by side.
 
     python -m experiments.benchmarks.step_speed --config=text --batch_size=4 --rounds=5 \
         --out=results/step_speed_text.json
     python -m experiments.benchmarks.step_speed --compare=options --rounds=5
 
---compare=attentions takes the training step of one config with each attention; kernelized-dense,
-beside the nine, holds all scores.
+--compare=attentions measures the training step of one config with each attention, and with
+kernelized-dense, which stores all scores.
 
---compare=options takes Skyformer's step in the paper's Text setting with one option changed at a
-time; its step in the Image setting, whose batch is large, in parts and in one part; the
-quickstart's step of one model and of three; and dropout, as the models have it and as Flax has it.
-results/step_options.json holds more, which earlier code measured: several steps in a call, data
-kept on the device, other generators and fused projections, of which nothing was kept. Choose
-another --out to keep that.
+--compare=options measures Skyformer's step in the paper's Text setting with different options; its
+step in the Image setting, whose batch is large, in parts and in one part; the quickstart's step of
+one model and of three; and dropout, that of the models and that of Flax. results/step_options.json
+has further measurements of earlier code that was not kept: several steps in a call, data kept on
+the device, other generators and fused projections. Choose another --out to keep these.
 
-Random tokens at the config's full length stand in for the data, on which the speed does not depend.
-Everything is compiled ahead of time, which is timed apart, and takes turns in one process; medians
-are reported. Writes JSON with commit, versions and hardware. --small takes the small variants of
-the configs, batches of 2, two options of each group and one round.
+The steps use random tokens at the config's full length, because the speed does not depend on the
+data. Everything is compiled ahead of time, with the compilation timed separately, and takes turns
+in one process; medians are reported. Writes JSON with commit, versions and hardware. --small uses
+the small variants of the configs, batches of 2, two options of each group and one round.
 """
 
 import importlib
@@ -36,9 +35,11 @@ from experiments.records import Row, provenance, write_json
 from skyformer_jax import attention, cli
 from skyformer_jax.attention import random_bits
 
-_COMPARE = flags.DEFINE_enum("compare", "attentions", ["attentions", "options"], "What.")
-_CONFIG = flags.DEFINE_string("config", "listops", "Name of a file in configs/; of attentions.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Default: the config's.", lower_bound=1)
+_COMPARE = flags.DEFINE_enum("compare", "attentions", ["attentions", "options"], "What to compare.")
+_CONFIG = flags.DEFINE_string("config", "listops", "File of configs/, for --compare=attentions.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Examples in a batch; default: the config's.", lower_bound=1
+)
 _ROUNDS = common_flags.rounds(3)
 _SMALL = common_flags.small()
 _OUT = flags.DEFINE_string(
@@ -48,7 +49,7 @@ _OUT = flags.DEFINE_string(
 _ONE_PART = {"train.accumulation": 1}
 _REMAT = {"model.remat": True}
 _BFLOAT16 = {"model.dtype": "bfloat16"}
-# Of each group, changes of a config by the name of what they do.
+# The options of each group: overrides of the config by the name of the option.
 _OPTIONS = {
     "text": {
         "as it is": {},
@@ -66,7 +67,7 @@ _OPTIONS = {
 
 
 def make_config(task: str, name: str, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The config of configs/ with an attention, as the flags say, and changes by dotted names."""
+    """Returns a config of configs/ with the flags' settings and overrides by dotted names."""
     variant = "small" if _SMALL.value and task != "quickstart" else ""
     config = importlib.import_module(f"configs.{task}").get_config(f"{name},{variant}")
     if _BATCH_SIZE.value or _SMALL.value:
@@ -76,7 +77,7 @@ def make_config(task: str, name: str, changes: Mapping[str, Any]) -> ml_collecti
 
 
 def measure_dropout() -> dict[str, Row]:
-    """Seconds of dropout with gradients at [4096, 128], one part of a batch: ours, and Flax's."""
+    """Measures dropout with gradients at [4096, 128], one part of a batch: ours and Flax's."""
 
     def gradients(dropout: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, key, weights: jax.vjp(lambda x: dropout(x, key), x)[1](weights)
@@ -94,7 +95,7 @@ def measure_dropout() -> dict[str, Row]:
 
 
 def compare_options() -> dict[str, Any]:
-    """The rows of each group of options, by the group's title."""
+    """Measures all options; returns the rows of each group, by the title of the group."""
     groups = {}
     for task, options in _OPTIONS.items():
         names = list(options)[: 2 if _SMALL.value else None]
@@ -112,7 +113,7 @@ def compare_options() -> dict[str, Any]:
 
 
 def compare_attentions() -> dict[str, Any]:
-    """What the steps of the attentions have in common, and a row for each attention."""
+    """Measures all attentions; returns their common settings, and a row for each."""
     configs = {name: make_config(_CONFIG.value, name, {}) for name in attention.NAMES}
     dense = {"attention.implementation": "dense"}
     configs["kernelized-dense"] = make_config(_CONFIG.value, "kernelized", dense)
@@ -127,7 +128,7 @@ def compare_attentions() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures what is compared, writes the JSON and prints a table."""
+    """Measures what --compare asks for, writes the JSON and prints a table."""
     if _SMALL.value:
         common_flags.set_defaults(rounds=1)
     if _COMPARE.value == "options":

@@ -1,7 +1,7 @@
-"""Softmax attention by JAX's own kernel for TPUs, splash attention, to compare ours with.
+"""Softmax attention with JAX's own TPU kernel, splash attention, to compare with ours.
 
-Of JAX's kernels it takes the fewest cycles by tpu_schedule, with one backward kernel for all
-gradients and the largest blocks that were tried.
+Of JAX's kernels it takes the fewest cycles by tpu_schedule. It runs with one backward kernel for
+all gradients and with the largest blocks that were tried.
 """
 
 import contextlib
@@ -28,9 +28,10 @@ def splash_attention(
     scale: float | None = None,
     **options: Any,
 ) -> jax.Array:
-    """As softmax_attention, of lengths that the blocks divide, without restrictions but the mask.
+    """Computes softmax_attention with splash attention, for lengths that the blocks divide.
 
-    A model's parameters are made with a short example, for which softmax_attention stands in.
+    It supports no restriction except the mask; other options are ignored. Keys shorter than a
+    block, as in the short example that initialises a model, go to softmax_attention instead.
     """
     del rng, options
     if key.shape[1] < _COMPUTED:
@@ -56,7 +57,7 @@ def splash_attention(
 
 @contextlib.contextmanager
 def stock_softmax() -> Iterator[None]:
-    """Layers of softmax attention, traced within, call splash attention."""
+    """Makes softmax attention layers that are traced within the block call splash attention."""
     entry = REGISTRY["softmax"]
     REGISTRY["softmax"] = entry._replace(function=splash_attention)  # type: ignore[index]
     try:

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: programs compiled ahead of time that take turns in one process."""
+"""Times programs that are compiled ahead of time and take turns in one process."""
 
 import concurrent.futures
 import functools
@@ -38,22 +38,23 @@ _UNSURE = 1.0
 
 
 def attempt(action: Callable[[], Any], deadline: float) -> tuple[Any, str | None]:
-    """Returns action() and None; or None and one line that says why there is nothing.
+    """Returns action() and None, or None and one line that says why it failed or was not reached.
 
     Args:
-      action: lowers, compiles or runs. It raises where the platform cannot, or lacks the memory.
-      deadline: time.monotonic() after which it is not begun.
+      action: lowers, compiles or runs a program. It raises an exception if the platform cannot, or
+        lacks the memory.
+      deadline: time.monotonic() after which the action is not started.
     """
     if time.monotonic() > deadline:
         return None, NOT_REACHED
     try:
         return action(), None
-    except Exception as error:  # compilers have exceptions of their own
+    except Exception as error:  # compilers raise exceptions of their own
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def memory(program: Program) -> Row:
-    """Bytes of a program on a device; alias_bytes are of outputs that share arguments' memory."""
+    """Returns a program's bytes on a device; alias_bytes: outputs in the memory of arguments."""
     found = program.memory_analysis()
     return {
         "temporaries_bytes": found.temp_size_in_bytes,
@@ -66,7 +67,7 @@ def memory(program: Program) -> Row:
 def _compile_all(
     jobs: Mapping[K, Job], what: str, workers: int, deadline: float
 ) -> tuple[dict[K, Callable[[], Any]], dict[K, Row]]:
-    """Returns the calls of the programs that compiled, and a row of measure for every name."""
+    """Compiles all jobs; returns calls of the programs that compiled, and a row for every name."""
     one_traces = threading.Lock()
 
     def compile_one(lower: Lower, make_call: MakeCall) -> tuple[Callable[[], Any], Row]:
@@ -91,11 +92,11 @@ def _compile_all(
 
 
 def _seconds(call: Callable[[], Any], count: int) -> float:
-    """Mean seconds of `count` calls of an asynchronous program, which are waited for at the end."""
+    """Returns the mean seconds of `count` asynchronous calls, which are waited for at the end."""
     start = time.perf_counter()
     for _ in range(count):
         out = call()
-        # Calls on a CPU that are not waited for run beside each other.
+        # On a CPU, calls that are not waited for run concurrently.
         if next(iter(jax.tree.leaves(out)[0].devices())).platform == "cpu":
             jax.block_until_ready(out)
     jax.block_until_ready(out)
@@ -109,7 +110,7 @@ def _take_turns(
     max_seconds: float,
     deadline: float,
 ) -> dict[K, Row]:
-    """Warms all calls, then times each of them once a round, so that their times compare."""
+    """Warms up all calls, then times each once a round, so that their times are comparable."""
     rows, counts = {}, {}
     for name, call in track(calls.items(), len(calls), f"{what}, warming", "programs"):
         seconds, reason = attempt(functools.partial(_seconds, call, 1), deadline)
@@ -144,24 +145,25 @@ def measure(
     max_seconds: float = math.inf,
     deadline: float = math.inf,
 ) -> dict[K, Row]:
-    """Compiles programs ahead of time, then times them by turns.
+    """Compiles programs ahead of time, then times them in turns.
 
-    A program that the platform refuses is recorded, not raised.
+    A program that the platform refuses is recorded with the reason, and nothing is raised.
 
     Args:
-      jobs: for each program a function that traces and lowers it, of which one runs at a time,
-        and one that makes the call to be timed out of the compiled program.
-      rounds: turns that each takes.
-      what: names the work for the person who waits.
-      reason_to_skip: says of a name and its compiled row why it is not to run, or None.
-      workers: programs compiled at the same time. Compile seconds compare only if it is 1.
-      max_seconds: a call whose warming takes longer takes no turns; its warming is its time.
-      deadline: time.monotonic() after which nothing more is begun.
+      jobs: for each program a function that traces and lowers it, called one at a time, and a
+        function that returns the call to be timed, given the compiled program.
+      rounds: turns that each program takes.
+      what: description of the work for the progress bars.
+      reason_to_skip: returns why a program is not to be run, given its name and its row after
+        compilation, or None to run it.
+      workers: programs compiled at the same time. Compile seconds are comparable only if it is 1.
+      max_seconds: a call whose warm-up takes longer takes no turns; the warm-up is its time.
+      deadline: time.monotonic() after which nothing more is started.
 
     Returns:
-      For every name compile_seconds (tracing included), the fields of memory, seconds, a list of
-      the seconds of one call in each turn, and median_seconds; or, for what is missing of these,
-      skipped, the reason.
+      For every name: compile_seconds (including tracing), the fields of memory, seconds (a list
+      with the seconds of one call in each turn), and median_seconds. If some of these are missing,
+      skipped has the reason.
     """
     calls, rows = _compile_all(jobs, what, workers, deadline)
     for name in list(calls):
@@ -178,7 +180,7 @@ def measure_calls(
     what: str,
     **options: Any,
 ) -> dict[K, Row]:
-    """Measures functions that it jits, each with its arguments."""
+    """Jits functions and measures them, each with its arguments."""
 
     def job(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Job:
         lower = functools.partial(jax.jit(function).lower, *arguments)
@@ -188,7 +190,7 @@ def measure_calls(
 
 
 def random_batch(run: Run) -> Batch:
-    """A batch [seeds, batch, ...] of random tokens and labels at full length, on the mesh."""
+    """Returns a batch [seeds, batch, ...] of random tokens and labels, full length, on the mesh."""
     rng, model = np.random.default_rng(0), run.config.model
     size = (len(run.seeds), run.config.train.batch_size)
     shape = (*size, *run.token_shape)
@@ -201,7 +203,7 @@ def random_batch(run: Run) -> Batch:
 
 
 def abstract_batch(run: Run) -> Batch:
-    """The shapes, dtypes and shardings of random_batch, without its arrays."""
+    """Returns the shapes, dtypes and shardings of random_batch, without its arrays."""
     size = (len(run.seeds), run.config.train.batch_size)
     tokens = (*size, *run.token_shape)
     batch = Batch(
@@ -225,7 +227,7 @@ def lower_train_step(run: Run, batch: Batch) -> jax.stages.Lowered:
 
 
 def time_steps(runs: Mapping[K, Run], rounds: int, what: str, **options: Any) -> dict[K, Row]:
-    """Measures each run's training step on a random batch. With num_seeds, that of all models."""
+    """Measures each run's training step on a random batch, of all seeds together."""
 
     def job(run: Run) -> Job:
         batch = random_batch(run)
@@ -248,15 +250,15 @@ def time_steps(runs: Mapping[K, Run], rounds: int, what: str, **options: Any) ->
 def measure_steps(
     configs: Mapping[K, ml_collections.ConfigDict], rounds: int, what: str, **options: Any
 ) -> dict[K, Row]:
-    """time_steps of configs on all devices, with the fields that results have for training steps.
+    """Measures the training steps of configs on all devices, by time_steps.
 
     Raises:
-      UserError: for the first thing in a config that cannot work.
+      UserError: for the first field of a config that cannot work.
 
     Returns:
-      For every name compile_seconds, temporaries_bytes, bytes (arguments and results as well),
-      seconds_per_step, a list, median_seconds_per_step and steps_per_second; or skipped, the
-      reason.
+      For every name: compile_seconds, temporaries_bytes, bytes (temporaries, arguments and
+      results), seconds_per_step (a list), median_seconds_per_step and steps_per_second; or
+      skipped, the reason.
     """
     rows, runs = {}, {name: new_run(config) for name, config in configs.items()}
     for name, found in time_steps(runs, rounds, what, **options).items():
@@ -273,7 +275,7 @@ def measure_steps(
 
 
 def as_text(rows: Iterable[Row], *fields: str) -> str:
-    """A line for each row: the fields that name it, its time and memory, or why it has none."""
+    """Formats each row as a line: its naming fields, time and memory, or why it was skipped."""
     lines = []
     for row in rows:
         texts = [f"{row[field]!s:14}" for field in fields]

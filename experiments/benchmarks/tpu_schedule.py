@@ -1,9 +1,9 @@
-"""The cycles that XLA's compiler for TPUs schedules for a kernel, which it prints on request.
+"""Counts the cycles that XLA's TPU compiler schedules for a kernel, which it writes on request.
 
-A TPU executes a program's bundles of instructions in order, one a cycle, unless it waits for
-memory. The compiler writes the bundles of every kernel into a folder; a kernel's cycles are those
-of its loop over the grid, as often as it turns, and of what is around it. They count every branch,
-and no waiting. They are of one kind for our kernels and for others'.
+A TPU executes a program's bundles of instructions in order, one per cycle, unless it waits for
+memory. The compiler writes the bundles of every kernel to a folder. The cycles of a kernel are the
+bundles of its loop over the grid, times the iterations, and those outside the loop. Every branch
+counts, and waiting does not. Our kernels and others are counted alike, so their cycles compare.
 """
 
 import collections
@@ -17,7 +17,7 @@ _TURNS = re.compile(r"scmp\.\w+\.s32\.totalorder %\w+, (\d+) /\* loop exit test"
 
 
 def write_schedules_to(folder: Path) -> None:
-    """Has libtpu, which must not have been loaded, write what it schedules into a folder."""
+    """Makes libtpu, which must not be loaded yet, write its schedules to a folder."""
     flags = {
         "xla_jf_dump_to": str(folder),
         "xla_jf_dump_llo_text": "true",
@@ -28,10 +28,10 @@ def write_schedules_to(folder: Path) -> None:
 
 
 def scheduled_cycles(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Cycles by kernel, for those whose schedule is in the folder, which is empty afterwards.
+    """Returns the cycles of each kernel whose schedule is in the folder, and empties the folder.
 
     Args:
-      folder: as in write_schedules_to.
+      folder: the folder of write_schedules_to.
       names: names of the kernels' instructions in the compiled text.
     """
     found = {}
@@ -45,7 +45,7 @@ def scheduled_cycles(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def _cycles(text: str) -> int:
-    """Bundles of each depth of loops, times the turns of the loops around them."""
+    """Sums the bundles of each loop depth, times the iterations of the loops around them."""
     bundles: collections.Counter[int] = collections.Counter()
     turns: dict[int, int] = {}
     for line in text.splitlines():

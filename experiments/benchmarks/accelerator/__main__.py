@@ -74,8 +74,12 @@ _SOURCE = flags.DEFINE_string("source", "", "Folder with aclImdb and cifar-10-ba
 # Internal flags, for the processes of the sections.
 _SECTION = flags.DEFINE_string("section", "", "Internal: run this section in this process.")
 _SECONDS = flags.DEFINE_float("seconds", 0, "Internal: seconds of that section.")
-_RATES = flags.DEFINE_string("rates", "{}", "Internal: steps per second, as JSON.")
-_IMPLEMENTATIONS = flags.DEFINE_string("implementations", "{}", "Internal: as JSON.")
+_RATES = flags.DEFINE_string(
+    "rates", "{}", "Internal: steps per second by CONFIG:ATTENTION, as JSON."
+)
+_IMPLEMENTATIONS = flags.DEFINE_string(
+    "implementations", "{}", "Internal: implementations by attention, as JSON."
+)
 
 
 def _run_here() -> None:
