@@ -3,11 +3,12 @@
     python -m experiments.faults
     python -m experiments.faults --faults=kill,flip --kills=20
 
-After every fault the next start must go on to the bit-identical end of an undisturbed run, or stop
-with one clear line; no finished checkpoint may be lost. The same holds for two processes that share
-a run, of which one is killed or stopped. The same command goes on where it was interrupted. --dir
-keeps the logs of what failed. Full and read-only disks need the right to mount; what could not be
-tried is said to be so. --small makes one trial of each fault. The exit status is 1 if any failed.
+After every fault, the next start must reach the bit-identical end of an undisturbed run, or stop
+with one clear line; no finished checkpoint may be lost. The same holds if one of two processes that
+share a run is killed or stopped. The same command resumes after an interruption. --dir keeps the
+logs of failed trials. Full and read-only disks need the right to mount; a fault that this machine
+does not allow is recorded as not tried. --small makes one trial of each fault. The exit status is 1
+if any trial failed.
 """
 
 import concurrent.futures
@@ -27,18 +28,18 @@ from skyformer_jax import cli
 from skyformer_jax.errors import one_of
 from skyformer_jax.progress import say, track
 
-_KILLS = flags.DEFINE_integer("kills", 100, "Moments of SIGKILL.", lower_bound=1)
-_FAULTS = flags.DEFINE_list("faults", list(FAULTS), "Which to try.")
-_SMALL = flags.DEFINE_bool("small", False, "The reduced setting for a CPU or a test.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments and positions.")
+_KILLS = flags.DEFINE_integer("kills", 100, "Number of SIGKILLs.", lower_bound=1)
+_FAULTS = flags.DEFINE_list("faults", list(FAULTS), "Faults to try.")
+_SMALL = flags.DEFINE_bool("small", False, "Make one trial of each fault.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments and positions of the faults.")
 _DIR = flags.DEFINE_string("dir", "runs/faults", "Scratch folder.")
-_OUT = flags.DEFINE_string("out", "results/faults.json", "File to write.")
+_OUT = flags.DEFINE_string("out", "results/faults.json", "JSON to write.")
 
-_PROCESSES = 2  # that train at a time
+_PROCESSES = 2  # training at the same time
 
 
 def wanted_trials(num_processes: int) -> list[tuple[str, int]]:
-    """Fault and number of each trial that the flags ask for, with so many processes a run."""
+    """Returns fault and index of each trial that the flags ask for, of runs of num_processes."""
     names = [name for name in _FAULTS.value if (name == "one-of-two") == (num_processes == 2)]
     numbers = {name: number for name, (_, number) in FAULTS.items()}
     numbers["kill"] = -(-_KILLS.value // KILLS_A_TRIAL)
@@ -46,7 +47,7 @@ def wanted_trials(num_processes: int) -> list[tuple[str, int]]:
 
 
 def attempt(lab: Lab, fault: str, index: int) -> list[Row]:
-    """Makes one trial, and deletes what it leaves unless something was wrong."""
+    """Makes one trial and returns its rows; deletes its folder unless something was wrong."""
     folder = new_folder(lab.scratch / "trials" / f"{fault}-{index}", lab.scratch)
     rng = random.Random(f"{_SEED.value} {fault} {index}")
     try:
@@ -59,12 +60,12 @@ def attempt(lab: Lab, fault: str, index: int) -> list[Row]:
     if all(row["ok"] is not False for row in rows):
         shutil.rmtree(folder, ignore_errors=True)
     named = [{"fault": fault, "trial": index, **row} for row in rows]
-    # The result does not tell where the scratch folder lies.
+    # The result does not contain the path of the scratch folder.
     return json.loads(json.dumps(named).replace(str(lab.scratch), "DIR"))
 
 
 def main() -> None:
-    """Tries the faults that are not done yet and writes the JSON."""
+    """Makes the trials that are not done yet and writes the JSON."""
     for name in _FAULTS.value:
         one_of("faults", name, FAULTS)
     scratch, out = Path(_DIR.value).absolute(), Path(_OUT.value)
@@ -91,7 +92,7 @@ def main() -> None:
                 failed = sum(row["ok"] is False for row in rows)
                 write_json(out, {**header, "tried": len(rows), "failed": failed, "rows": rows})
         finally:
-            pool.shutdown(cancel_futures=True)  # those that have begun are finished
+            pool.shutdown(cancel_futures=True)  # trials that have started are finished
     failed = sum(row["ok"] is False for row in rows)
     print(f"{failed} of {len(rows)} failed: {out}" + f", logs in {scratch}/trials" * bool(failed))
     sys.exit(1 if failed else 0)

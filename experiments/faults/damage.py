@@ -1,4 +1,4 @@
-"""What the soak breaks: files of a checkpoint, bits of them, disks and rights to write."""
+"""Damages files of a checkpoint, single bits, disks and write permissions, for the soak."""
 
 import contextlib
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class NotTriedError(Exception):
-    """This machine does not allow the fault."""
+    """Raised if this machine does not allow the fault."""
 
 
 def truncate(checkpoint: Path, rng: random.Random, index: int) -> str:
-    """Cuts all files of the state in half, or one file of the checkpoint anywhere; says which."""
+    """Cuts all files of the state in half, or one file anywhere; returns a description."""
     if index == 0:
         for path in (path for path in (checkpoint / "state").rglob("*") if path.is_file()):
             os.truncate(path, path.stat().st_size // 2)
@@ -26,7 +26,7 @@ def truncate(checkpoint: Path, rng: random.Random, index: int) -> str:
 
 
 def empty(checkpoint: Path, rng: random.Random, index: int) -> str:
-    """Deletes everything in a checkpoint, or the content of all its files; says which."""
+    """Deletes everything in a checkpoint, or the content of its files; returns a description."""
     del rng
     if index == 0:
         shutil.rmtree(checkpoint)
@@ -38,7 +38,7 @@ def empty(checkpoint: Path, rng: random.Random, index: int) -> str:
 
 
 def flip(checkpoint: Path, rng: random.Random, index: int) -> str:
-    """Flips one to eight bits of a file, each index of a file of another kind; says which."""
+    """Flips one to eight bits of a file, whose kind index selects; returns a description."""
     files = _files(checkpoint)
     kinds = sorted({_kind(checkpoint, path) for path in files})
     kind = kinds[index % len(kinds)]
@@ -56,23 +56,23 @@ def _files(checkpoint: Path) -> list[Path]:
 
 
 def _kind(checkpoint: Path, path: Path) -> str:
-    """The file's name in the checkpoint, or its folder's where names are random."""
+    """Path of the file within the checkpoint, or of its folder where file names are random."""
     return str((path.parent if path.parent.name == "d" else path).relative_to(checkpoint))
 
 
 def fill(folder: Path, spare: int) -> None:
-    """Fills the disk of a folder but for `spare` bytes, by one file."""
+    """Fills the disk of a folder with one file, except for `spare` bytes."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
-    # The last write was short by a page at most.
+    # The last write fell short by at most a page.
     os.truncate(filler, max(filler.stat().st_size - spare, 0))
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
-    """The folder is a disk of its own, of that size, while the block runs."""
+    """Mounts a disk of that size at the folder while the block runs."""
     administer("mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", folder)
     try:
         yield
@@ -81,12 +81,16 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
 
 
 def remount(folder: Path, options: str) -> None:
-    """Changes the options of a small disk that is mounted there."""
+    """Changes the mount options of the small disk at the folder."""
     administer("mount", "-o", f"remount,{options}", folder)
 
 
 def administer(*words: str | Path) -> None:
-    """Runs a command; a NotTriedError if there is none, or no right to use it."""
+    """Runs a command.
+
+    Raises:
+      NotTriedError: if the command is missing or fails, for example without the right to use it.
+    """
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""How the end of a run is judged: what was lost, what differs, what was said."""
+"""Judges the end of a run: what it lost, what differs, and what it printed."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from experiments.faults.runner import Exit
 from skyformer_jax.training import checkpoints, logs
 
-# What a run says when all is well, or when a checkpoint that we damaged is put aside.
+# Lines that a run prints when all is well, or when it puts aside a checkpoint that we damaged.
 _ROUTINE = re.compile(
     r"training \w+ on |the training step compiled|step \d+/\d+  |going on from the checkpoint of "
     r"|preparing |.*, ETA |SIGTERM: stopping|stopped after step \d+; saved"
@@ -23,17 +23,17 @@ class Seen(NamedTuple):
     """The finished checkpoints of a run."""
 
     steps: frozenset[int]
-    best: tuple[float, int]  # accuracy, and minus the step; -1 and 0 if none was validated
-    aside: frozenset[str]  # what has been put aside as damaged or ahead
+    best: tuple[float, int]  # accuracy and minus the step; -1 and 0 if none was validated
+    aside: frozenset[str]  # names of those put aside as damaged or ahead
 
     @property
     def newest(self) -> int:
-        """The last step, 0 if there is none."""
+        """The last step, or 0 if there is none."""
         return max(self.steps, default=0)
 
 
 def look(run: Path, damaged: Collection[int] = ()) -> Seen:
-    """The finished checkpoints of a workdir whose run has ended, except the damaged steps."""
+    """Returns the finished checkpoints of a run that has ended, without the damaged steps."""
     directory = run / "checkpoints"
     steps = frozenset(checkpoints.steps(directory)) - set(damaged)
     ranked = [(-1.0, 0)]
@@ -47,7 +47,11 @@ def look(run: Path, damaged: Collection[int] = ()) -> Seen:
 
 
 def lost(before: Seen, after: Seen, log: str, ours: Collection[int] = ()) -> list[str]:
-    """A text for each finished checkpoint that a start lost, `ours`, which we damaged, excepted."""
+    """Returns a text for each problem with the finished checkpoints after another start.
+
+    A start must neither lose nor ignore them. It may put aside those of the steps in `ours`, which
+    we damaged.
+    """
     found = []
     from_step = re.search(r"going on from the checkpoint of step (\d+)", log)
     if before.newest and "\ntraining " in f"\n{log}":
@@ -65,7 +69,7 @@ def lost(before: Seen, after: Seen, log: str, ours: Collection[int] = ()) -> lis
 
 
 def ending(run: Path) -> dict[str, Any]:
-    """How a finished run ended: digest of the last checkpoint, curve, and test result."""
+    """Returns how a finished run ended: digest of the last checkpoint, curve, and test result."""
     test = json.loads((run / "eval_test.json").read_text())
     directory = run / "checkpoints"
     return {
@@ -79,22 +83,26 @@ def ending(run: Path) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], end: dict[str, Any]) -> list[str]:
-    """A text for each field in which two endings differ."""
+    """Returns a text for each field in which two endings differ."""
     return [f"another {field} at the end" for field in expected if expected[field] != end[field]]
 
 
 def strays(log: str) -> list[str]:
-    """The lines that a run does not say when all is well."""
+    """Returns the lines that a run does not print when all is well."""
     return [line for line in log.splitlines() if line.strip() and not _ROUTINE.match(line)]
 
 
 def said(log: str) -> list[str]:
-    """The complaint that a run said such a line, if it did."""
+    """Returns a problem if the log has a line that a run does not print when all is well."""
     return [f"said: {line}" for line in strays(log)[:1]]
 
 
 def complaint(end: Exit) -> tuple[str, list[str]]:
-    """The last line of a process that had to fail with one clear line, and what is wrong."""
+    """Checks that a process failed with exactly one error line.
+
+    Returns:
+      That line, or the last one, and what is wrong with the failure.
+    """
     lines = strays(end.log)
     line = lines[-1] if lines else ""
     if end.status != 2 or len(lines) != 1 or not line.startswith("error: "):
@@ -104,7 +112,7 @@ def complaint(end: Exit) -> tuple[str, list[str]]:
 
 
 def finished(expected: dict[str, Any], run: Path, end: Exit) -> list[str]:
-    """What is wrong with a run that had to end as expected."""
+    """Returns what is wrong with a run that had to end as expected."""
     if end.status != 0:
         how = "hung" if end.status is None else f"exit status {end.status}"
         return [f"did not end well: {how}: {(strays(end.log) or ['no word'])[-1]}"]

@@ -1,8 +1,8 @@
-"""train.py with one token outside of the vocabulary, of which the model makes NaN.
+"""Runs train.py with one token outside the vocabulary, which makes the model return NaN.
 
     python -m experiments.faults.poisoned --poisoned_step=50 --config=configs/quickstart.py ...
 
-A fault for the soak to make; the token is in the first example of that step's batch.
+This is a fault of the soak. The token is in the first example of that step's batch.
 """
 
 import functools
@@ -16,14 +16,14 @@ from skyformer_jax import cli
 from skyformer_jax.data.batches import Batch, training_batches
 from skyformer_jax.training import loop
 
-_STEP = flags.DEFINE_integer("poisoned_step", None, "Which.", required=True)
-_OUTSIDE = 255  # of the vocabulary of every task on words
+_STEP = flags.DEFINE_integer("poisoned_step", None, "Step of the token.", required=True)
+_OUTSIDE = 255  # outside the vocabulary of every task on words
 
 
 def poisoned_batches(
     poisoned_step: int, *arguments: Any, first_step: int, **options: Any
 ) -> Iterator[Batch]:
-    """The batches of training_batches, but for the token; the other arguments are its own."""
+    """Yields the batches of training_batches, with the token; takes its arguments as well."""
     batches = training_batches(*arguments, first_step=first_step, **options)
     for step, batch in enumerate(batches, first_step + 1):
         if step == poisoned_step:

@@ -1,7 +1,7 @@
-"""How the runs of the soak are started, watched, disturbed and waited for.
+"""Starts, watches, disturbs and waits for the runs of the soak.
 
-The folder of a trial holds `disk`, which may be a disk of its own and holds the workdir `run`,
-and beside it `logs`, `data` and `cache`, the compiled programs.
+The folder of a trial has `disk`, which may be a separate disk and has the workdir `run`; and beside
+it `logs`, `data` and `cache`, the compiled programs.
 """
 
 import os
@@ -30,30 +30,30 @@ _SETTINGS = {
     "train.warmup_steps": 5,
     "train.batch_size": 16,
     "train.learning_rate": 0.03,  # with this seed the best is not the newest, from step 120 on
-    # Relative to a trial's folder: checkpoints hold the config, and must be the same in all.
+    # Relative to a trial's folder: checkpoints contain the config, and must be equal in all trials.
     "data.dir": "data",
 }
 _SETTINGS_OF_TWO = {
     "train.num_steps": 60,  # two processes are slow on a small machine
     "parallel.num_processes": 2,
-    # The same in all trials, as checkpoints hold the config; below the ports that systems assign.
+    # The same in all trials, as checkpoints contain it; below the ports that systems assign.
     "parallel.coordinator": "127.0.0.1:29431",
 }
 _TRAIN = (f"{ROOT}/train.py",)
-_SECONDS_A_RUN = 150  # a run that takes longer hangs
+_SECONDS_A_RUN = 150  # a run that takes longer counts as hung
 
 
 class Exit(NamedTuple):
-    """The end of one process that trained."""
+    """How a training process ended."""
 
     status: int | None  # None if it hung and was killed
     log: str  # its standard error
-    phase: str  # of the run when the fault was made; "" if the run was over before
+    phase: str  # phase of the run at the fault; "" if the run was over before
     seconds: float = 0.0  # from the fault, or from the start, to the end
 
 
 class Fault(NamedTuple):
-    """What is done to a process that trains, and when."""
+    """An action on a training process, and when to take it."""
 
     action: Callable[[subprocess.Popen], Any]
     seconds: float = 0.0  # to wait from the start of the process, or from the beginning of phase
@@ -61,12 +61,12 @@ class Fault(NamedTuple):
 
 
 def workdir(folder: Path) -> Path:
-    """The workdir of a trial."""
+    """Returns the workdir of a trial."""
     return folder / "disk" / "run"
 
 
 def new_folder(folder: Path, shared: Path | None) -> Path:
-    """Makes a trial's folder anew; shared, if any, holds prepared data and compiled programs."""
+    """Makes an empty trial folder, with links to the data and compiled programs in `shared`."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("disk", "logs"):
         (folder / name).mkdir(parents=True)
@@ -77,7 +77,7 @@ def new_folder(folder: Path, shared: Path | None) -> Path:
 
 
 def phase(run: Path, data: Path, log: str, num_steps: int = NUM_STEPS) -> str:
-    """The phase that a run is, or was, in, by what is on disk and what it has said."""
+    """Returns the phase that a run is or was in, by the files on disk and its log."""
     if not re.search(r"^(training|going on)", log, re.MULTILINE):
         begun = "preparing " in log and any(data.glob("*/*/incomplete.*"))
         return "preparation" if begun else "start-up"
@@ -94,7 +94,7 @@ def phase(run: Path, data: Path, log: str, num_steps: int = NUM_STEPS) -> str:
 
 
 def run(folder: Path, fault: Fault | None = None, **options: Any) -> Exit:
-    """Trains in one process, see run_all."""
+    """Trains in one process; see run_all."""
     return run_all(folder, fault, **options)[0]
 
 
@@ -107,15 +107,15 @@ def run_all(
     program: Sequence[str] = _TRAIN,
     **settings: Any,
 ) -> list[Exit]:
-    """Trains in a trial's folder until the end of all processes, of which hanging ones are killed.
+    """Trains in a trial's folder until all processes have ended; kills those that hang.
 
     Args:
       folder: the trial's folder.
-      fault: to make while they train, if any.
-      num_processes: that share the run, 1 or 2.
-      victim: which of them the fault strikes.
-      program: arguments of Python that stand for train.py.
-      **settings: fields of the config, over those of all runs.
+      fault: the fault to make during training, if any.
+      num_processes: number of processes that share the run, 1 or 2.
+      victim: index of the process that the fault strikes.
+      program: arguments of Python in place of train.py.
+      **settings: fields of the config, which override those of all runs.
     """
     settings = _SETTINGS | (_SETTINGS_OF_TWO if num_processes == 2 else {}) | settings
     number = len(list((folder / "logs").iterdir()))
@@ -171,7 +171,7 @@ def _start(
 
 
 def _strike(fault: Fault, process: subprocess.Popen, phase_now: Callable[[], str]) -> str:
-    """Makes the fault at its moment; returns its phase, "" if the process ended before."""
+    """Makes the fault at its moment; returns the phase, or "" if the process ended before."""
     if fault.phase and not wait(process, lambda: phase_now() == fault.phase):
         return ""
     moment = time.monotonic() + fault.seconds
@@ -183,7 +183,7 @@ def _strike(fault: Fault, process: subprocess.Popen, phase_now: Callable[[], str
 
 
 def wait(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
-    """Waits until the condition holds; False if the process ended or hung before."""
+    """Waits for a condition; returns False if the process ended or hung before it held."""
     deadline = time.monotonic() + _SECONDS_A_RUN
     while process.poll() is None and time.monotonic() < deadline:
         if condition():

@@ -1,4 +1,4 @@
-"""One trial of each fault: a short run is disturbed, started again, and its end judged."""
+"""The trials of the faults: each disturbs a short run, starts it again, and judges its end."""
 
 import functools
 import itertools
@@ -29,7 +29,7 @@ KILLS_A_TRIAL = 5
 _SAME_END = "bit-identical end"
 _LINE_THEN_SAME_END = "one clear line, then bit-identical end"
 _TOO_LATE = "the run was over before its moment"
-# Phases to aim at, and the latest moment for that in seconds after they have begun.
+# Phases to aim at, and the latest moment of the fault in seconds after the phase has begun.
 _PHASES = {
     "save": 0.03,
     "preparation": 5.0,
@@ -43,17 +43,21 @@ _PHASES = {
 class Lab(NamedTuple):
     """What the trials share."""
 
-    scratch: Path  # the folder of all, with the prepared data and compiled programs
-    num_processes: int  # that share each run
-    end: dict[str, Any]  # of the undisturbed run, see judge.ending
-    seconds: float  # that the undisturbed run took
+    scratch: Path  # the folder of all trials, with the prepared data and compiled programs
+    num_processes: int  # processes that share each run
+    end: dict[str, Any]  # the end of the undisturbed run, from judge.ending
+    seconds: float  # the time of the undisturbed run
 
 
 def make_lab(scratch: Path, num_processes: int) -> Lab:
-    """Prepares the data, and finishes two undisturbed runs, whose ends must be the same."""
+    """Prepares the data, and finishes two undisturbed runs, whose ends must be the same.
+
+    Raises:
+      UserError: if one of them fails, or their ends differ.
+    """
     say(f"running undisturbed, twice, in {num_processes} process(es)")
     ends, seconds = [], 0.0
-    for name in ("undisturbed", "again"):  # the first makes the data and the compiled programs
+    for name in ("undisturbed", "again"):  # the first one prepares the data and compiles
         folder, begin = new_folder(scratch / name, scratch), time.monotonic()
         for end in run_all(folder, num_processes=num_processes):
             if end.status != 0:
@@ -70,13 +74,13 @@ def make_lab(scratch: Path, num_processes: int) -> Lab:
 
 
 def make_row(phase: str, detail: str, outcome: str, problems: list[str], line: str = "") -> Row:
-    """What is recorded of a fault: its outcome, or the problems in its place."""
+    """Returns the record of a fault, with its outcome or, in its place, the problems."""
     outcome, ok = "; ".join(problems) or outcome, not problems
     return {"phase": phase, "detail": detail, "outcome": outcome, "ok": ok, "line": line}
 
 
 def _finish(lab: Lab, folder: Path, before: judge.Seen) -> list[str]:
-    """Starts undisturbed after a fault; returns what is lost since `before` or else wrong."""
+    """Finishes a run after a fault; returns what was lost since `before` or is wrong otherwise."""
     end, *others = run_all(folder, num_processes=lab.num_processes)
     problems = judge.lost(before, judge.look(workdir(folder)), end.log)
     problems += judge.finished(lab.end, workdir(folder), end)
@@ -97,8 +101,8 @@ def _refused(
 ) -> list[Row]:
     """Judges a process that had to end with one line, mends the cause and finishes the run.
 
-    again starts once before that, which must end with one line too; others are the problems that
-    the caller found.
+    If `again`, the run is first started once with the cause still there, which must also end with
+    one line. `others` are problems that the caller found.
     """
     before = judge.look(workdir(folder))
     line, problems = judge.complaint(end)
@@ -119,10 +123,10 @@ def _signals(
     rng: random.Random,
     index: int,
 ) -> list[Row]:
-    """Sends a signal some times to runs in one of the phases, then at random moments."""
+    """Sends a signal to runs, num_aimed times in one phase, then num_random at random moments."""
     rows = []
     aims = [list(_PHASES)[index % len(_PHASES)]] * num_aimed + [""] * num_random
-    for life in itertools.count():  # a run that ends before its moment is followed by another
+    for life in itertools.count():  # after a run that ended before its moment, another one starts
         # Prepared data would leave nothing to disturb in the preparation.
         shared = None if aims[0] == "preparation" else lab.scratch
         here, struck = new_folder(folder / f"run-{life}", shared), []
@@ -148,7 +152,7 @@ def _signals(
 
 
 def _outcome(end: runner.Exit, after: judge.Seen) -> tuple[str, list[str]]:
-    """How a process ended that got a signal, and what is wrong with that."""
+    """Returns how a process ended after a signal, and what is wrong with that."""
     saved = re.search(r"stopped after step (\d+); saved", end.log)
     if end.status == 0 and saved and int(saved[1]) == after.newest:
         return f"saved, then {_SAME_END}", []
@@ -161,7 +165,7 @@ def _outcome(end: runner.Exit, after: judge.Seen) -> tuple[str, list[str]]:
 
 
 def _kill_halfway(folder: Path) -> None:
-    """Starts a run and kills it once it has a checkpoint of half of its steps."""
+    """Starts a run and kills it once it has a checkpoint of at least half of its steps."""
     directory = workdir(folder) / "checkpoints"
 
     def kill(process: subprocess.Popen) -> None:
@@ -179,7 +183,7 @@ def _damage(
     rng: random.Random,
     index: int,
 ) -> list[Row]:
-    """Damages the newest checkpoint of a run that was killed halfway, and goes on."""
+    """Damages the newest checkpoint of a run that was killed halfway, and resumes the run."""
     _kill_halfway(folder)
     newest = judge.look(workdir(folder)).newest
     detail = how(workdir(folder) / "checkpoints" / str(newest), rng, index)
@@ -193,7 +197,7 @@ def _damage(
 
 
 def _full_disk(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
-    """A disk too small to start on, or one that is filled, nearly, while a run goes on."""
+    """Starts on a disk that is too small, or fills the disk (almost) while a run goes on."""
     disk = folder / "disk"
     target = ("", "steps", "save", "validation", "compiling", "final evaluation")[index % 6]
     spare = rng.choice((0, 0, 4096, 30_000, 100_000, 300_000))
@@ -214,7 +218,7 @@ def _full_disk(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[R
 
 
 def _read_only(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
-    """A disk that is read-only at the start, or folders that become so while a run goes on."""
+    """Starts on a read-only disk, or makes folders read-only while a run goes on."""
     if index >= 3:
         return _locked(lab, folder, rng, index)
     disk = folder / "disk"
@@ -228,7 +232,7 @@ def _read_only(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[R
 
 
 def _locked(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
-    """Takes the right to change the workdir, or its checkpoints only, from a run that goes on."""
+    """Makes the workdir, or only its checkpoints, immutable while a run goes on."""
     locked = workdir(folder) / ("" if index % 2 else "checkpoints")
     target = ("compiling", "steps", "save")[index % 3]
 
@@ -246,7 +250,7 @@ def _locked(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]
 
 
 def _not_a_number(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
-    """A batch of which the model makes NaN, in runs that stop there, or skip such steps."""
+    """Gives a run a batch that makes the model return NaN; the run stops or skips the step."""
     non_finite = ("stop", "skip")[index % 2]
     bad = rng.randrange(1, runner.NUM_STEPS + 1)
     program = ("-m", "experiments.faults.poisoned", f"--poisoned_step={bad}")
@@ -269,7 +273,7 @@ def _not_a_number(lab: Lab, folder: Path, rng: random.Random, index: int) -> lis
 
 
 def _skipped(lab: Lab, directory: Path, bad: int) -> list[str]:
-    """What is wrong with a finished run that had to skip one step."""
+    """Returns what is wrong with a finished run that had to skip one step."""
     problems = []
     entries = logs.read_metrics(directory / "metrics.jsonl")
     window = -(-bad // runner.LOG_EVERY) * runner.LOG_EVERY
@@ -287,7 +291,7 @@ def _skipped(lab: Lab, directory: Path, bad: int) -> list[str]:
 
 
 def _one_of_two(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[Row]:
-    """SIGKILL or SIGTERM to one of two processes, once training has begun."""
+    """Sends SIGKILL or SIGTERM to one of two processes, once training has begun."""
     target = ("compiling", "steps", "save", "validation")[index // 2 % 4]
     victim = (index // 2 + index // 4) % 2
     action = (subprocess.Popen.kill, subprocess.Popen.terminate)[index % 2]
@@ -317,8 +321,8 @@ def _one_of_two(lab: Lab, folder: Path, rng: random.Random, index: int) -> list[
     return [make_row(exits[0].phase, detail, outcome, problems, line)]
 
 
-# Each makes one trial in a folder of its own and returns rows of what it tried and what came of it;
-# and the number of trials.
+# For each fault, a function and the number of trials. The function makes one trial in its own
+# folder and returns rows of what it tried and how that ended.
 FAULTS: dict[str, tuple[Callable[[Lab, Path, random.Random, int], list[Row]], int]] = {
     "kill": (functools.partial(_signals, subprocess.Popen.kill, 2, KILLS_A_TRIAL - 2), 20),
     "term": (functools.partial(_signals, subprocess.Popen.terminate, 1, 1), 5),
