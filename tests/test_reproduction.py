@@ -162,13 +162,13 @@ def test_the_commands(tmp_path, data_dir):
 
     run("stability", *common, "--steps=3", out("stability"))
     done = run("singular_values", *common, "--steps=3", out("singular_values"))
-    assert "listops-skyformer-small-seed0: the steps are there" in done.stderr
+    assert "listops-skyformer-small-seed0: the steps are kept from an earlier call" in done.stderr
     tiny = ("--set=train.num_steps=4", "--set=train.warmup_steps=1", "--set=train.eval_every=2")
     run("table1", *common, *tiny, out("table1"))
     assert "2 of 2 cells are finished" in run("table1", *common, *tiny, out("table1")).stderr
     run("figure2", *common, *tiny, "--rounds=2", out("figure2"))
     run("table2", *common, *tiny, "--rounds=2", "--small_batches", out("table2"))
-    assert "listops is there" in (
+    assert "listops is measured already" in (
         run("table2", *common, *tiny, "--rounds=2", "--small_batches", out("table2")).stderr
     )
     subprocess.run(

@@ -1,4 +1,4 @@
-"""What the paper's figures measure: spectral error, singular values, instability.
+"""Computes what the paper's figures show: spectral error, singular values, instability.
 
 Source: Chen, Zeng, Ji, Yang, "Skyformer", NeurIPS 2021: figure 1, appendix E (figure 2) and
 appendix F (table 1).
@@ -17,7 +17,7 @@ from skyformer_jax.attention import skyformer_attention
 
 # Parameters on which the embedding does not depend.
 _HEAD = ("head_hidden", "head_out")
-# Tokens that embedding_change computes at a time, for the memory.
+# Tokens that embedding_change computes at a time, to limit the memory.
 _TOKENS = 4096
 
 
@@ -29,18 +29,19 @@ def skyformer_of_softmax(
     mask: jax.Array | None = None,
     **options: Any,
 ) -> jax.Array:
-    """Softmax attention by Skyformer's method, as figure 1 of the paper compares it with others.
+    """Approximates softmax attention by Skyformer's method, as in figure 1 of the paper.
 
     The matrix exp(scale Q K^T) is completed to that of [Q; K] with itself, which is positive
     semi-definite, and approximated by landmarks; the rows are then divided by their sums. Since
 
         exp(scale q.k) = exp(scale/2 |q|^2) G(q, k) exp(scale/2 |k|^2)
 
-    and the first factor cancels in the division, that is skyformer_attention of values weighted by
-    the last factor; gamma is thus a regularisation of the Gaussian kernel.
+    and the first factor cancels in the division, this equals skyformer_attention with values
+    weighted by the last factor. gamma thus regularises the Gaussian kernel.
 
-    Arrays, mask and output are as of softmax_attention, the options those of skyformer_attention
-    but for scale. Nothing is done where the approximate sum of a row comes near zero, or below it.
+    Arrays, mask and output are as in softmax_attention; the options are those of
+    skyformer_attention except scale. Rows whose approximate sum is near zero or negative are not
+    treated specially.
     """
     half_square = 0.5 * key.shape[-1] ** -0.5 * (key.astype(jnp.float32) ** 2).sum(axis=-1)
     if mask is not None:
@@ -53,7 +54,10 @@ def skyformer_of_softmax(
 
 
 def spectral_norm(matrices: np.ndarray) -> np.ndarray:
-    """Largest singular values of [..., rows, columns], in float64; inf if one is not finite."""
+    """Computes the largest singular values of [..., rows, columns] in float64.
+
+    A matrix with elements that are not finite gives inf.
+    """
     matrices = np.asarray(matrices, np.float64)
     finite = np.isfinite(matrices).all(axis=(-2, -1), keepdims=True)
     norms = np.linalg.norm(np.where(finite, matrices, 0), ord=2, axis=(-2, -1))
@@ -61,7 +65,7 @@ def spectral_norm(matrices: np.ndarray) -> np.ndarray:
 
 
 def spectral_error(approximation: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Spectral norm of the error of an attention's output, relative to that of the exact output.
+    """Computes the spectral norm of an output's error over that of the exact output.
 
     Both outputs are [batch, length, heads, head_dim]; the result is float64 [batch, heads].
     """
@@ -72,7 +76,7 @@ def spectral_error(approximation: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 
 def singular_values(outputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Singular values of each example's output at its real tokens, over the greatest of them.
+    """Computes the singular values of each example's output at its real tokens, over the greatest.
 
     Args:
       outputs: [batch, length, width].
@@ -94,7 +98,7 @@ def outputs_of(
     mask: jax.Array,
     rng: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """The outputs of all modules of that name when the model is applied, in their order.
+    """Applies a model and returns the outputs of all its modules with that name, in order.
 
     Args:
       name: query, key or value (each [batch, length, heads, head_dim]), attention_layer or block_0
@@ -102,14 +106,14 @@ def outputs_of(
       model: a classifier without remat.
       variables: the model's variables.
       tokens: int [batch, length], or [batch, 2, length].
-      mask: bool, likewise.
+      mask: bool, shaped like the tokens.
       rng: a jax.random key for the dropout and the landmarks of training; None leaves both out,
         as in evaluation.
 
     Raises:
-      ValueError: if there is no such module.
+      ValueError: if the model has no module with that name.
     """
-    streams = ("landmarks", "dropout")  # those that a training step draws
+    streams = ("landmarks", "dropout")  # the streams that a training step draws from
     _, captured = model.apply(
         variables,
         tokens,
@@ -126,14 +130,14 @@ def outputs_of(
 
 
 class Change(NamedTuple):
-    """How far a model's embedding of a sequence moves; how the embedding is taken matters.
+    """How far a model's embedding of a sequence moves, for three ways to take the embedding.
 
     Attributes:
       normed: after the final norm, as the head pools it.
-      raw: before it. There kernelized attention, whose output is a sum over all keys that nothing
-        divides by their number, is larger the longer the sequence.
-      with_noise: as normed, with dropout and landmarks as in training, drawn anew for the embedding
-        before and for that after. This is mostly the size of that noise.
+      raw: before the final norm. There, kernelized attention grows with the length of the sequence,
+        because its output is a sum over all keys that is not divided by their number.
+      with_noise: like normed, with the dropout and landmarks of training, drawn anew for the
+        embeddings before and after. It is mostly the size of this noise.
     """
 
     normed: jax.Array | float
@@ -145,10 +149,10 @@ class Change(NamedTuple):
 def embedding_change(
     model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array, rng: jax.Array
 ) -> Change:
-    """||f(x, W') - f(x, W)||_F^2 of each example, float32 [batch], f embedding its real tokens.
+    """Computes ||f(x, W') - f(x, W)||_F^2 of each example, float32 [batch].
 
-    W and W' are the variables before and after; the model and its inputs are as of outputs_of. The
-    jax.random key is for with_noise alone.
+    f embeds the real tokens of an example. W and W' are the variables before and after; the model
+    and its inputs are as in outputs_of. The jax.random key is only for with_noise.
     """
 
     def one(example: tuple[jax.Array, jax.Array, jax.Array]) -> Change:
@@ -172,10 +176,11 @@ def embedding_change(
 def instability(
     model: nn.Module, before: Any, after: Any, tokens: jax.Array, mask: jax.Array, rng: jax.Array
 ) -> Change:
-    """The instability score of a training step, appendix F of the paper.
+    """Computes the instability score of a training step, appendix F of the paper.
 
-    ||f(x, W') - f(x, W)||_F^2 / ||W' - W||_F^2, a mean over the examples, with f and the arguments
-    as of embedding_change and W all parameters but the head's, on which f does not depend.
+    It is ||f(x, W') - f(x, W)||_F^2 / ||W' - W||_F^2, averaged over the examples. f and the
+    arguments are as in embedding_change; W are all parameters except the head's, on which f does
+    not depend.
 
     Raises:
       ValueError: if the parameters did not change.

@@ -1,4 +1,4 @@
-"""What the cells of a grid have come to: their results, and the table of all."""
+"""Reads the results of the cells of a grid, and makes the table of all."""
 
 import shlex
 import statistics
@@ -18,11 +18,11 @@ TRAINABLE = ("unfinished", "failed")  # statuses; the others are finished and re
 
 
 def _read_result(cell: Cell) -> dict[str, Any]:
-    """What eval_test.json of the cell holds; empty if the cell is not finished.
+    """Returns the content of the cell's eval_test.json; empty if the cell is not finished.
 
     Raises:
-      UserError: if it is damaged, or the result of another config or of a checkpoint other than
-        the best.
+      UserError: if the file is damaged, or is the result of another config or of a checkpoint other
+        than the best.
     """
     path = cell.workdir / "eval_test.json"
     if not path.exists():
@@ -31,7 +31,7 @@ def _read_result(cell: Cell) -> dict[str, Any]:
     saved = configs.read(cell.workdir / "config.json")
     asked = with_settled_kind(cell.asked, saved)
     different = configs.differences(configs.to_dict(saved), asked)
-    # The digest is of what was evaluated, should config.json be of a later attempt.
+    # The digest is that of the evaluated config, in case config.json is from a later attempt.
     if different or result.get("config_digest") != config_digest(saved):
         raise UserError(
             f"{cell.workdir} holds the result of another config; name another --dir, or delete it: "
@@ -47,7 +47,7 @@ def _read_result(cell: Cell) -> dict[str, Any]:
 
 
 def read_cell(cell: Cell) -> Row:
-    """The cell's entry in the JSON, by what lies in its folder."""
+    """Returns the cell's entry in the JSON, from the files in its folder."""
     record_path = cell.workdir / "sweep.json"
     record = read_json(record_path) if record_path.exists() else {}
     try:
@@ -74,11 +74,11 @@ def read_cell(cell: Cell) -> Row:
 
 
 def read_others(path: Path, cells: Sequence[Cell]) -> list[Row]:
-    """The finished entries of an earlier JSON, if there is one, of other seeds than the cells.
+    """Returns an earlier JSON's finished entries of other seeds than the cells'; none if missing.
 
     Raises:
-      UserError: if the file is none of a grid's, or has finished entries of another setting, task
-        or attention.
+      UserError: if the file is not the JSON of a grid, or has finished entries of another setting,
+        task or attention.
     """
     if not path.exists():
         return []
@@ -101,7 +101,7 @@ def read_others(path: Path, cells: Sequence[Cell]) -> list[Row]:
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Mean and spread of the accuracy over the seeds that are finished, the JSON's "summary"."""
+    """Returns mean and spread of the accuracy over the finished seeds, the JSON's "summary"."""
     summary = []
     for key in dict.fromkeys((row["config"], row["attention"]) for row in rows):
         own = [row for row in rows if (row["config"], row["attention"]) == key]
@@ -120,7 +120,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Test accuracy in percent, attentions by configs, and in what setting; Markdown."""
+    """Formats test accuracy in percent, attentions by configs, and the settings, as Markdown."""
     of_configs, num_seeds = group(rows, "config"), len({row["seed"] for row in rows})
     texts: dict[str, str] = {}
     for entry in summarise(rows):

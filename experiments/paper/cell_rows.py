@@ -1,4 +1,4 @@
-"""Goes over the grid of the flags, one row of a result a cell, and on where it stopped."""
+"""Measures the cells of the flags' grid, one row per cell, and resumes where it stopped."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +19,15 @@ def keep_rows(
     measure: Callable[[Cell], Row],
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
-    """Measures the cells that the JSON of --out does not have, and writes it after each.
+    """Measures the cells that the JSON of --out lacks, and writes it after each.
 
     Args:
-      what: is measured.
-      settings: beside the flags of the grid; an earlier result of others is begun anew.
-      measure: gives what a cell's row holds beside its setting, "provenance" included; a UserError
-        skips the cell, and is its row's "skipped". It is tried again next time.
-      draw: makes the picture of a result at a path.
+      what: what is measured, for the JSON and, up to a comma or bracket, for the progress bar.
+      settings: settings beside the flags of the grid. An earlier result with other settings is
+        started over.
+      measure: returns the fields of a cell's row beside its setting, including "provenance". A
+        UserError skips the cell and is its row's "skipped"; the next call tries it again.
+      draw: draws the picture of a result to a path.
     """
     path, cells = Path(grid_flags.OUT.value), grid_flags.make_cells()
     header = {

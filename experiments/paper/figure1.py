@@ -1,12 +1,12 @@
-"""Error of each approximation against exact softmax attention, the paper's figure 1.
+"""Measures the error of each approximation of softmax attention, the paper's figure 1.
 
     python -m experiments.paper.figure1                          # on an accelerator
     python -m experiments.paper.figure1 --small --set=data.source=DIR
 
-Queries, keys and values are those of the layers of a Text model with softmax attention, on reviews
-of at least as many bytes as a length asks for, cut there: of the model as it is initialised, and of
-one that is trained here (into --dir; it goes on where it stopped). Each approximation then computes
-the attention of the same arrays, with as many features as asked for:
+Queries, keys and values are those of the layers of a Text model with softmax attention, as it is
+initialised, and as it is trained here (in --dir; training resumes where it stopped). The inputs are
+reviews of at least a length, in bytes, cut to it. Each approximation computes the attention of the
+same arrays with each number of features:
 
     skyformer      landmarks; its method applied to the softmax kernel, as in the paper, see
                    analysis.py
@@ -17,15 +17,16 @@ the attention of the same arrays, with as many features as asked for:
     bigbird        keys of a query: blocks of an eighth of that, two global, three of the window and
                    three random
 
-Reformer is left out: it attends with one array as queries and keys, so that exact attention is not
-its limit. What is random is drawn --draws times.
+Reformer is left out: it uses one array as queries and keys, so exact attention is not its limit.
+Random approximations are drawn --draws times.
 
---lengths beyond a trained model's, which with --small is 256, are measured with initialised weights
-alone, as the table of positions ends there.
+Lengths beyond that of the trained model, which is 256 with --small, are measured with initialised
+weights only, because the trained table of positions ends there.
 
 Writes --out after each length: spectral norms of the error of a head's output, absolute and over
-the exact output's, over examples, layers, heads and draws ("failed" were not finite, and left out);
-and the picture beside it. Started again, it goes on with the lengths that are missing.
+that of the exact output, summarised over examples, layers, heads and draws ("failed" is the number
+of errors that were not finite, which are left out); and the picture beside it. Started again, it
+measures the missing lengths.
 """
 
 import functools
@@ -59,17 +60,19 @@ _SMALL = flags.DEFINE_bool("small", False, "The reduced setting for a CPU: a sma
 _LENGTHS = flags.DEFINE_list("lengths", "128,256,512,1024,2048,4096", "Tokens of a sequence.")
 _FEATURES = flags.DEFINE_list("features", "16,32,64,128,256", "Numbers of features.")
 _EXAMPLES = flags.DEFINE_integer("examples", 4, "Reviews of each length.", lower_bound=1)
-_DRAWS = flags.DEFINE_integer("draws", 4, "Draws of what is random.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the model; draw i has the key i.", lower_bound=0)
+_DRAWS = flags.DEFINE_integer("draws", 4, "Draws of random approximations.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the model; draw i uses key i.", lower_bound=0)
 _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE, an override of the config.")
 _DIR = flags.DEFINE_string("dir", "runs/figure1", "Folder of the trained model.")
-_OUT = flags.DEFINE_string("out", "results/figure1.json", "JSON to write; the plot has .png.")
+_OUT = flags.DEFINE_string(
+    "out", "results/figure1.json", "JSON to write; the plot gets the suffix .png."
+)
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def approximations(num_features: int, length: int) -> dict[str, Callable[..., jax.Array]]:
-    """Each approximation with so many features, of query, key, value and rng."""
+    """Returns each approximation as a function of query, key, value and rng."""
     options = {
         "nystromformer": {"num_landmarks": num_features},
         "linformer": {"num_features": num_features},
@@ -86,7 +89,7 @@ def approximations(num_features: int, length: int) -> dict[str, Callable[..., ja
 
 
 def texts(run: Run, split: Examples, length: int) -> tuple[jax.Array, jax.Array]:
-    """The first reviews that have the length, cut there: tokens and mask, without padding."""
+    """Returns tokens and mask of the first reviews with the length, cut to it, without padding."""
     rows = np.flatnonzero(split.lengths[:, 0] >= length)[: _EXAMPLES.value]
     if len(rows) < _EXAMPLES.value:
         raise UserError(
@@ -97,7 +100,7 @@ def texts(run: Run, split: Examples, length: int) -> tuple[jax.Array, jax.Array]
 
 
 def layer_inputs(model: Any, variables: Any, tokens: jax.Array, mask: jax.Array) -> list[Arrays]:
-    """Query, key and value, [1, length, heads, head_dim], of each example and layer."""
+    """Returns query, key and value, [1, length, heads, head_dim], of each example and layer."""
 
     @jax.jit
     def arrays_of(tokens: jax.Array, mask: jax.Array) -> list[tuple[jax.Array, ...]]:
@@ -105,7 +108,7 @@ def layer_inputs(model: Any, variables: Any, tokens: jax.Array, mask: jax.Array)
         found = [analysis.outputs_of(name, model, variables, tokens, mask) for name in names]
         return list(zip(*found, strict=True))
 
-    # One at a time, for the memory of exact attention.
+    # One example at a time, to limit the memory of exact attention.
     return [
         jax.device_get(arrays)
         for i in range(len(tokens))
@@ -114,7 +117,7 @@ def layer_inputs(model: Any, variables: Any, tokens: jax.Array, mask: jax.Array)
 
 
 def measure(inputs: list[Arrays], features: list[int], what: str) -> list[Row]:
-    """The errors of each approximation and number of features on those arrays of one length."""
+    """Measures errors by approximation and number of features on arrays of one length."""
     length = inputs[0][0].shape[1]
     exact = [np.asarray(jax.jit(ATTENTIONS["softmax"])(*arrays)) for arrays in inputs]
     norms = np.array([analysis.spectral_norm(np.moveaxis(x, 2, 1)) for x in exact])
@@ -156,11 +159,11 @@ def measure(inputs: list[Arrays], features: list[int], what: str) -> list[Row]:
 
 
 def trained_model(cell: grid.Cell) -> tuple[Any, Any, dict[str, Any]]:
-    """The model of the cell, trained, its variables and what they are of."""
+    """Trains the model of the cell; returns it, its variables and a description of the training."""
     config = grid.parse_config(cell.arguments)
     result = training.train(config, cell.workdir)
     if result is None:
-        sys.exit(1)  # stopped by a signal, and said so
+        sys.exit(1)  # a signal stopped the training, which said so
     run = one_device_run(config)
     folder = cell.workdir / "checkpoints"
     state, _ = checkpoints.restore(folder, result["checkpoint"], state_spec(run))
@@ -175,7 +178,7 @@ def trained_model(cell: grid.Cell) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def main() -> None:
-    """Trains, if need be, and measures length after length; writes JSON and picture after each."""
+    """Trains if necessary, measures length after length, and writes JSON and picture after each."""
     lengths, features = integers(_LENGTHS), integers(_FEATURES)
     small, reduced = ("small", grid.shorter(["text"])) if _SMALL.value else ("", [])
     (cell,) = grid.make_grid(
@@ -215,7 +218,7 @@ def main() -> None:
         if (weights, length) in done:
             continue
         if length > model.max_length:
-            say(f"{weights} weights: no positions beyond {model.max_length}: not {length}")
+            say(f"{weights} weights: positions end at {model.max_length}; skipped length {length}")
             continue
         inputs = layer_inputs(model, variables, *texts(run, validation, length))
         found = measure(inputs, features, f"{weights} weights, {length} tokens")

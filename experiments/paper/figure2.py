@@ -1,14 +1,15 @@
-"""Validation accuracy and loss against training time, the paper's figure 2 and its appendix's.
+"""Makes curves of validation accuracy and loss against training time, the paper's figure 2.
 
     python -m experiments.paper.table1 && python -m experiments.paper.figure2
 
-The curves are those of the runs that table1.py trained in --dir: give both the same flags, --small
-included. Times are steps times the seconds of a step, which are measured here, the attentions of a
-task side by side in one process on random tokens: the runs themselves may have shared their machine
-with others. Validation and compilation are left out.
+The paper's appendix has such curves as well. The curves here are those of the runs that table1.py
+trained in --dir; give both scripts the same flags, including --small. A time is a number of steps
+times the seconds of a step. The seconds are measured here, with the attentions of a task side by
+side in one process on random tokens, because the runs themselves may have shared their machine with
+others. Validation and compilation are left out.
 
-Writes --out with the curves of each cell, and the provenance of the times (the cells' own is in
-table1.json), and the picture beside it.
+Writes --out with the curves of each cell and the provenance of the times, and the picture beside
+it. The provenance of the cells is in table1.json.
 """
 
 import collections
@@ -34,7 +35,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each attention takes.", 
 
 
 def measure(cells: list[tuple[Cell, Row]], name: str) -> list[Row]:
-    """The rows of a task, of its finished cells and their results."""
+    """Returns the rows of a task, given its finished cells and their results."""
     configs = {cell.attention: parse_config(cell.arguments) for cell, _ in cells}
     times = measure_steps(configs, _ROUNDS.value, name)
     fields = ("config", "attention", "seed", "num_steps", "batch_size", "departures")
@@ -64,7 +65,7 @@ def measure(cells: list[tuple[Cell, Row]], name: str) -> list[Row]:
 
 
 def main() -> None:
-    """Times the steps of what is trained, and writes its curves."""
+    """Times the steps of the finished runs, and writes their curves."""
     by_config = collections.defaultdict(list)
     for cell in grid_flags.make_cells():
         result = read_cell(cell)

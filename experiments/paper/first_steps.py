@@ -1,4 +1,4 @@
-"""The first steps of training, with the parameters after each, kept for several scripts."""
+"""Takes the first steps of training and keeps the parameters after each for several scripts."""
 
 import json
 from pathlib import Path
@@ -23,20 +23,20 @@ from skyformer_jax.training.state import init_states, take
 
 
 def one_device_run(config: ml_collections.ConfigDict) -> Run:
-    """The run of a config that has been checked, on the first device alone."""
+    """Makes the run of a checked config on the first device only."""
     compilation_cache.use_cache(config.compilation_cache)
     return make_run(config, meshes.make_mesh(1, 1, jax.devices()[:1]))
 
 
 def first_batches(run: Run, split: Examples, num_steps: int) -> list[Batch]:
-    """The batches of the first steps, as training reads them."""
+    """Returns the batches of the first steps, as training reads them."""
     train, max_length = run.config.train, run.config.model.max_length
     batches = training_batches(split, train.batch_size, max_length, seed=run.config.seed)
     return [next(batches) for _ in range(num_steps)]
 
 
 def model_inputs(run: Run, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The tokens, int32, and the mask, bool, of a batch; both [batch, length] as its tokens."""
+    """Returns tokens, int32, and mask, bool, of a batch, both shaped like its tokens."""
     positions = np.arange(batch.tokens.shape[-1])
     return step.tokens_and_mask(run, batch.tokens, batch.length, positions)
 
@@ -47,10 +47,10 @@ def train(
     """Takes the first steps of a run of one seed, or reads those that an earlier call kept.
 
     Args:
-      run: its schedule is that of all its steps.
+      run: a run of one seed, with the schedule of its whole training.
       split: the training examples.
       num_steps: steps to take.
-      folder: gets first_steps.npz.
+      folder: where first_steps.npz is kept.
 
     Returns:
       The model's variables before the first step and after each, and the provenance of the steps.
@@ -66,9 +66,9 @@ def train(
         header = json.loads(str(kept.pop("header")))
         if header["config"] == as_read(setting) and header["steps"] >= num_steps:
             if _close(take(kept, 0), found[0]):
-                say(f"{folder.name}: the steps are there")
+                say(f"{folder.name}: the steps are kept from an earlier call")
                 return [take(kept, i) for i in range(num_steps + 1)], header["provenance"]
-            say(f"{folder.name}: kept by code that starts otherwise: begun anew")
+            say(f"{folder.name}: the kept steps begin with other parameters: starting over")
 
     train_step = make_train_step(run)
     batches = first_batches(run, split, num_steps)
@@ -84,5 +84,5 @@ def train(
 
 
 def _close(a: Any, b: Any) -> bool:
-    """Whether variables of one config are equal, but for what devices round otherwise."""
+    """Returns whether variables of one config are equal up to the rounding of devices."""
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.allclose(x, y, atol=1e-6), a, b)))

@@ -1,8 +1,8 @@
 """The cells of a grid of task x attention x seed: the config and the folder of each run.
 
 The reduced setting for a CPU, which every script here has as `--small`, is the variant small of the
-configs (a smaller model, shorter texts and images, fewer steps), with the fields of `_SHORTER`
-where it is trained to the end: a run then takes minutes on one core.
+configs (a smaller model, shorter texts and images, fewer steps). Where runs are trained to the end,
+the fields of `_SHORTER` shorten them further, so that a run takes minutes on one core.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from skyformer_jax.training import config as configs
 ROOT = Path(__file__).resolve().parents[2]
 _NO_TASKS = ("common", "language_model")
 CONFIGS = tuple(sorted({path.stem for path in ROOT.glob("configs/*.py")} - {*_NO_TASKS}))
-# Fields begin so that do not change what is computed, or that are not of the setting.
+# Prefixes of fields that do not change what is computed, or that do not belong to the setting.
 NOT_SETTING = (*configs.MUTABLE_FIELDS, "data.source", "seed")
-# A config that is reduced by itself, and what it is a reduction of.
+# Configs that are reductions themselves, and the full config of each.
 _FULL = {"quickstart": "listops"}
-_FULL_VARIANTS = ("paper", "fast")  # of the full task
+_FULL_VARIANTS = ("paper", "fast")  # variants of the full task
 _SHORTER = tuple(
     f"{config}:{setting}"
     for config, settings in {
@@ -43,8 +43,9 @@ _SHORTER = tuple(
 class Cell:
     """A run of the grid.
 
-    `arguments` is what train.py is told beside the workdir, `asked` what config.json of the run has
-    to say, and `departures` {field: [full setting, here]} for all that is not as in the full one.
+    `arguments` are those of train.py except the workdir, `asked` is what config.json of the run
+    must contain, and `departures` is {field: (full setting, here)} for all fields that differ from
+    the full setting.
     """
 
     config: str
@@ -57,7 +58,7 @@ class Cell:
 
 
 def shorter(configs: Sequence[str]) -> list[str]:
-    """The overrides that the reduced setting has beside the variant small, of these configs."""
+    """Returns the overrides of --small beside the variant small, for these configs."""
     return [setting for setting in _SHORTER if setting.partition(":")[0] in configs]
 
 
@@ -69,12 +70,12 @@ def make_grid(
     overrides: Sequence[str],
     directory: Path,
 ) -> list[Cell]:
-    """All cells, with their folders in `directory`; overrides are [CONFIG:]FIELD=VALUE.
+    """Returns all cells, with their folders in `directory`; overrides are [CONFIG:]FIELD=VALUE.
 
-    They come seed by seed, so that the first seed's table is whole first.
+    The cells are in the order of their seeds, so that the first seed's table is complete first.
 
     Raises:
-      UserError: for the first thing that cannot work, before anything is started.
+      UserError: for the first value that cannot work, before anything is started.
     """
     configs, attentions = list(dict.fromkeys(configs)), list(dict.fromkeys(attentions))
     for name in configs:
@@ -101,7 +102,7 @@ def make_grid(
 
 
 def _parse_override(text: str, configs: Sequence[str]) -> tuple[str, str]:
-    """[CONFIG:]FIELD=VALUE as config, "" for all, and FIELD=VALUE."""
+    """Splits [CONFIG:]FIELD=VALUE into the config, "" for all, and FIELD=VALUE."""
     field, equals, value = text.partition("=")
     owner, _, field = field.rpartition(":")
     if not (field and equals):
@@ -146,7 +147,7 @@ def _make_cell(
 
 
 def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
-    """The config that train.py makes of these arguments."""
+    """Returns the config that train.py makes from these arguments."""
     values, argv = flags.FlagValues(), ["train.py", *arguments]
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     cli.parse(values, argv)
@@ -154,12 +155,12 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 
 def with_settled_kind(asked: dict[str, Any], saved: ml_collections.ConfigDict) -> dict[str, Any]:
-    """A stored config with its run's data.kind, which train.py settles if none is asked for."""
+    """Returns a stored config with the data.kind of its run, which train.py may have chosen."""
     return {**asked, "data": {**asked["data"], "kind": asked["data"]["kind"] or saved.data.kind}}
 
 
 def departures(full: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{field: [in the full setting, here]} of all that differs between two of setting_of."""
+    """Returns {field: (in the full setting, here)} for fields that differ, given two settings."""
     return {
         field: (full.get(field), here.get(field))
         for field in sorted(full.keys() | here.keys())
@@ -168,6 +169,6 @@ def departures(full: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[An
 
 
 def setting_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a stored config, {"train.num_steps": 100, ...}, that are of its setting."""
+    """Returns the setting in a stored config, as {"train.num_steps": 100, ...}."""
     flat = configs.flatten(config).items()
     return {field: value for field, value in flat if not field.startswith(NOT_SETTING)}

@@ -1,4 +1,4 @@
-"""The figures that the paper printed.
+"""The figures printed in the paper.
 
 Source: Chen, Zeng, Ji, Yang, "Skyformer: Remodel Self-Attention with Gaussian Kernel and Nystrom
 Method", NeurIPS 2021, arXiv 2111.00035: tables 1 and 2, appendix table 1.
@@ -9,7 +9,7 @@ CONFIGS = ("text", "listops", "retrieval", "pathfinder", "image")
 
 
 def _table(**rows: str) -> dict[str, dict[str, float]]:
-    """{attention: {config: figure}} of rows of figures in the order of CONFIGS."""
+    """Returns {attention: {config: figure}}, given rows of figures in the order of CONFIGS."""
     return {
         name: dict(zip(CONFIGS, map(float, row.split()), strict=True)) for name, row in rows.items()
     }

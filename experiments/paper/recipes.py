@@ -1,11 +1,11 @@
-r"""What was tried to find the recipes of the variants "fast", and what each run reached, and when.
+r"""Tabulates the runs tried for the recipes of the variants "fast": what each reached, and when.
 
     python -m experiments.paper.recipes --runs='runs/recipes/*'
 
 Reads workdirs of train.py, finished or not, and writes a row for each: how its setting departs from
-the paper's, the validation accuracies with the seconds that the steps up to each took, the test
-accuracy if it was evaluated, and how many seconds it took to reach, on validation, the test
-accuracy that the paper printed. Rows of other workdirs that --out has stay. Draws the curves.
+the paper's; the validation accuracies, with the seconds of the steps up to each; the test accuracy,
+if it was evaluated; and the seconds until the validation accuracy reached the test accuracy printed
+in the paper. Rows of other workdirs in --out are kept. Also draws the curves.
 """
 
 import glob
@@ -33,15 +33,17 @@ from skyformer_jax.errors import UserError
 from skyformer_jax.training import config as configs
 from skyformer_jax.training.logs import read_metrics, training_seconds
 
-_RUNS = flags.DEFINE_string("runs", None, "Pattern of the workdirs.", required=True)
-_OUT = flags.DEFINE_string("out", "results/recipes.json", "File to write, and its picture.")
+_RUNS = flags.DEFINE_string("runs", None, "Glob pattern of the workdirs.", required=True)
+_OUT = flags.DEFINE_string(
+    "out", "results/recipes.json", "JSON to write; the picture gets the suffix .png."
+)
 
 
 def row_of(workdir: Path) -> Row:
-    """What a run was, and what it reached.
+    """Returns the row of a run: its setting, and what it reached.
 
     Raises:
-      UserError: if the folder is no workdir.
+      UserError: if the folder is not a workdir.
     """
     config = configs.read(workdir / "config.json")
     train = config.train
@@ -77,14 +79,14 @@ def row_of(workdir: Path) -> Row:
 
 
 def _departures(config: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """{field: (paper's setting, here)}."""
+    """Returns {field: (paper's setting, here)} for the fields that differ."""
     get_config = importlib.import_module(f"configs.{config.task}").get_config
     full = with_settled_kind(configs.to_dict(get_config(config.attention.name)), config)
     return departures(setting_of(full), setting_of(configs.to_dict(config)))
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """The validation curves against the minutes of the steps, a panel for each task."""
+    """Plots the validation curves against the minutes of the steps, a panel per task."""
     from matplotlib.figure import Figure  # imported late: it is slow to load
 
     names = list(dict.fromkeys(row["config"] for row in rows))

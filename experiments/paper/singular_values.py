@@ -1,14 +1,14 @@
-"""Singular values of the second layer's attention output, the paper's appendix figure 2.
+"""Computes singular values of the second layer's attention output, the paper's appendix figure 2.
 
     python -m experiments.paper.singular_values --seeds=0
     python -m experiments.paper.singular_values --small --configs=listops
 
-Of each of the first --examples validation examples, the output [real tokens, width] of the last
-attention layer: its singular values over the greatest, before training and after the first --steps
-steps of it, which stability.py also takes and which are kept in --dir.
+For each of the first --examples validation examples, it computes the singular values of the last
+attention layer's output [real tokens, width], divided by the greatest, before training and after
+its first --steps steps. stability.py takes the same steps, and they are kept in --dir.
 
-A task whose data are not there is skipped, with a line; so is what an earlier run of this code
-finished. --small needs a minute.
+A task whose data are missing is skipped, with a line. Cells that an earlier call measured are not
+measured again. --small takes a minute.
 
 Writes --out after each cell: the means over the examples of the values, descending from 1, and of
 the number of real tokens; and the picture beside it.
@@ -29,11 +29,11 @@ from skyformer_jax.data.batches import make_batch
 grid_flags.set_defaults(dir="runs/first_steps", out="results/singular_values.json")
 flags.adopt_module_key_flags(grid_flags)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps of training.", lower_bound=1)
-_EXAMPLES = flags.DEFINE_integer("examples", 16, "Of the validation split.", lower_bound=1)
+_EXAMPLES = flags.DEFINE_integer("examples", 16, "Validation examples.", lower_bound=1)
 
 
 def measure(cell: Cell) -> Row:
-    """The singular values of a cell, and what they are of."""
+    """Computes the singular values of a cell; returns the fields of its row."""
     run = first_steps.one_device_run(parse_config(cell.arguments))
     weights, where = first_steps.train(run, run.load_split("train"), _STEPS.value, cell.workdir)
     validation = run.load_split("validation")
@@ -47,7 +47,7 @@ def measure(cell: Cell) -> Row:
 
     def spectrum(variables: object) -> list[float]:
         values = []
-        for i in range(len(rows)):  # one at a time, for the memory
+        for i in range(len(rows)):  # one example at a time, to limit the memory
             out = np.asarray(attend(variables, tokens[i : i + 1], mask[i : i + 1]))
             real = np.asarray(mask[i : i + 1]).reshape(out.shape[:2])
             values.extend(analysis.singular_values(out, real))
@@ -64,7 +64,7 @@ def measure(cell: Cell) -> Row:
 
 
 def main() -> None:
-    """Measures cell after cell; writes JSON and picture after each."""
+    """Measures cell after cell, and writes JSON and picture after each."""
     keep_rows(
         "singular values of the last attention layer's output, over the greatest, before training "
         "and after its first steps",

@@ -1,4 +1,4 @@
-"""The script of a Slurm job array that trains each cell of a grid in a job of its own."""
+"""Makes the script of a Slurm job array that trains each cell of a grid in its own job."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from pathlib import Path
 def slurm_script(
     command: Sequence[str], num_cells: int, at_a_time: int | None, directory: Path, cwd: Path
 ) -> str:
-    """The text of the script.
+    """Returns the text of the script.
 
     Args:
       command: the command of the sweep, without --cell.
-      num_cells: jobs in the array, each with a GPU.
-      at_a_time: most that run at once; None leaves that to the cluster.
-      directory: gets the jobs' logs; Slurm does not make it.
-      cwd: where the command is to be run.
+      num_cells: number of jobs in the array, each with a GPU.
+      at_a_time: maximum number of jobs that run at once; None leaves that to the cluster.
+      directory: folder for the logs of the jobs; Slurm does not create it.
+      cwd: folder in which to run the command.
     """
     limit = f"%{at_a_time}" if at_a_time else ""
     return f"""#!/bin/bash
@@ -31,13 +31,13 @@ def slurm_script(
 #SBATCH --signal=B:USR1@120
 
 cd {shlex.quote(str(cwd))} || exit 1
-# In the background, as bash runs a trap only once what is in front has ended.
+# In the background, because bash runs a trap only after a foreground command has ended.
 {shlex.join(command)} --cell="$SLURM_ARRAY_TASK_ID" &
 sweep=$!
 # USR1: the time is nearly up. TERM: preempted or cancelled. Either way the cell saves and stops.
 trap 'received=USR1; kill -TERM "$sweep"' USR1
 trap 'received=TERM; kill -TERM "$sweep"' TERM
-while true; do  # a trap ends wait, too
+while true; do  # a trap also ends wait
     wait "$sweep"
     status=$?
     kill -0 "$sweep" 2>/dev/null || break

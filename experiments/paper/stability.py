@@ -1,22 +1,22 @@
-"""The instability score of the paper's appendix F, over the first steps of training.
+"""Measures the instability score of the paper's appendix F over the first steps of training.
 
     python -m experiments.paper.stability --seeds=0
     python -m experiments.paper.stability --small --configs=listops
 
     tau_i = ||f(x_i, W_i) - f(x_i, W_(i-1))||_F^2 / ||W_i - W_(i-1)||_F^2
 
-with f the embedding of the real tokens after the last block and the final norm, x_i the batch of
-step i, W all parameters but the head's (analysis.py). The paper gives its mean over the first 20
-steps as a ratio to softmax's. Training is as configs/ say, dropout included; f is evaluated without
-it, and with the same landmarks before and after the step. As the paper does not say whether its f
-was, there is a second score with dropout and landmarks drawn anew each time. --examples=N evaluates
-f on the first N of each batch.
+Here f is the embedding of the real tokens after the last block and the final norm, x_i is the batch
+of step i, and W are all parameters except the head's (analysis.py). The paper gives the mean over
+the first 20 steps, as a ratio to softmax's. Training follows configs/, including dropout. f is
+evaluated without dropout, and with the same landmarks before and after the step. The paper does not
+say how its f was evaluated, so a second score uses dropout and landmarks that are drawn anew each
+time. --examples=N evaluates f on the first N examples of each batch.
 
-A task whose data are not there is skipped, with a line; so is what an earlier run of this code
-finished. --small needs a minute.
+A task whose data are missing is skipped, with a line. Cells that an earlier call measured are not
+measured again. --small takes a minute.
 
-Writes --out after each cell: a score a step, the same before the final norm and with noise, and the
-number of examples of each batch on which f was evaluated; and the picture beside it.
+Writes --out after each cell: the score of each step, also before the final norm and with noise, and
+the number of examples of each batch on which f was evaluated; and the picture beside it.
 """
 
 import jax
@@ -36,11 +36,11 @@ grid_flags.set_defaults(
 )
 flags.adopt_module_key_flags(grid_flags)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps of training.", lower_bound=1)
-_EXAMPLES = flags.DEFINE_integer("examples", 0, "Of each batch; 0: all.", lower_bound=0)
+_EXAMPLES = flags.DEFINE_integer("examples", 0, "Examples of each batch; 0: all.", lower_bound=0)
 
 
 def measure(cell: Cell) -> Row:
-    """The scores of a cell's first steps, and what they are of."""
+    """Computes the scores of a cell's first steps; returns the fields of its row."""
     run = first_steps.one_device_run(parse_config(cell.arguments))
     split, train = run.load_split("train"), run.config.train
     weights, where = first_steps.train(run, split, _STEPS.value, cell.workdir)
@@ -63,7 +63,7 @@ def measure(cell: Cell) -> Row:
 
 
 def main() -> None:
-    """Measures cell after cell; writes JSON and picture after each."""
+    """Measures cell after cell, and writes JSON and picture after each."""
     keep_rows(
         "instability score (appendix F) of each of the first steps of training: evaluated, before "
         "the final norm, with the noise of training",

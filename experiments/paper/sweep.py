@@ -1,30 +1,30 @@
-r"""Trains a grid of task x attention x seed, and makes the table that a reproduction reports from.
+r"""Trains a grid of task x attention x seed, and makes the table of a reproduction.
 
     python -m experiments.paper.sweep --configs=listops,text --attentions=softmax,skyformer \
         --seeds=0,1 --variant=small --set=text:data.source=DIR --set=train.num_steps=200 --workers=2
 
-Without flags it is the paper's table 1: five tasks, nine attentions, three seeds. With those above:
+Without flags it trains the paper's table 1: five tasks, nine attentions, three seeds. Other flags:
 
-    --small            the reduced setting for a CPU (grid.py): some minutes a cell
-    --devices=0,1,2,3  a GPU for each of four workers; --devices=0 --workers=3 shares one
-    --idle             at the lowest priority, beside other work; while a file DIR/pause exists, the
-                       running cells stand still, so that something can be timed
-    --table            makes the table of what there is so far, and starts nothing
-    --add              keeps the other seeds that --out has, trained elsewhere in this setting
+    --small            uses the reduced setting for a CPU (grid.py): some minutes per cell
+    --devices=0,1,2,3  uses a GPU for each of four workers; --devices=0 --workers=3 shares one
+    --idle             trains at the lowest priority, beside other work
+    --table            makes the table of the finished cells, and starts nothing
+    --add              keeps the other seeds in --out, trained elsewhere in this setting
     --slurm=sweep.sh   writes a script for sbatch, which trains each cell in a job of a cluster
 
 A cell is a run of train.py in DIR/<config>-<attention>[-<variant>]-seed<k>, with its standard error
-in train.log there. The same command again skips the finished cells and goes on with the others,
-which train.py continues from their checkpoints. A result of another config than the one asked for
-is refused, never counted. SIGTERM or Ctrl-C lets the running cells save and stop (a second Ctrl-C
-does not wait for that). If the sweep itself is killed its cells train on; the next start waits for
-them instead of starting them twice. Exit status: 0, 1 if a cell failed, 128 + signal if stopped.
+in train.log there. The same command again skips the finished cells and continues the others from
+their checkpoints. A result of another config than the one asked for is refused, never counted.
+While a file DIR/pause exists, the running cells are paused, so that something else can be timed.
+SIGTERM or Ctrl-C lets the running cells save and stop (a second Ctrl-C stops them at once). If the
+sweep itself is killed, its cells continue to train; the next start waits for them instead of
+starting them twice. Exit status: 0, 1 if a cell failed, 128 + signal if stopped.
 
-Writes --out anew after each cell: what was asked for, "cells" with status (failed is tried again
-next time, refused is not), departures ({field: [full setting, here]}, empty if the run is not a
-reduced one; variants "paper" and "fast" are full settings of their own), what eval_test.json has,
-seconds of wall time of all attempts and the last one's provenance; and a "summary" over the
-finished cells.
+Rewrites --out after each cell. It has the flags' settings; "cells", each with its status (failed
+cells are tried again next time, refused ones are not), departures ({field: [full setting, here]},
+empty if the run is not reduced; variants "paper" and "fast" are full settings of their own), the
+result in eval_test.json, the wall time of all attempts in seconds, and the provenance of the last
+attempt; and a "summary" of the finished cells.
 """
 
 import contextlib
@@ -49,15 +49,15 @@ from skyformer_jax.training.logs import read_metrics
 
 flags.adopt_module_key_flags(grid_flags)
 _WORKERS = flags.DEFINE_integer(
-    "workers", None, "Cells trained at a time; default: one, or one a device.", lower_bound=1
+    "workers", None, "Cells trained at a time; default: one, or one per device.", lower_bound=1
 )
 _DEVICES = flags.DEFINE_list(
-    "devices", [], "GPUs, as CUDA_VISIBLE_DEVICES has them, dealt to the workers."
+    "devices", [], "GPUs, as in CUDA_VISIBLE_DEVICES, distributed over the workers."
 )
 _IDLE = flags.DEFINE_bool("idle", False, "Train at the lowest priority, beside other work.")
-_TABLE = flags.DEFINE_bool("table", False, "Train nothing: write the table of what is finished.")
-_ADD = flags.DEFINE_bool("add", False, "Keep the cells of other seeds that --out has.")
-_CELL = flags.DEFINE_integer("cell", None, "Train this cell of the grid alone.", lower_bound=0)
+_TABLE = flags.DEFINE_bool("table", False, "Train nothing: write the table of the finished cells.")
+_ADD = flags.DEFINE_bool("add", False, "Keep the cells of other seeds in --out.")
+_CELL = flags.DEFINE_integer("cell", None, "Train only the cell with this index.", lower_bound=0)
 _SLURM = flags.DEFINE_string(
     "slurm", None, "Train nothing: write a Slurm script with a job for each cell to this file."
 )
@@ -70,20 +70,20 @@ def _train(
     provenance: dict[str, Any],
     signals: list[int],
 ) -> Iterator[None]:
-    """Trains what is to be trained, keeps rows up to date, and says how far it is.
+    """Trains the unfinished cells, keeps rows up to date, and reports the progress.
 
     Yields:
-      When rows may be written: after each cell and at the end.
+      None, whenever the rows are to be written: after each cell and at the end.
     """
     todo = [cell for cell in cells if rows[cell.workdir]["status"] in TRAINABLE]
-    for cell in todo:  # what failed before is tried again
+    for cell in todo:  # failed cells are tried again
         rows[cell.workdir].update(status="unfinished", error=None)
 
     def count(status: str) -> int:
         return sum(row["status"] == status for row in rows.values())
 
     def count_steps() -> tuple[int, int]:
-        """Steps that are taken, and in all, of the cells that have not failed."""
+        """Returns the steps taken and the steps in all, of the cells that have not failed."""
         done = total = 0
         for cell in todo:
             row = rows[cell.workdir]
@@ -152,14 +152,14 @@ def _write(rows: Sequence[Row], header: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Trains what is not finished, writes the JSON after each cell, and prints the table."""
+    """Trains the unfinished cells, writes the JSON after each, and prints the table."""
     directory, cells = Path(grid_flags.DIR.value), grid_flags.make_cells()
     if Path(grid_flags.OUT.value).is_dir():
         raise UserError(f"--out={grid_flags.OUT.value} is a folder; name a file")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        text = f"--dir={directory}: that, or what it is in, is a file; name a folder"
+        text = f"--dir={directory}: this, or a folder above it, is a file; name a folder"
         raise UserError(text) from None
     if _SLURM.value:
         return _write_slurm(cells, directory)
@@ -184,7 +184,7 @@ def main() -> None:
     header = workers.find_provenance(environments[0])
     with workers.stop_signals() as signals:
         for _ in [None] if _TABLE.value else _train(cells, rows, environments, header, signals):
-            if not alone:  # jobs of an array would overwrite each other's
+            if not alone:  # jobs of an array would overwrite each other's file
                 _write(in_order(), header)
     if not alone:
         print(table(in_order()))

@@ -1,12 +1,12 @@
-r"""Test accuracy of nine attentions on five tasks, the paper's table 1.
+r"""Measures the test accuracy of nine attentions on five tasks, the paper's table 1.
 
     python -m experiments.paper.table1                        # 135 runs of 50,000 steps
     python -m experiments.paper.table1 --small --configs=listops,text,image,pathfinder \
         --seeds=0,1 --set=text:data.source=DIR --set=image:data.source=DIR
 
-This is sweep.py, which says how it goes on after an interruption, what its flags do and what the
-JSON holds, with a picture. --small needs minutes a cell on a CPU core. figure2.py draws the curves
-of the same runs.
+Runs sweep.py and draws a picture. sweep.py describes the flags, the JSON, and how to resume after
+an interruption. --small takes minutes per cell on a CPU core. figure2.py draws the curves of the
+same runs.
 """
 
 import sys
@@ -24,7 +24,7 @@ flags.adopt_module_key_flags(sweep)
 
 
 def main() -> None:
-    """Sweeps, and draws what there is, after a signal or with failed cells too."""
+    """Runs the sweep, and draws the finished cells, even after a signal or failures."""
     status = 0
     try:
         sweep.main()

@@ -1,18 +1,18 @@
-"""Hours of 50,000 steps and peak memory, the paper's table 2.
+"""Measures hours of 50,000 steps and peak memory, the paper's table 2.
 
     python -m experiments.paper.table2                   # on an accelerator: the full batches
     python -m experiments.paper.table2 --small_batches   # of 16,384 tokens, for ratios on a CPU
     python -m experiments.paper.table2 --small           # the reduced setting
 
-A training step of each attention on random tokens at the task's full length, which neither depends
-on: the attentions of a task are compiled ahead of time and take turns in one process, so that their
-ratios are side by side. Peak memory is what the compiled step says that it needs: its arguments,
-results and temporaries. Beside the nine there is no recomputation of activations or gradient
-accumulation unless --set asks for it, but on a CPU, where a batch is computed in parts that fit its
-caches (docs/speed.md).
+Measures a training step of each attention at the task's full length, on random tokens, because time
+and memory do not depend on them. The attentions of a task are compiled ahead of time and take turns
+in one process, so that their ratios are side by side. Peak memory is what the compiled step says it
+needs for arguments, results and temporaries. No activations are recomputed and no gradients are
+accumulated unless --set asks for it, except on a CPU, where a batch is computed in parts that fit
+its caches (docs/speed.md).
 
 Writes --out after each task (hours are those of 50,000 such steps), and the picture beside it.
-Started again, it goes on with the tasks that are missing.
+Started again, it measures the missing tasks.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ _TOKENS = 16_384
 
 
 def measure(cells: list[Cell], name: str) -> list[Row]:
-    """The rows of a task."""
+    """Measures a task; returns its rows."""
     configs = {cell.attention: parse_config(cell.arguments) for cell in cells}
     full_batch_sizes = {attention: config.train.batch_size for attention, config in configs.items()}
     if _SMALL_BATCHES.value:
@@ -72,7 +72,7 @@ def measure(cells: list[Cell], name: str) -> list[Row]:
 
 
 def main() -> None:
-    """Measures task after task; writes JSON and picture after each."""
+    """Measures task after task, and writes JSON and picture after each."""
     path, cells = Path(grid_flags.OUT.value), grid_flags.make_cells()
     header = {
         "what": "training step of the full model, random tokens at full length",
@@ -87,7 +87,7 @@ def main() -> None:
     rows = resume(path, header)
     for name in dict.fromkeys(cell.config for cell in cells):
         if any(row["config"] == name for row in rows):
-            say(f"{name} is there")
+            say(f"{name} is measured already")
             continue
         rows += measure([cell for cell in cells if cell.config == name], name)
         result = {**header, "rows": rows}

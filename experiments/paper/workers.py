@@ -1,4 +1,4 @@
-"""The processes that train the cells of a grid, each of them train.py."""
+"""Runs the processes that train the cells of a grid, each of them train.py."""
 
 import collections
 import contextlib
@@ -27,7 +27,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @dataclasses.dataclass
 class _Attempt:
-    """A cell that a worker is at; without a process, the worker waits for another's process."""
+    """A cell that a worker trains; without a process, it waits for one that another started."""
 
     cell: Cell
     process: subprocess.Popen | None
@@ -36,7 +36,7 @@ class _Attempt:
 
 
 def _is_held(workdir: Path) -> bool:
-    """Whether a process is training there, by the lock of train.py."""
+    """Returns whether a process is training there, by the lock of train.py."""
     path = workdir / "lock"
     if not path.exists():
         return False
@@ -48,12 +48,12 @@ def _is_held(workdir: Path) -> bool:
 
 
 def _lowest_priority(process: subprocess.Popen) -> None:
-    """Lets everything else on the machine go first.
+    """Gives a process the lowest priority on the machine.
 
-    Linux schedules sessions, not processes, against each other where it groups them (sched(7),
-    "The autogroup feature"): there a nice value counts within the session alone.
+    If Linux groups processes by session (sched(7), "The autogroup feature"), it schedules the
+    groups against each other, and a nice value counts only within the session.
     """
-    with contextlib.suppress(OSError):  # it has ended
+    with contextlib.suppress(OSError):  # the process has ended
         os.setpriority(os.PRIO_PROCESS, process.pid, 19)
         Path(f"/proc/{process.pid}/autogroup").write_text("19")
 
@@ -81,7 +81,7 @@ def _start(cell: Cell, environment: dict[str, str], idle: bool) -> _Attempt:
 
 
 def _error(attempt: _Attempt) -> str:
-    """In one line, why the attempt did not finish its cell."""
+    """Returns one line that says why the attempt did not finish its cell."""
     with (attempt.cell.workdir / "train.log").open("rb") as log:
         log.seek(attempt.log_start)
         lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
@@ -94,7 +94,7 @@ def _error(attempt: _Attempt) -> str:
 
 
 def _record(attempt: _Attempt, provenance: dict[str, Any], stopping: bool) -> None:
-    """Adds an attempt that is over to its cell's record, sweep.json."""
+    """Adds an attempt that has ended to the record of its cell, sweep.json."""
     path = attempt.cell.workdir / "sweep.json"
     before = read_json(path) if path.exists() else {"seconds": 0, "attempts": 0}
     finished = (attempt.cell.workdir / "eval_test.json").exists()
@@ -109,7 +109,7 @@ def _record(attempt: _Attempt, provenance: dict[str, Any], stopping: bool) -> No
 
 
 def _look(attempt: _Attempt, stopping: bool) -> str:
-    """What has become of an attempt: "running", "over", or "again", to be started once more."""
+    """Returns the state of an attempt: "running", "over", or "again" to start it once more."""
     cell, process = attempt.cell, attempt.process
     if process is None:
         if not stopping and _is_held(cell.workdir):
@@ -117,7 +117,7 @@ def _look(attempt: _Attempt, stopping: bool) -> str:
         return "over" if stopping or read_cell(cell)["status"] not in TRAINABLE else "again"
     if process.poll() is None:
         return "running"
-    # A process of an earlier sweep had not yet got to its lock when we looked.
+    # A process of an earlier sweep had not yet taken its lock when we looked.
     return "again" if process.returncode and not stopping and _is_held(cell.workdir) else "over"
 
 
@@ -138,19 +138,19 @@ def train_cells(
 ) -> Iterator[list[Cell]]:
     """Trains unfinished cells, one at a time in each environment.
 
-    The first of the received signals stops the runs, as SIGTERM, once they have saved, and a
-    further SIGINT stops them at once.
+    The first received signal is passed on as SIGTERM, so that the runs save and stop. Each further
+    SIGINT is passed on in the same way and stops them at once.
 
     Args:
-      cells: the cells, in the order to train them in.
-      environments: the workers' environments.
-      provenance: the provenance that each attempt's record gets.
-      signals: those received so far.
-      idle: trains at the lowest priority.
-      pause: while this file exists, the running cells stand still.
+      cells: the cells, in the order in which to train them.
+      environments: the environment variables of each worker.
+      provenance: the provenance for the record of each attempt.
+      signals: the signals received so far; it grows while the function runs.
+      idle: whether to train at the lowest priority.
+      pause: a file; while it exists, the running cells are paused.
 
     Yields:
-      From time to time, the cells that have ended since.
+      From time to time, the cells that have ended since the last time.
     """
     pending, at_work, passed_on = collections.deque(cells), {}, 0
     paused = False
@@ -187,7 +187,7 @@ def train_cells(
 
 
 def make_environments(workers: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
-    """The environments of the workers: each sees one of the devices, where devices are given."""
+    """Returns the workers' environments; each worker sees one device, if devices are given."""
     workers = workers or len(devices) or 1
     if not devices:
         return [dict(os.environ)] * workers
@@ -203,10 +203,12 @@ def make_environments(workers: int | None, devices: Sequence[str]) -> list[dict[
 
 
 def find_provenance(environment: dict[str, str]) -> dict[str, Any]:
-    """What a worker runs on, asked of a process that ends: this one must not take a GPU's memory.
+    """Returns the provenance of a worker's runs.
+
+    A short-lived process finds it, because this process must not allocate GPU memory.
 
     Raises:
-      UserError: if JAX does not start there.
+      UserError: if JAX does not start in that process.
     """
     program = (
         "import json, jax; from experiments.records import provenance; "
@@ -223,7 +225,7 @@ def find_provenance(environment: dict[str, str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT are appended to."""
+    """Yields a list to which received SIGTERM and SIGINT are appended."""
     received: list[int] = []
     old = {
         number: signal.signal(number, lambda number, _: received.append(number))
