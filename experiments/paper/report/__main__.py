@@ -17,11 +17,11 @@ from skyformer_jax import cli
 from skyformer_jax.errors import UserError
 
 _RESULTS = flags.DEFINE_string(
-    "results", "results", "Folder of the JSON, which gets REPORT.md and the pictures."
+    "results", "results", "Folder of the JSON files; gets REPORT.md and the pictures."
 )
 
 
-# {name of the result: (title, its text, its picture)}
+# {name of the result: (title, function that makes the text, function that draws the picture)}
 SECTIONS: dict[str, tuple[str, Callable[[Result], str], Callable[[Result, Path], None]]] = {
     "table1": ("Table 1: accuracy", tables.table1, pictures.table1),
     "table2": ("Table 2: time and memory", tables.table2, pictures.table2),
@@ -37,13 +37,13 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str], Callable[[Result, Path],
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """The results in a folder, by the names of their files without .json.
+    """Reads the results in a folder, {name of the file without .json: content}.
 
     Raises:
-      UserError: if there is no such folder, or a file in it is damaged.
+      UserError: if the folder is missing, or a file in it is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"--results={folder} is no folder; name the one that has the JSON")
+        raise UserError(f"--results={folder} is not a folder; name the one with the JSON files")
     results = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -54,10 +54,10 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 
 def render(results: dict[str, Result]) -> str:
-    """The report, Markdown.
+    """Returns the report as Markdown.
 
     Raises:
-      UserError: if a result lacks what its script writes today.
+      UserError: if a result lacks a field that its script writes today.
     """
     sections = []
     for name, (title, make_text, _) in SECTIONS.items():

@@ -1,4 +1,4 @@
-"""Which claims of the paper the results bear out, each decided by a stated rule."""
+"""Decides which claims of the paper the results confirm, each by a stated rule."""
 
 import itertools
 from collections import Counter
@@ -9,17 +9,17 @@ from experiments.paper.report import statistics
 from experiments.paper.report.statistics import Estimate, Result
 
 CONFIRMED, NOT_CONFIRMED, NOT_RUN = "confirmed", "not confirmed", "not yet run"
-# Points of accuracy by which one may be behind another and still match it.
+# Points of accuracy by which an attention may be behind another and still match it.
 _MARGIN = 1.0
 
 _ALL_TASKS = "in every task measured"
 
-# Whether a result bears a claim out, and the figures that decide; None if it lacks what is needed.
+# Whether a result confirms a claim, and the deciding figures; None if it lacks what is needed.
 Decision = tuple[bool, str] | None
 
 
 class Claim(NamedTuple):
-    """A claim of the paper, when it counts as confirmed, and by which file of results/."""
+    """A claim of the paper, the rule that confirms it, and the file of results/ that decides."""
 
     text: str
     rule: str
@@ -28,7 +28,7 @@ class Claim(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a claim: `evidence` has the figures that decided, maybe of reduced runs."""
+    """The verdict on a claim; `evidence` has the deciding figures, `reduced` if of reduced runs."""
 
     claim: str
     rule: str
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
 
 def _both(of_configs: Mapping[str, Mapping[str, Any]], *names: str) -> dict[str, list[Any]]:
-    """What the configs that have both attentions have of them."""
+    """Returns {config: values of the named attentions} for the configs that have all of them."""
     return {
         config: [of_name[name] for name in names]
         for config, of_name in of_configs.items()
@@ -52,7 +52,7 @@ def _percent_points(difference: Estimate) -> str:
 
 
 def _accuracy(text: str, name: str, other: str) -> Claim:
-    """The claim that an attention is at least as accurate as another."""
+    """Returns the claim that an attention is at least as accurate as another."""
 
     def decide(table1: Result) -> Decision:
         found = _both(statistics.accuracies(table1), name, other)
@@ -88,7 +88,7 @@ def _listed(ratios: Mapping[str, float]) -> str:
 
 
 def _stability(text: str, name: str, low: float = 0.0, high: float = 1.0) -> Claim:
-    """The claim that an attention's instability ratio lies between two bounds."""
+    """Returns the claim that an attention's instability ratio lies between two bounds."""
 
     def decide(stability: Result) -> Decision:
         ratios, noisy = (
@@ -112,7 +112,7 @@ def _stability(text: str, name: str, low: float = 0.0, high: float = 1.0) -> Cla
 
 
 def _cheaper(text: str, name: str, other: str, what: str = "time") -> Claim:
-    """The claim that an attention needs less time or memory than another."""
+    """Returns the claim that an attention needs less time or memory than another."""
     field = {"time": "seconds_per_step", "memory": "bytes"}[what]
 
     def decide(table2: Result) -> Decision:
@@ -140,7 +140,7 @@ def _least_error(figure1: Result) -> Decision:
     for (_, length), of_name in statistics.spectral_errors(figure1).items():
         for num_features in figure1["features"]:
             errors = {n: e[num_features] for n, e in of_name.items() if num_features in e}
-            # With as many features as tokens most are exact.
+            # With as many features as tokens, most approximations are exact.
             if num_features < length and "skyformer" in errors and len(errors) > 1:
                 winners[min(errors, key=errors.get)] += 1
     evidence = ", ".join(f"{name} {count}" for name, count in winners.most_common())
@@ -202,7 +202,7 @@ CLAIMS = (
 
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
-    """All claims, by the results that there are, {name of the file without .json: content}."""
+    """Judges all claims by the results, {name of the file without .json: content}."""
     verdicts = []
     for text, rule, name, decide in CLAIMS:
         decided = decide(results[name]) if name in results else None
@@ -215,9 +215,9 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
 
 
 def _is_reduced(result: Result) -> bool:
-    """Whether a result's setting is not that of the paper; fewer seeds are not counted.
+    """Returns whether a result's setting is not that of the paper; fewer seeds do not count.
 
-    Scores of a training step, of some of its batch's examples alone, are reduced as well.
+    Instability scores on only some examples of each batch count as reduced as well.
     """
     rows = result.get("cells", result.get("rows", []))
     return (

@@ -1,6 +1,6 @@
-"""The pictures of results: each a function of what a JSON of results/ holds, and of a path.
+"""Draws the pictures of results; each function takes the content of a JSON and a path.
 
-The scripts of experiments/paper/ draw them as they measure, the report draws them again.
+The scripts of experiments/paper/ draw them while they measure, and the report draws them again.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from skyformer_jax.attention import NAMES
 
 
 def _in_order(of_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configs in the paper's order, and then the others."""
+    """Sorts configs into the paper's order, followed by the others."""
     order = dict.fromkeys([*published.CONFIGS, *of_config])
     return {config: of_config[config] for config in order if config in of_config}
 
@@ -34,9 +34,10 @@ def _save(
     height: float = 3.1,
     title_at: str = "center",
 ) -> None:
-    """Saves a figure of panels, {title: what `draw` gets beside the axes}, with one legend below.
+    """Saves a figure of panels with one legend below.
 
-    There is a row of panels, of that height in inches, for each label of the y axis.
+    `panels` is {title: second argument of `draw`}, whose first argument is the axes. Each label of
+    the y axis has a row of panels, `height` inches high.
     """
     columns, rows = -(-len(panels) // len(labels)), len(labels)
     figure = Figure(figsize=(max(3.1 * columns, 5), height * rows + 0.5), layout="constrained")
@@ -68,7 +69,7 @@ def _save(
 
 
 def _logarithmic(axis: Axes) -> None:
-    """A logarithmic axis of x with ticks that read 0.2, 0.5, 1, ..."""
+    """Makes the x axis logarithmic, with ticks at 0.2, 0.5, 1, ..."""
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
@@ -76,19 +77,19 @@ def _logarithmic(axis: Axes) -> None:
 
 
 def _list_names(axis: Axes) -> None:
-    """All attentions along y, the first on top."""
+    """Lists all attentions along the y axis, the first on top."""
     axis.set_yticks(range(len(NAMES)), reversed(NAMES), fontsize=8)
     axis.set_ylim(-0.6, len(NAMES) - 0.4)
 
 
 def _plot_mean(axis: Axes, name: str, values: Iterable[Sequence[float]], **style: Any) -> None:
-    """The line of an attention: the mean of lists of values over 1, 2, 3, ..."""
+    """Plots the line of an attention: the mean of lists of values against 1, 2, 3, ..."""
     mean = np.mean(list(values), axis=0)
     axis.plot(range(1, len(mean) + 1), mean, label=name, **line_style(name) | style)
 
 
 def stability(result: Result, path: Path) -> None:
-    """Instability score of each step, a panel a task, a line an attention, mean of the seeds."""
+    """Draws mean instability over the seeds by step: a panel per task, a line per attention."""
 
     def draw(axis: Axes, of_name: dict[str, Any]) -> None:
         for name, rows in of_name.items():
@@ -100,7 +101,7 @@ def stability(result: Result, path: Path) -> None:
 
 
 def singular_values(result: Result, path: Path) -> None:
-    """Singular values over the greatest, a column a task; before training above, after it below."""
+    """Draws singular values over the greatest, by task; before training above, after it below."""
 
     def draw(axis: Axes, content: tuple[dict[str, Any], str]) -> None:
         of_name, when = content
@@ -119,12 +120,12 @@ def singular_values(result: Result, path: Path) -> None:
 
 
 def figure1(result: Result, path: Path) -> None:
-    """Relative error against features, a panel for each kind of weights and length."""
+    """Draws relative error against features, a panel per kind of weights and length."""
 
     def draw(axis: Axes, of_name: dict[str, dict[int, float]]) -> None:
         for name, errors in of_name.items():
             axis.plot(errors.keys(), errors.values(), label=name, **line_style(name))
-        # What is exact is below the axis.
+        # Exact approximations lie below the axis.
         axis.set(xlabel="features", xscale="log", yscale="log", ylim=(3e-4, 3))
         axis.set_xticks(result["features"], result["features"], minor=False)
         axis.minorticks_off()
@@ -138,7 +139,7 @@ def figure1(result: Result, path: Path) -> None:
 
 
 def table1(result: Result, path: Path) -> None:
-    """Test accuracy, a panel a task: every seed, the mean, and the floors as dashed lines."""
+    """Draws test accuracy by task: every seed, the mean, and the floors as dashed lines."""
 
     def draw(axis: Axes, of_name: dict[str, Any]) -> None:
         for position, name in enumerate(reversed(NAMES)):
@@ -161,7 +162,7 @@ def table1(result: Result, path: Path) -> None:
 
 
 def table2(result: Result, path: Path) -> None:
-    """Seconds of a step above, memory below, over softmax's; a panel a task; the paper's hollow."""
+    """Draws time (above) and memory (below) of a step over softmax's; the paper's are hollow."""
 
     def draw(axis: Axes, content: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
         config, ours, printed = content
@@ -191,7 +192,7 @@ def table2(result: Result, path: Path) -> None:
 
 
 def figure2(result: Result, path: Path) -> None:
-    """Validation accuracy above, loss below, against time; a column a task; mean of the seeds."""
+    """Draws mean validation accuracy (above) and loss (below) against time, a column per task."""
     tasks = _in_order(statistics.mean_curves(result))
     longest = max(point["seconds"] for row in result["rows"] for point in row["validation"])
     unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)

@@ -1,4 +1,4 @@
-"""What the report computes from results: means, differences and their standard errors."""
+"""Computes the statistics of the report: means, differences and their standard errors."""
 
 import math
 import operator
@@ -15,7 +15,7 @@ Result = dict[str, Any]
 
 
 class Estimate(NamedTuple):
-    """A mean of `count` independent runs and its standard error; None if that is not known."""
+    """A mean of `count` independent runs and its standard error, None if it is unknown."""
 
     value: float
     error: float | None
@@ -23,37 +23,37 @@ class Estimate(NamedTuple):
 
 
 def minus(a: Estimate, b: Estimate) -> Estimate:
-    """The difference of two independent estimates."""
+    """Returns the difference of two independent estimates."""
     error = None if None in (a.error, b.error) else math.hypot(a.error, b.error)
     return Estimate(a.value - b.value, error, min(a.count, b.count))
 
 
 def mean(estimates: list[Estimate]) -> Estimate:
-    """The mean of independent estimates."""
+    """Returns the mean of independent estimates."""
     values, errors, counts = zip(*estimates, strict=True)
     error = None if None in errors else math.hypot(*errors) / len(errors)
     return Estimate(statistics.fmean(values), error, min(counts))
 
 
 def error_of_mean(values: Sequence[float]) -> float | None:
-    """The standard error of a mean, from the spread of its values; None for a single value."""
+    """Returns the standard error of a mean from the spread of its values, None for one value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def finished(result: Result) -> list[Row]:
-    """The finished cells of table1.json."""
+    """Returns the finished cells of table1.json."""
     return [cell for cell in result["cells"] if cell["status"] == "finished"]
 
 
 def measured(result: Result) -> list[Row]:
-    """The rows that were not skipped."""
+    """Returns the rows that were not skipped."""
     return [row for row in result["rows"] if "skipped" not in row]
 
 
 def group(rows: Iterable[Row], *fields: str) -> dict[Any, Any]:
-    """{value of the first field: {value of the second: ... [rows]}}, as the rows come.
+    """Groups rows as {value of the first field: {value of the second: ... [rows]}}.
 
-    Attentions are in the order of NAMES.
+    Values are in the order of the rows, but attentions are in the order of NAMES.
     """
     found: dict[Any, Any] = {}
     for row in rows:
@@ -66,10 +66,10 @@ def group(rows: Iterable[Row], *fields: str) -> dict[Any, Any]:
 
 
 def accuracies(result: Result) -> dict[str, dict[str, Estimate]]:
-    """Test accuracy in percent of table1.json, {config: {attention: mean over the seeds}}.
+    """Returns test accuracies in percent of table1.json, {config: {attention: mean over seeds}}.
 
-    The variance between seeds is taken to be the same for all attentions of a task, and pooled over
-    them. Where none has two seeds, the error is that of a test set of this size alone.
+    The variance between seeds is assumed to be the same for all attentions of a task, and is pooled
+    over them. If no attention has two seeds, the error is that of a test set of this size alone.
     """
     found: dict[str, dict[str, Estimate]] = {}
     for config, of_name in group(finished(result), "config", "attention").items():
@@ -88,10 +88,11 @@ def accuracies(result: Result) -> dict[str, dict[str, Estimate]]:
 def instability_ratios(
     result: Result, field: str = "instability"
 ) -> dict[str, dict[str, Estimate]]:
-    """A mean score of stability.json over softmax's, {config: {attention: ratio}}.
+    """Returns mean scores of stability.json over softmax's, {config: {attention: ratio}}.
 
-    With several seeds it is the mean of their ratios, and the error is from their spread. With one
-    the error is from the spread of the ratio from step to step, as if steps were independent.
+    With several seeds the value is the mean of their ratios, and the error comes from their spread.
+    With one seed the error comes from the spread of the ratio between steps, as if the steps were
+    independent.
     """
     found: dict[str, dict[str, Estimate]] = {}
     for config, of_name in group(measured(result), "config", "attention").items():
@@ -109,9 +110,9 @@ def instability_ratios(
 
 
 def noise_of_softmax(result: Result) -> dict[str, float]:
-    """By how much the noise of training raises softmax's mean score of stability.json, by config.
+    """Returns the factor by which training's noise raises softmax's mean score, by config.
 
-    Of several seeds the last one's.
+    The scores are those of stability.json. Of several seeds, the last one counts.
     """
     return {
         row["config"]: statistics.fmean(row["instability_with_noise"])
@@ -122,9 +123,9 @@ def noise_of_softmax(result: Result) -> dict[str, float]:
 
 
 def cost_ratios(result: Result, field: str) -> dict[str, dict[str, Estimate]]:
-    """A field of table2.json over softmax's, {config: {attention: ratio}}.
+    """Returns a field of table2.json over softmax's, {config: {attention: ratio}}.
 
-    The error of times is from the ratios of the turns; that of memory is None.
+    The error of a time comes from the ratios of the turns; that of memory is None.
     """
     found: dict[str, dict[str, Estimate]] = {}
     for config, of_name in group(measured(result), "config", "attention").items():
@@ -139,7 +140,10 @@ def cost_ratios(result: Result, field: str) -> dict[str, dict[str, Estimate]]:
 
 
 def spectral_errors(result: Result) -> dict[tuple[str, int], dict[str, dict[int, float]]]:
-    """Medians of figure1.json, {(weights, length): {attention: {features: relative error}}}."""
+    """Returns the median relative errors of figure1.json.
+
+    They are {(weights, length): {attention: {features: relative error}}}.
+    """
     return {
         (weights, length): {
             name: {row["num_features"]: row["relative_error"]["median"] for row in rows}
@@ -151,7 +155,10 @@ def spectral_errors(result: Result) -> dict[tuple[str, int], dict[str, dict[int,
 
 
 def mean_curves(result: Result) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
-    """figure2.json, {config: {attention: [(seconds, accuracy, loss)]}}, means over the seeds."""
+    """Returns the curves of figure2.json, means over the seeds.
+
+    They are {config: {attention: [(seconds, accuracy, loss)]}}.
+    """
 
     def mean_curve(rows: list[Row]) -> list[tuple[float, float, float]]:
         columns = operator.itemgetter("seconds", "accuracy", "loss")

@@ -1,4 +1,4 @@
-"""The sections of the report, each from the JSON of one experiment; Markdown."""
+"""Makes the sections of the report, in Markdown, each from the JSON of one experiment."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,19 +10,19 @@ from skyformer_jax.attention import NAMES
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
+    """Formats a table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _runs(result: Result) -> list[dict[str, Any]]:
-    """The provenance of each finished run, or of the whole where runs have none of their own."""
+    """Provenance of each finished run, or of the whole result if the runs have none."""
     cells = [cell for cell in result.get("cells", []) if cell.get("status") == "finished"]
     return [cell["provenance"] for cell in cells if cell.get("provenance")] or [result]
 
 
 def origin(result: Result) -> str:
-    """By what code, on what, a result was measured: a sentence for each machine of its runs."""
+    """Returns the code and hardware of a result, a sentence for each machine of its runs."""
     commits: dict[str, set[str]] = {}
     for run in _runs(result):
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -36,7 +36,7 @@ def _value(x: Any) -> str:
 
 
 def _reduced(rows: Sequence[dict[str, Any]], num_seeds: int = published.SEEDS) -> str:
-    """How the setting of a task's rows, {field: [full, here]}, departs from the full one."""
+    """Says how the settings of a task's rows depart from the full one, by their "departures"."""
     found: dict[str, set[str]] = {}
     for row in rows:
         for field, (full, here) in row["departures"].items():
@@ -48,7 +48,7 @@ def _reduced(rows: Sequence[dict[str, Any]], num_seeds: int = published.SEEDS) -
 
 
 def _compared(ours: Estimate | None, printed: float | None) -> list[str]:
-    """The paper's figure, ours, the difference and its standard error."""
+    """Table cells: the paper's figure, ours, the difference and its standard error."""
 
     def number(x: float | None, sign: str = "") -> str:
         return "-" if x is None else f"{x:{sign}.2f}"
@@ -60,10 +60,10 @@ def _compared(ours: Estimate | None, printed: float | None) -> list[str]:
 
 
 def summary(result: Result) -> str:
-    """Accuracy: ours, its standard error, and the paper's in brackets.
+    """Makes the table of accuracies: ours, its standard error, and the paper's in brackets.
 
-    Attentions and tasks without a finished run are left out. The README shows that of
-    results/fast.json, docs/reproduction.md that of results/table1.json.
+    Attentions and tasks without a finished run are left out. The README shows the table of
+    results/fast.json, and docs/reproduction.md that of results/table1.json.
     """
     accuracies = statistics.accuracies(result)
     configs = [config for config in published.CONFIGS if config in accuracies]
@@ -79,7 +79,7 @@ def summary(result: Result) -> str:
 
 
 def table1(result: Result) -> str:
-    """Accuracy, all in one, then a table a task."""
+    """Makes the section on accuracy: one table of all tasks, then a table per task."""
     accuracies = statistics.accuracies(result)
     parts = [
         "Ours ± its standard error, in brackets the paper's; how ours is reduced is said below.",
@@ -116,7 +116,7 @@ def table1(result: Result) -> str:
 
 
 def table2(result: Result) -> str:
-    """Time and memory of a step, a table a task."""
+    """Makes the section on time and memory of a step, with a table per task."""
     parts = [
         "A training step of the full model on random tokens at full length; the attentions of a "
         "task take turns in one process. Ratios to softmax, ours beside the paper's; the standard "
@@ -152,7 +152,7 @@ def table2(result: Result) -> str:
 
 
 def figure1(result: Result) -> str:
-    """Error by features, a table a kind of weights and length."""
+    """Makes the section on error by features, with a table per kind of weights and length."""
     training = result["training"]
     parts = [
         "Median, over examples, layers, heads and draws, of the spectral norm of the error of an "
@@ -172,7 +172,7 @@ def figure1(result: Result) -> str:
 
 
 def figure2(result: Result) -> str:
-    """The best validation accuracy and when it was reached, a table a task."""
+    """Makes the section on the best validation accuracy and its time, with a table per task."""
     parts = [
         "Training time is steps times the seconds of a step, measured side by side in one "
         "process; means over the seeds. The paper shows curves.",
@@ -191,14 +191,14 @@ def figure2(result: Result) -> str:
 
 
 def _notes(result: Result, *texts: str) -> str:
-    """The texts, and which tasks were skipped."""
+    """Joins the texts, and says which tasks were skipped."""
     reasons = {row["config"]: row["skipped"] for row in result["rows"] if "skipped" in row}
     skipped = [f"{config}: not yet run ({reason})." for config, reason in reasons.items()]
     return " ".join([*texts, *skipped])
 
 
 def stability(result: Result) -> str:
-    """Ratios of the instability score, a row an attention and task."""
+    """Makes the section on instability ratios, with a row per task and attention."""
     ratios = statistics.instability_ratios(result)
     noisy = statistics.instability_ratios(result, "instability_with_noise")
     rows = []
@@ -228,7 +228,7 @@ def stability(result: Result) -> str:
 
 
 def singular_values(result: Result) -> str:
-    """Where the spectrum falls below a tenth and a hundredth, a row an attention and task."""
+    """Makes the section on spectra: counts of values above a tenth and a hundredth, by cell."""
     levels = [(when, level) for when in ("initial", "trained") for level in (0.1, 0.01)]
     rows = []
     for row in measured(result):
@@ -246,7 +246,7 @@ def singular_values(result: Result) -> str:
 
 
 def everything(results: dict[str, Result]) -> str:
-    """All results that there are, those without a section included."""
+    """Makes the table of all results, including those without a section."""
     fields = ("commit", "device")
     rows = [
         [
