@@ -198,7 +198,7 @@ def test_seeds_of_elsewhere_are_kept_if_of_the_same_setting(tmp_path):
     refused("text softmax, seed 0, .*not in its grid", same[:1])
     for text in ("{", "[]", '{"cells": [{}]}'):
         path.write_text(text)
-        refused("no JSON of this script")
+        refused("not a JSON file of this script")
 
 
 # Behaves like train.py as far as a sweep can see, but without training.
@@ -448,7 +448,7 @@ def test_command_collects_and_writes_the_array(tmp_path):
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("", "is a folder; name a file"), ("other.json", "is no JSON of this script")],
+    [("", "is a folder; name a file"), ("other.json", "is not a JSON file of this script")],
 )
 def test_another_out_is_one_line_and_stays_as_it_is(tmp_path, out, message):
     (tmp_path / "other.json").write_text('{"rows": []}')

@@ -343,7 +343,7 @@ def _job_of_flags(num_devices: int) -> tuple[ml_collections.ConfigDict, Case]:
     changes = {} if _BATCH_SIZE.value is None else {"train.batch_size": _BATCH_SIZE.value}
     config = _CONFIG.value.copy_and_resolve_references()
     if _STOCK.value and (config.attention.name != "softmax" or _PLATFORM.value != "tpu"):
-        raise UserError("--stock is for the attention softmax and --platform=tpu")
+        raise UserError("--stock needs the attention softmax and --platform=tpu")
     config.update_from_flattened_dict(changes)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     changes = {**config_flags.get_override_values(flags.FLAGS["config"]), **changes}

@@ -47,6 +47,7 @@ Rows = np.ndarray
 Setting = tuple[str, int]  # kind and number of landmarks
 
 
+# The result quotes the docstrings of these three functions.
 def gaussian_data(rng: np.random.Generator, length: int, width: int) -> tuple[Rows, Rows]:
     """Independent normal queries and keys of standard deviation 0.5."""
     return 0.5 * rng.normal(size=(length, width)), 0.5 * rng.normal(size=(length, width))

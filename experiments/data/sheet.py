@@ -51,7 +51,7 @@ def measure(name: str) -> Row:
     """Prepares a task's data set, reads it, and returns its entry of the JSON."""
     task, data_dir = tasks.get(name), Path(_WORK.value) / name
     if data_dir.exists():
-        raise UserError(f"{data_dir} exists; name another --work, or delete it to measure anew")
+        raise UserError(f"{data_dir} exists; name another --work, or delete it to measure again")
     source = _SOURCE.value if _SOURCE.value and task.is_in(_SOURCE.value) else None
     data_set = task.data_set(str(data_dir), source=source)
     start = time.perf_counter()

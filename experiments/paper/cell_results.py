@@ -40,7 +40,7 @@ def _read_result(cell: Cell) -> dict[str, Any]:
     folder = cell.workdir / "checkpoints"  # may have been deleted to save space
     if checkpoints.steps(folder) and result["checkpoint"] != checkpoints.find(folder, "best"):
         raise UserError(
-            f"{path} is of checkpoint {result['checkpoint']}, not of the best; "
+            f"{path} is the result of checkpoint {result['checkpoint']}, not the best; "
             f"run {shlex.join(['python', 'eval.py', f'--workdir={cell.workdir}'])}"
         )
     return result
@@ -90,7 +90,7 @@ def read_others(path: Path, cells: Sequence[Cell]) -> list[Row]:
             ((row["config"], row["attention"]), row["seed"], row["departures"]) for row in rows
         ]
     except (UserError, KeyError, TypeError):
-        raise UserError(f"{path} is no JSON of this script; name another --out") from None
+        raise UserError(f"{path} is not a JSON file of this script; name another --out") from None
     for key, seed, departures in found:
         if departures != settings.get(key):
             raise UserError(
