@@ -9,8 +9,8 @@ Here f is the embedding of the real tokens after the last block and the final no
 of step i, and W are all parameters except the head's (analysis.py). The paper gives the mean over
 the first 20 steps, as a ratio to softmax's. Training follows configs/, including dropout. f is
 evaluated without dropout, and with the same landmarks before and after the step. The paper does not
-say how its f was evaluated, so a second score uses dropout and landmarks that are drawn anew each
-time. --examples=N evaluates f on the first N examples of each batch.
+say whether its f was, so a second score uses dropout and landmarks that are drawn anew each time.
+--examples=N evaluates f on the first N examples of each batch.
 
 A task whose data are missing is skipped, with a line. Cells that an earlier call measured are not
 measured again. --small takes a minute.
