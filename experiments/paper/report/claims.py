@@ -121,8 +121,7 @@ def _cheaper(text: str, name: str, other: str, what: str = "time") -> Claim:
         less = all(ratio < 1 for ratio in ratios.values())
         return (less, f"{what} over {other}'s: {_listed(ratios)}") if ratios else None
 
-    per_step = "a step" if what == "time" else "of a step"
-    return Claim(text, f"less {what} {per_step} {_ALL_TASKS}", "table2", decide)
+    return Claim(text, f"less {what} per step {_ALL_TASKS}", "table2", decide)
 
 
 def _error_falls(figure1: Result) -> Decision:
@@ -144,7 +143,7 @@ def _least_error(figure1: Result) -> Decision:
             if num_features < length and "skyformer" in errors and len(errors) > 1:
                 winners[min(errors, key=errors.get)] += 1
     evidence = ", ".join(f"{name} {count}" for name, count in winners.most_common())
-    text = f"least error in so many of {winners.total()} settings: {evidence}"
+    text = f"settings with the least error, of {winners.total()}: {evidence}"
     return (set(winners) == {"skyformer"}, text) if winners else None
 
 

@@ -82,11 +82,12 @@ def table1(result: Result) -> str:
     """Makes the section on accuracy: one table of all tasks, then a table per task."""
     accuracies = statistics.accuracies(result)
     parts = [
-        "Ours ± its standard error, in brackets the paper's; how ours is reduced is said below.",
+        "Ours ± its standard error, and the paper's in brackets. The reductions of our runs are "
+        "listed below.",
         summary(result),
-        "Test accuracy in percent of the checkpoint that is best in validation. The standard error "
-        "is ours alone, as the paper prints none: from the spread between seeds, pooled over the "
-        "attentions of a task; where there is one seed, that of a test set of this size.",
+        "Test accuracy in percent of the best checkpoint by validation accuracy. The standard error "
+        "is ours only, because the paper prints none. It comes from the spread between seeds, "
+        "pooled over the attentions of a task, or, with one seed, from the size of the test set.",
     ]
     of_tasks, every_cell = group(finished(result), "config"), group(result["cells"], "config")
     for config in dict.fromkeys([*published.CONFIGS, *of_tasks]):
@@ -120,7 +121,7 @@ def table2(result: Result) -> str:
     parts = [
         "A training step of the full model on random tokens at full length; the attentions of a "
         "task take turns in one process. Ratios to softmax, ours beside the paper's; the standard "
-        "error is that of the turns' ratios. Memory is what the compiled step asks for.",
+        "error is that of the turns' ratios. Memory is what the compiled step says it needs.",
     ]
     times, memories = (statistics.cost_ratios(result, x) for x in ("seconds_per_step", "bytes"))
     of_tasks = group(result["rows"], "config", "attention")
@@ -138,7 +139,7 @@ def table2(result: Result) -> str:
             of_memory = _compared(memories[config].get(name), memory)[:2]
             rows.append([f"`{name}`", *cost, *_compared(time, hours), *of_memory])
         of_time = ("time: paper", "ours", "difference", "error")
-        table = markdown(["", "s a step", "MiB", *of_time, "memory: paper", "ours"], rows)
+        table = markdown(["", "s per step", "MiB", *of_time, "memory: paper", "ours"], rows)
         some, reduced = next(iter(own.values()))[0], []
         if result["variant"] == "small":
             reduced.append("variant small of the configs")
@@ -146,7 +147,7 @@ def table2(result: Result) -> str:
             reduced.append(f"batch {some['full_batch_size']} → {some['batch_size']}")
         setting = "The full setting."
         if reduced:
-            setting = f"Reduced: {', '.join(reduced)}, and this is not the paper's V100."
+            setting = f"Reduced: {', '.join(reduced)}, on other hardware than the paper's V100."
         parts.append(f"### {config}\n\n{setting} Length {some['length']:,}.\n\n{table}")
     return "\n\n".join(parts)
 
@@ -155,8 +156,8 @@ def figure1(result: Result) -> str:
     """Makes the section on error by features, with a table per kind of weights and length."""
     training = result["training"]
     parts = [
-        "Median, over examples, layers, heads and draws, of the spectral norm of the error of an "
-        "output over that of the exact output. The paper shows a figure without numbers. The "
+        "Median, over examples, layers, heads and draws, of the spectral norm of an output's error, "
+        "relative to that of the exact output. The paper shows a figure without numbers. The "
         f"trained weights are those of softmax on Text after {training['steps']:,} steps of "
         f"{training['batch_size']} (test accuracy {100 * training['accuracy']:.1f} %). "
         + _reduced([training]).replace("`", "")
@@ -184,7 +185,7 @@ def figure2(result: Result) -> str:
             time, accuracy, loss = max(curve, key=lambda point: point[1])
             texts = (f"{100 * accuracy:.2f}", f"{loss:.4f}", f"{time:,.0f}", f"{curve[-1][0]:,.0f}")
             rows.append([f"`{name}`", *texts])
-        table = markdown(["", "best accuracy, %", "loss there", "after s", "s in all"], rows)
+        table = markdown(["", "best accuracy, %", "loss at that point", "reached after, s", "total, s"], rows)
         reduced = _reduced(of_tasks[config], len({row["seed"] for row in of_tasks[config]}))
         parts.append(f"### {config}\n\n{reduced}\n\n{table}")
     return "\n\n".join(parts)
@@ -220,7 +221,7 @@ def stability(result: Result) -> str:
         notes.append(
             "With noise: f with dropout and landmarks as in training, drawn anew before and after "
             f"the step. Softmax's score is then {factors[0]:,.0f} to {factors[-1]:,.0f} times as "
-            "great, so most of it is that noise; the paper does not say whether its f had dropout."
+            "large, so most of it is this noise; the paper does not say whether its f used dropout."
         )
     if result["examples"]:
         notes.append(f"f is evaluated on the first {result['examples']} examples of each batch.")
@@ -238,8 +239,8 @@ def singular_values(result: Result) -> str:
     notes = _notes(
         result,
         "How many singular values of the second attention layer's output are above a tenth and a "
-        f"hundredth of the greatest, before training and after {result['steps']} steps; each the "
-        f"mean spectrum of {result['examples']} validation examples. The paper shows a figure.",
+        f"hundredth of the greatest, before training and after {result['steps']} steps, counted in "
+        f"the mean spectrum of {result['examples']} validation examples. The paper shows a figure.",
         _reduced(measured(result)),
     )
     return f"{notes}\n\n{table}"
