@@ -85,8 +85,8 @@ def table1(result: Result) -> str:
         "Ours ± its standard error, and the paper's in brackets. The reductions of our runs are "
         "listed below.",
         summary(result),
-        "Test accuracy in percent of the best checkpoint by validation accuracy. The standard error "
-        "is ours only, because the paper prints none. It comes from the spread between seeds, "
+        "Test accuracy in percent of the best checkpoint by validation accuracy. The standard "
+        "error is ours only, because the paper prints none. It comes from the spread between seeds, "
         "pooled over the attentions of a task, or, with one seed, from the size of the test set.",
     ]
     of_tasks, every_cell = group(finished(result), "config"), group(result["cells"], "config")
@@ -156,8 +156,8 @@ def figure1(result: Result) -> str:
     """Makes the section on error by features, with a table per kind of weights and length."""
     training = result["training"]
     parts = [
-        "Median, over examples, layers, heads and draws, of the spectral norm of an output's error, "
-        "relative to that of the exact output. The paper shows a figure without numbers. The "
+        "Median, over examples, layers, heads and draws, of the spectral norm of an output's "
+        "error, relative to that of the exact output. The paper shows a figure without numbers. The "
         f"trained weights are those of softmax on Text after {training['steps']:,} steps of "
         f"{training['batch_size']} (test accuracy {100 * training['accuracy']:.1f} %). "
         + _reduced([training]).replace("`", "")
@@ -185,7 +185,8 @@ def figure2(result: Result) -> str:
             time, accuracy, loss = max(curve, key=lambda point: point[1])
             texts = (f"{100 * accuracy:.2f}", f"{loss:.4f}", f"{time:,.0f}", f"{curve[-1][0]:,.0f}")
             rows.append([f"`{name}`", *texts])
-        table = markdown(["", "best accuracy, %", "loss at that point", "reached after, s", "total, s"], rows)
+        columns = ["", "best accuracy, %", "loss at that point", "reached after, s", "total, s"]
+        table = markdown(columns, rows)
         reduced = _reduced(of_tasks[config], len({row["seed"] for row in of_tasks[config]}))
         parts.append(f"### {config}\n\n{reduced}\n\n{table}")
     return "\n\n".join(parts)
