@@ -86,8 +86,9 @@ def table1(result: Result) -> str:
         "listed below.",
         summary(result),
         "Test accuracy in percent of the best checkpoint by validation accuracy. The standard "
-        "error is ours only, because the paper prints none. It comes from the spread between seeds, "
-        "pooled over the attentions of a task, or, with one seed, from the size of the test set.",
+        "error is ours only, because the paper prints none. It comes from the spread between "
+        "seeds, pooled over the attentions of a task, or, with one seed, from the size of the test "
+        "set.",
     ]
     of_tasks, every_cell = group(finished(result), "config"), group(result["cells"], "config")
     for config in dict.fromkeys([*published.CONFIGS, *of_tasks]):
@@ -157,8 +158,8 @@ def figure1(result: Result) -> str:
     training = result["training"]
     parts = [
         "Median, over examples, layers, heads and draws, of the spectral norm of an output's "
-        "error, relative to that of the exact output. The paper shows a figure without numbers. The "
-        f"trained weights are those of softmax on Text after {training['steps']:,} steps of "
+        "error, relative to that of the exact output. The paper shows a figure without numbers. "
+        f"The trained weights are those of softmax on Text after {training['steps']:,} steps of "
         f"{training['batch_size']} (test accuracy {100 * training['accuracy']:.1f} %). "
         + _reduced([training]).replace("`", "")
     ]
