@@ -1,6 +1,9 @@
 """The documentation and the citation agree with the package."""
 
+import functools
+import importlib
 import json
+import operator
 import os
 import re
 import subprocess
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import skyformer_jax
+from configs import quickstart
 from experiments.paper.report import tables
 from skyformer_jax import attention
 
@@ -110,3 +114,65 @@ def test_every_page_is_on_the_site():
     index = (ROOT / "docs/index.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.stem == "index" or f"\n{page.stem}\n" in index, page.name
+
+
+def commands():
+    """The commands in code of all pages, as lists of words, with the names of the pages."""
+    for page, text in pages_with_text():
+        blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        inline = [part.replace("\n", " ") for part in re.findall(r"`(python [^`]*)`", rest)]
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        for line in lines + inline:
+            for part in re.split(r"&&|;", line.partition(" #")[0]):
+                words = part.split()
+                if "python" in words:
+                    yield page.name, words[words.index("python") + 1 :]
+
+
+def defined_flags(path, seen):
+    """The flags that a script defines, and those of the modules of this repository it imports."""
+    if path in seen or not path.exists():
+        return set()
+    seen.add(path)
+    text = path.read_text()
+    found = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text))
+    for package, names in re.findall(r"^\s*from ([\w.]+) import ([\w, ]+)$", text, re.MULTILINE):
+        folder = ROOT / package.replace(".", "/")
+        for module in (folder.with_suffix(".py"), *(folder / f"{n}.py" for n in names.split(", "))):
+            found |= defined_flags(module, seen)
+    return found
+
+
+def script(words):
+    """The file that a command runs, and its arguments; None for files that a page has written."""
+    if words[0] == "-m":
+        path = ROOT / words[1].replace(".", "/")
+        return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")), words[2:]
+    return (None if words[0].startswith(("~", "-c")) else ROOT / words[0]), words[1:]
+
+
+def test_commands_of_the_pages_can_be_given():
+    count = 0
+    for page, words in commands():
+        path, arguments = script(words)
+        if path is None:
+            continue
+        assert path.exists(), f"{page}: {words}"
+        own = ROOT / "skyformer_jax" / path.name  # train.py and eval.py only call these
+        known = defined_flags(path, set()) | defined_flags(own, set()) | {"config", "help"}
+        config = None
+        for argument in arguments:
+            name, _, value = argument.partition("=")
+            if name == "--config" and value.startswith("configs/"):
+                file, _, chosen = value.partition(":")
+                module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+                config = module.get_config(chosen.replace("ATTENTION", "skyformer"))
+            elif name.startswith("--config."):
+                config = config or quickstart.get_config()
+                fields = name.split(".")[1:]
+                functools.reduce(operator.getitem, fields, config)
+            elif name.startswith("--"):
+                assert name[2:].removeprefix("no") in known or name[2:] in known, f"{page}: {words}"
+            count += 1
+    assert count > 100
