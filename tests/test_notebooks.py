@@ -48,7 +48,8 @@ def test_runs_from_a_clean_kernel(path, tmp_path):
     """Needs pip install -e ".[notebooks]"."""
     root = NOTEBOOKS.parent
     shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
-    shutil.copytree(root / "results", tmp_path / "results")  # notebook 04 reads them
+    for folder in ("results", "checkpoints"):  # notebooks 04 and 03 read them
+        shutil.copytree(root / folder, tmp_path / folder)
     command = [sys.executable, "notebooks/execute.py", f"notebooks/{path.name}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
     environment["PYTHONPATH"] = str(root)
