@@ -87,8 +87,8 @@ def test_speed_of_attentions(tmp_path, monkeypatch, capsys):
     speed.measure(SETTINGS, [16, 32, 64], path, HEADER)
     assert measured == [(64, 8)]
     for settings, header, said in (
-        (SETTINGS, {**HEADER, "commit": "def"}, "other commit"),
-        (dataclasses.replace(SETTINGS, rounds=3), HEADER, "other settings"),
+        (SETTINGS, {**HEADER, "commit": "def"}, "other values of commit"),
+        (dataclasses.replace(SETTINGS, rounds=3), HEADER, "other values of settings"),
     ):
         path.write_text(json.dumps(result))
         measured.clear()

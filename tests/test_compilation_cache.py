@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from test_runs import ENVIRONMENT
 
 PROGRAM = """
@@ -35,6 +36,7 @@ def start(directory, **environment):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_second_process_does_not_compile_again(tmp_path):
     cache, other = tmp_path / "cache", tmp_path / "other"
     first, events = start(cache)

@@ -46,6 +46,7 @@ def corrupt(monkeypatch, *bad_steps):
     monkeypatch.setattr(loop, "training_batches", batches)
 
 
+@pytest.mark.slow
 def test_bad_batches_are_skipped_and_counted(tmp_path, data_dir, monkeypatch, capsys):
     config = tiny_config(
         data_dir, **{"train.non_finite": "skip", "train.statistics": True, "model.remat": True}

@@ -100,6 +100,7 @@ def assert_same_run(workdir, other):
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_then_one_on_another_mesh(alone, tmp_path, data_dir):
     """SIGTERM to one of two processes stops both; one process resumes with sharded sequences."""
     workdir = tmp_path / "run"

@@ -552,6 +552,7 @@ def test_bad_settings_get_one_line(tmp_path, data_dir, overrides, message):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_bad_files_get_one_line(tmp_path, data_dir):
     (tmp_path / "file").write_text("")
 
@@ -595,6 +596,7 @@ def test_bad_files_get_one_line(tmp_path, data_dir):
     fails(evaluate, f"--workdir={tmp_path}", message="not a workdir")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_before_training(monkeypatch, tmp_path, undisturbed):
     config = read(undisturbed[0] / "config.json")
     nearly_full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from grids import by_default
 from run_on import run_on
 from test_attention import RANDOM, SMALL, call, inputs, masks
 from test_model import tiny_config
@@ -16,8 +15,6 @@ from skyformer_jax.layers import MultiHeadAttention
 from skyformer_jax.training.sharded_step import make_train_step
 from skyformer_jax.training.state import init_states
 
-QUICK = ("skyformer",)
-quick_attentions = by_default(*QUICK)
 LANDMARKS = [
     pytest.param(
         "skyformer", {"landmarks": kind, "num_landmarks": 8}, id=kind, marks=pytest.mark.slow
@@ -107,7 +104,8 @@ def test_attentions_pass_strict_promotion_with_64_bits(name, options, scale):
     assert out[1].dtype == jnp.float32
 
 
-@quick_attentions
+@pytest.mark.slow
+@pytest.mark.parametrize("name", attention.NAMES)
 def test_layers_models_and_steps_pass_strict_promotion(name):
     """Also trains with 64 bits enabled, with the same result."""
     x, mask = inputs(12, 12, heads=1)[0][:, :, 0], masks(3, 12)

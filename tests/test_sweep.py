@@ -419,6 +419,7 @@ def ended(process):
     return process.returncode, stdout, stderr
 
 
+@pytest.mark.slow
 def test_command_collects_and_writes_the_array(tmp_path):
     status, stdout, stderr = ended(start(tmp_path, "--table", seeds="0,1"))
     assert (status, stderr) == (0, "0 of 4 cells are finished\n")
