@@ -165,6 +165,33 @@ def test_an_epoch_of_batches_by_length_holds_every_example_once():
     assert (np.diff(order) < 0).mean() > 0.3  # but batches are not in order of length
 
 
+@pytest.mark.parametrize("by_length", [False, True])
+def test_balanced_batches_have_each_class_in_its_share(by_length):
+    count, batch_size, num_batches = 3000, 16, 128
+    rng = np.random.default_rng(0)
+    labels = rng.choice(3, count, p=[0.2, 0.3, 0.5])
+    lengths = rng.integers(1, 1000, count) if by_length else None
+
+    def rows(first_step=0, **options):
+        stream = batches.training_rows(
+            count, batch_size, seed=5, first_step=first_step, lengths=lengths, **options
+        )
+        return np.array([next(stream) for _ in range(num_batches - first_step)])
+
+    def counts(rows):
+        return np.array([np.bincount(labels[batch], minlength=3) for batch in rows])
+
+    balanced = rows(labels=labels)
+    np.testing.assert_array_equal(rows(70, labels=labels), balanced[70:])
+    assert len(np.unique(balanced)) == balanced.size  # within the first epoch
+    for window in balanced.reshape(-1, 64, batch_size):
+        shares = np.bincount(labels[window].ravel()) / window.size
+        assert abs(counts(window) - batch_size * shares).max() < 2
+    assert np.ptp(counts(rows())[:, 2]) > 6
+    if by_length:
+        assert np.mean([np.ptp(lengths[batch]) for batch in balanced]) < 100
+
+
 @pytest.mark.parametrize("buckets", [(), (8, 24)])
 def test_resuming_reads_on_exactly(buckets):
     examples, _ = random_examples(50)

@@ -87,6 +87,15 @@ def _epochs(num_examples: int, seed: int, position: int) -> Iterator[np.ndarray]
         epoch, offset = epoch + 1, 0
 
 
+def _spread_classes(labels: np.ndarray) -> np.ndarray:
+    """Returns an order that spreads the examples of each class evenly, and keeps theirs."""
+    place = np.zeros(len(labels))
+    for label in np.unique(labels):
+        own = labels == label
+        place[own] = (np.arange(own.sum()) + 0.5) / own.sum()
+    return np.argsort(place, kind="stable")
+
+
 def training_rows(
     num_examples: int,
     batch_size: int,
@@ -94,6 +103,7 @@ def training_rows(
     seed: int,
     first_step: int = 0,
     lengths: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the rows of each training batch, endlessly; every epoch is a new seeded permutation.
 
@@ -109,11 +119,15 @@ def training_rows(
       lengths: int [num_examples], number of tokens of each example. If given, the examples of a
         batch have similar lengths: the examples of every 64 consecutive batches are sorted by
         length, and these batches are shuffled.
+      labels: int [num_examples], the class of each example. If given, each batch has every class in
+        about the share that it has in the 64 batches: two classes in batches of 16 are 8 and 8, or
+        7 and 9, as the 64 batches may not have equal numbers of them.
 
     Yields:
       int64 [batch_size], indices of examples.
     """
-    group = 1 if lengths is None else _WINDOW
+    is_sorted = lengths is not None or labels is not None
+    group = _WINDOW if is_sorted else 1
     window, skipped = divmod(first_step, group)
     epochs = _epochs(num_examples, seed, window * group * batch_size)
     rest = np.zeros(0, np.int64)
@@ -123,8 +137,10 @@ def training_rows(
         rows, rest = rest[: group * batch_size], rest[group * batch_size :]
         if lengths is not None:
             rows = rows[np.argsort(lengths[rows], kind="stable")]
+        if labels is not None:
+            rows = rows[_spread_classes(labels[rows])]
         batches = rows.reshape(group, batch_size)
-        if lengths is not None:
+        if is_sorted:
             batches = np.random.default_rng((seed, window, 1)).permutation(batches)
         yield from batches[skipped:]
         window, skipped = window + 1, 0
@@ -138,6 +154,7 @@ def training_batches(
     seed: int,
     first_step: int = 0,
     buckets: Sequence[int] = (),
+    balanced: bool = False,
     shards: BatchShards = BatchShards(),  # noqa: B008 (a tuple)
 ) -> Iterator[Batch]:
     """Yields some shards of each training batch, endlessly, in the order of training_rows.
@@ -150,6 +167,7 @@ def training_batches(
       first_step: number of batches to skip.
       buckets: lengths below max_length. A batch is padded to the shortest of them that fits, if
         any does, else to max_length.
+      balanced: whether each batch has every class in about its share, see training_rows.
       shards: which shards of each batch to make, such as those of this process's devices.
     """
     longest = examples.lengths.max(axis=1)
@@ -159,6 +177,7 @@ def training_batches(
         seed=seed,
         first_step=first_step,
         lengths=longest if buckets else None,
+        labels=examples.label if balanced else None,
     )
     for rows in rows_of_steps:
         length = padded_length(int(longest[rows].max()), max_length, buckets)

@@ -54,6 +54,7 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
         "train": {
             "num_steps": 50_000,
             "batch_size": 32,
+            "balanced": False,  # every batch has each class in about its share of the examples
             "accumulation": 0,  # microbatches of a batch; 0: chosen for the device
             "learning_rate": 1e-4,  # peak of the schedule
             "warmup_steps": 1000,
@@ -99,6 +100,7 @@ def added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "data.mask_zeros": False,
         "train.start_from": "",
+        "train.balanced": False,
         # Earlier versions chose the kind by the source alone.
         "data.kind": tasks.of(config).first_kind(config["data"].get("source")),
         **{f"attention.{option}": value for option, value in earlier.items()},

@@ -203,6 +203,7 @@ def _training_batches(run: Run, examples: Examples, first_step: int) -> Iterator
             seed=seed,
             first_step=first_step,
             buckets=config.data.buckets,
+            balanced=config.train.balanced,
             shards=meshes.local_shards(run.mesh),
         )
         for seed in run.seeds
