@@ -93,12 +93,12 @@ def plot(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         of_task = [row for row in rows if row["config"] == name and row["curve"]]
-        for row in of_task:
+        for i, row in enumerate(of_task):
             _, seconds, accuracies = zip(*row["curve"], strict=True)
             axis.plot(
                 [s / 60 for s in seconds],
                 [100 * a for a in accuracies],
-                ".-",
+                (".-", "x--")[i // 10 % 2],  # colours repeat after ten
                 label=row["run"].removeprefix(f"{name}-"),
             )
         for attention in dict.fromkeys(row["attention"] for row in of_task):
