@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tiny_data import from_sequences
 
+from experiments.data import byte_frequencies
 from skyformer_jax import tasks
 from skyformer_jax.data import archives, held_out, text
 from skyformer_jax.errors import UserError
@@ -285,3 +287,15 @@ def test_an_archive_of_something_else_is_named_for_what_it_is(tmp_path):
     nested.mkdir()
     _, expected = make_folder(nested)
     assert_is(read(pack(nested, tmp_path / "nested.tar")), expected)
+
+
+def test_byte_frequencies_ignore_the_order_and_find_what_separates():
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 256, rng.integers(20, 60), np.uint8) for _ in range(60)]
+    label = np.array([(text < 128).mean() > 0.5 for text in texts]).astype(int)
+    features = byte_frequencies.frequencies(from_sequences(texts, label))
+    shuffled = from_sequences([rng.permutation(text) for text in texts], label)
+    np.testing.assert_array_equal(byte_frequencies.frequencies(shuffled), features)
+    np.testing.assert_allclose(features.sum(axis=1), 1, rtol=1e-5)
+    weights = byte_frequencies.fit(100 * features, label, 1e-4)
+    assert byte_frequencies.accuracy(weights, 100 * features, label) == 1
