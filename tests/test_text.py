@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -10,11 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from experiments.data import byte_frequencies
 from skyformer_jax import tasks
 from skyformer_jax.data import archives, held_out, text
-from skyformer_jax.data.examples import Examples
-from skyformer_jax.data.tokenizer import BYTES
 from skyformer_jax.errors import UserError
 
 SIZES = {"train": 40, "test": 20}
@@ -290,18 +289,26 @@ def test_an_archive_of_something_else_is_named_for_what_it_is(tmp_path):
     assert_is(read(pack(nested, tmp_path / "nested.tar")), expected)
 
 
+BYTE_FREQUENCIES = """
+import numpy as np
+from experiments.data import byte_frequencies
+from skyformer_jax.data.examples import Examples
+
+rng = np.random.default_rng(0)
+texts = [rng.integers(0, 256, rng.integers(20, 60), np.uint8) for _ in range(60)]
+label = np.array([(text < 128).mean() > 0.5 for text in texts]).astype(np.int32)
+starts = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+features, shuffled = (
+    byte_frequencies.frequencies(Examples(np.concatenate(parts), starts, label))
+    for parts in (texts, [rng.permutation(text) for text in texts])
+)
+np.testing.assert_array_equal(shuffled, features)
+np.testing.assert_allclose(features.sum(axis=1), 1, rtol=1e-5)
+weights = byte_frequencies.fit(100 * features, label, 1e-4)
+assert byte_frequencies.accuracy(weights, 100 * features, label) == 1
+"""
+
+
 def test_byte_frequencies_ignore_the_order_and_find_what_separates():
-    rng = np.random.default_rng(0)
-    texts = [rng.integers(0, 256, rng.integers(20, 60), np.uint8) for _ in range(60)]
-    label = np.array([(text < 128).mean() > 0.5 for text in texts]).astype(np.int32)
-    starts = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
-    features, shuffled = (
-        byte_frequencies.frequencies(
-            Examples(np.concatenate(parts), starts, label, num_documents=1, tokenizer=BYTES)
-        )
-        for parts in (texts, [rng.permutation(text) for text in texts])
-    )
-    np.testing.assert_array_equal(shuffled, features)
-    np.testing.assert_allclose(features.sum(axis=1), 1, rtol=1e-5)
-    weights = byte_frequencies.fit(100 * features, label, 1e-4)
-    assert byte_frequencies.accuracy(weights, 100 * features, label) == 1
+    """Runs in a process of its own, since each script of experiments defines its flags."""
+    subprocess.run([sys.executable, "-c", BYTE_FREQUENCIES], check=True)
