@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from skyformer_jax.models import EncoderBlock, look_up
+from skyformer_jax.encoder import EncoderBlock, look_up
 
 
 class LanguageModel(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from configs import common
-from skyformer_jax import attention, models, nnx_layers
+from skyformer_jax import attention, encoder, models, nnx_layers
 from skyformer_jax.layers import MultiHeadAttention
 
 
@@ -100,12 +100,12 @@ def test_dense_layers_start_as_in_the_published_code():
 def test_pooling():
     x = jax.random.normal(jax.random.key(0), (3, 5, 2))
     mask = jnp.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
-    mean = models.pool(x, mask, "mean")
+    mean = encoder.pool(x, mask, "mean")
     np.testing.assert_allclose(mean[0], x[0, jnp.array([0, 1, 3])].mean(0), rtol=1e-5)
     np.testing.assert_allclose(mean[1], x[1].mean(0), rtol=1e-5)
     assert not mean[2].any()
-    np.testing.assert_allclose(models.pool(x, mask, "padded_mean")[0], mean[0] * 3 / 5, rtol=1e-5)
-    np.testing.assert_array_equal(models.pool(x, mask, "cls"), x[:, 0])
+    np.testing.assert_allclose(encoder.pool(x, mask, "padded_mean")[0], mean[0] * 3 / 5, rtol=1e-5)
+    np.testing.assert_array_equal(encoder.pool(x, mask, "cls"), x[:, 0])
 
 
 def test_landmarks_and_dropout_have_streams():
@@ -202,7 +202,9 @@ def test_recomputed_blocks_draw():
 @pytest.mark.parametrize("name", ["softmax", "kernelized", "skyformer"])
 def test_bfloat16_is_for_activations_only(name):
     tokens, mask = batch()
-    exact, rounded = (models.build_model(tiny_config(name, dtype=dtype)) for dtype in models.DTYPES)
+    exact, rounded = (
+        models.build_model(tiny_config(name, dtype=dtype)) for dtype in encoder.DTYPES
+    )
     variables = rounded.init(jax.random.key(0), tokens, mask)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     logits, state = rounded.apply(variables, tokens, mask, capture_intermediates=True)

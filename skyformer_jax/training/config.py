@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 import skyformer_jax
-from skyformer_jax import attention, models, tasks
+from skyformer_jax import attention, encoder, tasks
 from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.files import expand
 from skyformer_jax.training.defaults import added_fields, default_config
@@ -88,9 +88,9 @@ def _check_attention(config: ml_collections.ConfigDict) -> None:
 
 def _check_model(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
     model = config.model
-    one_of("model.pooling", model.pooling, models.POOLINGS)
-    one_of("model.dtype", model.dtype, models.DTYPES)
-    one_of("model.positions", model.positions, models.POSITIONS)
+    one_of("model.pooling", model.pooling, encoder.POOLINGS)
+    one_of("model.dtype", model.dtype, encoder.DTYPES)
+    one_of("model.positions", model.positions, encoder.POSITIONS)
     if model.positions == "sinusoidal" and model.width % 2:
         raise UserError(
             f"model.width must be even for model.positions=sinusoidal; got {model.width}"

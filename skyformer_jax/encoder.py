@@ -1,0 +1,286 @@
+"""The paper's encoder: embeddings, pre-norm blocks and pooling."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from skyformer_jax.attention import shards
+from skyformer_jax.attention.common import on_automatic_axes, spec_of
+from skyformer_jax.attention.random_bits import dropout
+from skyformer_jax.layers import (
+    MultiHeadAttention,
+    dense_inits,
+    keeps_statistics,
+    sow_statistic,
+)
+from skyformer_jax.norms import LayerNorm
+
+POSITIONS = ("learned", "sinusoidal", "rotary")
+POOLINGS = ("mean", "cls", "padded_mean")
+DTYPES = ("float32", "bfloat16")
+_STREAMS = ("dropout", "landmarks", "features")  # random streams that a block may use
+_EMBEDDING_SCALE = 0.02
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both."""
+
+    attention: str
+    attention_options: Mapping[str, Any]
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    dropout: float
+    dtype: str
+    deterministic: bool
+    axis_name: str | None
+    rotary: bool = False
+    is_causal: bool = False
+    decode: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the block.
+
+        Args:
+          x: [batch, length, width].
+          mask: bool [batch, length], True at real tokens, or None.
+          segment_ids: int [batch, length], see layers.MultiHeadAttention, or None.
+
+        Returns:
+          [batch, length, width].
+        """
+        dtype = jnp.dtype(self.dtype)
+
+        def drop(y: jax.Array) -> jax.Array:
+            if self.deterministic or not self.dropout:
+                return y
+            return dropout(self.make_rng("dropout"), y, self.dropout, axis_name=self.axis_name)
+
+        y = LayerNorm(dtype, name="attention_norm")(x)
+        y = MultiHeadAttention(
+            self.attention,
+            self.num_heads,
+            self.head_dim,
+            self.attention_options,
+            dtype,
+            self.axis_name,
+            rotary=self.rotary,
+            is_causal=self.is_causal,
+            decode=self.decode,
+            name="attention_layer",
+        )(y, mask=mask, segment_ids=segment_ids)
+        x = x + drop(y)
+        y = LayerNorm(dtype, name="mlp_norm")(x)
+
+        def dense(features: int, name: str, y: jax.Array) -> jax.Array:
+            return nn.Dense(features, dtype=dtype, name=name, **dense_inits(y.shape[-1]))(y)
+
+        y = drop(nn.gelu(dense(self.mlp_dim, "mlp_in", y), approximate=False))
+        return x + drop(dense(x.shape[-1], "mlp_out", y))
+
+
+def pool(x: jax.Array, mask: jax.Array, pooling: str, axis_name: str | None = None) -> jax.Array:
+    """Pools each sequence to one vector.
+
+    Args:
+      x: [batch, length, width].
+      mask: bool [batch, length], True at real tokens.
+      pooling: "mean" over the real tokens; "cls", the first token; or "padded_mean", as in the
+        published code, the sum over the real tokens divided by the padded length.
+      axis_name: the mesh axis over which the length is split, or None.
+
+    Returns:
+      [batch, width]; zeros for a mean over no tokens.
+    """
+    if pooling == "cls":
+        first = jnp.where(shards.shard_index(axis_name) == 0, x[:, 0], 0)
+        return shards.psum(first, axis_name)
+    total = shards.psum(jnp.where(mask[:, :, None], x, 0).sum(axis=1), axis_name)
+    if pooling == "padded_mean":
+        return total / (x.shape[1] * shards.num_shards(axis_name))
+    count = shards.psum(mask.sum(axis=1, keepdims=True, dtype=jnp.int32), axis_name)
+    return total / jnp.maximum(count, 1).astype(total.dtype)
+
+
+def sinusoids(positions: jax.Array, width: int) -> jax.Array:
+    """Encodes positions as sines and cosines (Vaswani et al., 2017, section 3.5).
+
+    Args:
+      positions: int [length].
+      width: number of features; must be even.
+
+    Returns:
+      float32 [length, width]: sines of width / 2 wavelengths from 2 pi to 10,000 times that, then
+      the cosines.
+    """
+    if width % 2:
+        raise ValueError(f"sinusoidal positions need an even width; got {width}")
+    frequencies = 10_000.0 ** (-2 * jnp.arange(width // 2, dtype=jnp.float32) / width)
+    angles = positions[:, None].astype(jnp.float32) * frequencies[None]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Looks up rows of a table [rows, width] for tokens, int [...]; sharded as the tokens are.
+
+    nn.Embed's own call does not specify this sharding, which meshes with explicit axes require.
+    """
+
+    def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.take(table, tokens, axis=0)
+
+    return on_automatic_axes(take, (*spec_of(tokens), spec_of(table)[1]), table, tokens)
+
+
+class Encoder(nn.Module):
+    """The encoder and the head that both classifiers share.
+
+    The attributes are fields of config.model and config.attention:
+
+    - dtype is the dtype of everything between the embeddings and the final norm. Parameters, the
+      statistics of norms, the pooling and the head are float32.
+    - remat keeps only the blocks' inputs for the backward pass, which recomputes the rest. With
+      remat, dropout drops other elements than without.
+    - positions are "learned", a table of max_length x width; "sinusoidal", without parameters; or
+      "rotary", which rotates queries and keys in every block and adds nothing to the embeddings.
+    - axis_name is the mesh axis, within jax.shard_map, over which the length is split. Tokens and
+      mask are then this device's shard of each sequence, and the logits are the same on all
+      devices. init requires None.
+
+    A model that is applied with mutable=["statistics"] also returns mean_square [num_layers], of
+    each block's output at real tokens, and with Skyformer residual [num_layers], the means of
+    nystrom_residual.
+
+    The methods create submodules, so the compact __call__ of a subclass calls each of them once.
+    """
+
+    attention: str
+    attention_options: Mapping[str, Any]
+    vocab_size: int
+    max_length: int
+    num_classes: int
+    num_layers: int
+    width: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    dropout: float
+    pooling: str
+    dtype: str = "float32"
+    remat: bool = False
+    positions: str = "learned"
+    axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Freezes the options, since a dict would keep the module from being hashed."""
+        object.__setattr__(self, "attention_options", flax.core.FrozenDict(self.attention_options))
+        super().__post_init__()
+
+    def _encode(self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool) -> jax.Array:
+        """Encodes tokens int [batch, length] with their mask to pooled features [batch, width]."""
+        _check_choice("pooling", self.pooling, POOLINGS)
+        _check_choice("positions", self.positions, POSITIONS)
+        length = tokens.shape[1] * shards.num_shards(self.axis_name)
+        if length == 0:
+            raise ValueError(f"sequences must have at least one token; got tokens {tokens.shape}")
+        if length > self.max_length:
+            raise ValueError(
+                f"sequences of {length} tokens do not fit model.max_length={self.max_length}"
+            )
+        init = nn.initializers.normal(_EMBEDDING_SCALE)
+        embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
+        x = look_up(embed.embedding, tokens.astype(jnp.int32))
+        positions = shards.positions(tokens.shape[1], self.axis_name)
+        if self.positions == "learned":
+            table = self.param(
+                "position_embedding", init, (self.max_length, self.width), jnp.float32
+            )
+            # A slice is cheaper than a lookup of the positions.
+            rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=len(positions))
+            x = x + on_automatic_axes(rows, (None, spec_of(table)[1]), table, positions[0])[None]
+        elif self.positions == "sinusoidal":
+            # Scaled to the root mean square of the token embeddings.
+            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)[None]
+        x = x.astype(self.dtype)
+        if self.dropout and not deterministic:
+            x = dropout(self.make_rng("dropout"), x, self.dropout, axis_name=self.axis_name)
+        block = functools.partial(
+            EncoderBlock,
+            self.attention,
+            self.attention_options,
+            self.num_heads,
+            self.head_dim,
+            self.mlp_dim,
+            self.dropout,
+            self.dtype,
+            deterministic,
+            self.axis_name,
+            self.positions == "rotary",
+        )
+        if self.remat and not self.is_initializing():
+            x, statistics = self._recomputed_blocks(block(parent=None), x, mask)
+        else:
+            of_blocks = []
+            for i in range(self.num_layers):
+                layer = block(name=f"block_{i}")
+                x = layer(x, mask)
+                of_blocks.append(self._statistics(x, mask, layer.variables))
+            statistics = jax.tree.map(lambda *values: jnp.stack(values), *of_blocks)
+        for name, values in statistics.items():
+            sow_statistic(self, name, values)
+        x = LayerNorm(jnp.dtype("float32"), name="final_norm")(x)
+        return pool(x, mask, self.pooling, self.axis_name)
+
+    def _statistics(
+        self, x: jax.Array, mask: jax.Array, variables: Mapping[str, Any]
+    ) -> dict[str, jax.Array]:
+        """Returns the statistics of a block, averaged over the examples; {} if none are kept."""
+        if not keeps_statistics(self):
+            return {}
+        square = (x.astype(jnp.float32) ** 2).mean(axis=-1, keepdims=True)
+        found = {"mean_square": pool(square, mask, "mean", self.axis_name).mean()}
+        sown = variables.get("statistics", {}).get("attention_layer", {})
+        return found | {name: values.mean() for name, values in sown.items()}
+
+    def _recomputed_blocks(
+        self, block: nn.Module, x: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Applies all blocks in one loop, which keeps only the carried x for the backward pass.
+
+        Without a loop, compilers may merge the recomputation of a block with its first computation,
+        as XLA does on CPUs, and then all activations would be kept after all.
+        """
+        layers = [
+            (
+                {c: v[f"block_{i}"] for c, v in self.variables.items() if f"block_{i}" in v},
+                {s: self.make_rng(s) for s in _STREAMS if self.has_rng(s)},
+            )
+            for i in range(self.num_layers)
+        ]
+
+        @jax.checkpoint
+        def step(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            variables, rngs = layer
+            mutable = ["statistics"] if keeps_statistics(self) else []
+            out, sown = block.apply(variables, x, mask, rngs=rngs, mutable=mutable)
+            return out, self._statistics(out, mask, sown)
+
+        return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        """Maps features [batch, any] to logits [batch, num_classes]."""
+        x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden", **dense_inits(x.shape[-1]))(x))
+        return nn.Dense(self.num_classes, name="head_out", **dense_inits(x.shape[-1]))(x)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
