@@ -16,10 +16,11 @@ Variant "paper" restores behaviour of the published code: the validation split i
 and all 25,000 other reviews are the training split, in batches of 32 (16 according to the paper);
 see also common.restore_published. Variant "small" reads 512 bytes with a smaller model, for a CPU.
 
-Variant "fast" minimizes the time to accuracy: batches padded by length, rotary positions, and 2,000
-steps at three times the learning rate. The table of learned positions has three quarters of the
-parameters, and overfits. Runs with sinusoidal positions and a learning rate of 1e-3 had learned
-nothing after 500 steps (results/recipes.json).
+Variant "fast" minimizes the time to accuracy: batches padded by length, of equal numbers of both
+classes; rotary positions; and 1,000 steps at five times the learning rate. Skyformer has 64.9 % on
+test after 13 minutes of steps on one CPU core. Unequal batches took 2,000 steps to the same
+accuracy, at three times the learning rate. The table of learned positions has three quarters of the
+parameters, and overfits. results/recipes.json has the runs that were tried.
 
     python train.py --config=configs/text.py:skyformer
     python train.py --config=configs/text.py:skyformer,fast
@@ -46,8 +47,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     if variant == "fast":
         config.model.positions = "rotary"
         config.data.buckets = (512, 1024, 2048)
-        config.train.learning_rate = 3e-4
-        config.train.num_steps = 2000
+        config.train.balanced = True
+        config.train.learning_rate = 5e-4
+        config.train.num_steps = 1000
         config.train.warmup_steps = 100
         config.train.eval_every = 250
     if variant == "small":
