@@ -22,8 +22,12 @@ test after 13 minutes of steps on one CPU core. Unequal batches took 2,000 steps
 accuracy, at three times the learning rate. The table of learned positions has three quarters of the
 parameters, and overfits. results/recipes.json has the runs that were tried.
 
+Variant "ngrams" is "fast" with embeddings of the last 3 and the last 5 bytes, hashed to 8,192 rows
+each, which are added to the embedding of each byte.
+
     python train.py --config=configs/text.py:skyformer
     python train.py --config=configs/text.py:skyformer,fast
+    python train.py --config=configs/text.py:skyformer,ngrams
     python train.py --config=configs/text.py:performer,small
 """
 
@@ -33,8 +37,8 @@ from configs import common
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """Returns the config for "attention[,variant]"; variant: "", "paper", "fast" or "small"."""
-    attention, variant = common.parse(argument, (*common.VARIANTS, "fast"))
+    """Returns the config for "attention[,variant]"; variants are described above."""
+    attention, variant = common.parse(argument, (*common.VARIANTS, "fast", "ngrams"))
     config = common.paper_config("text", attention, max_length=4096)
     config.train.learning_rate = 1e-4
     config.train.batch_size = 16
@@ -44,7 +48,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         config.data.validate_on_test = True
         config.train.batch_size = 32
         common.restore_published(config)
-    if variant == "fast":
+    if variant == "ngrams":
+        config.model.ngrams = (3, 5)
+    if variant in ("fast", "ngrams"):
         config.model.positions = "rotary"
         config.data.buckets = (512, 1024, 2048)
         config.train.balanced = True

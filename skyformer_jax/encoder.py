@@ -18,6 +18,7 @@ from skyformer_jax.layers import (
     keeps_statistics,
     sow_statistic,
 )
+from skyformer_jax.ngrams import hashed_ngrams
 from skyformer_jax.norms import LayerNorm
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -151,6 +152,8 @@ class Encoder(nn.Module):
       remat, dropout drops other elements than without.
     - positions are "learned", a table of max_length x width; "sinusoidal", without parameters; or
       "rotary", which rotates queries and keys in every block and adds nothing to the embeddings.
+    - ngrams are lengths of n-grams. For each of them, a table of ngram_rows rows has an embedding
+      of the tokens that end at a position, which is added to the token's; see hashed_ngrams.
     - axis_name is the mesh axis, within jax.shard_map, over which the length is split. Tokens and
       mask are then this device's shard of each sequence, and the logits are the same on all
       devices. init requires None.
@@ -177,11 +180,14 @@ class Encoder(nn.Module):
     dtype: str = "float32"
     remat: bool = False
     positions: str = "learned"
+    ngrams: Sequence[int] = ()
+    ngram_rows: int = 8192
     axis_name: str | None = None
 
     def __post_init__(self) -> None:
-        """Freezes the options, since a dict would keep the module from being hashed."""
+        """Freezes the options, since a dict or a list would keep the module from being hashed."""
         object.__setattr__(self, "attention_options", flax.core.FrozenDict(self.attention_options))
+        object.__setattr__(self, "ngrams", tuple(self.ngrams))
         super().__post_init__()
 
     def _encode(self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool) -> jax.Array:
@@ -195,21 +201,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"sequences of {length} tokens do not fit model.max_length={self.max_length}"
             )
-        init = nn.initializers.normal(_EMBEDDING_SCALE)
-        embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
-        x = look_up(embed.embedding, tokens.astype(jnp.int32))
-        positions = shards.positions(tokens.shape[1], self.axis_name)
-        if self.positions == "learned":
-            table = self.param(
-                "position_embedding", init, (self.max_length, self.width), jnp.float32
-            )
-            # A slice is cheaper than a lookup of the positions.
-            rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=len(positions))
-            x = x + on_automatic_axes(rows, (None, spec_of(table)[1]), table, positions[0])[None]
-        elif self.positions == "sinusoidal":
-            # Scaled to the root mean square of the token embeddings.
-            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)[None]
-        x = x.astype(self.dtype)
+        x = self._embed(tokens, mask).astype(self.dtype)
         if self.dropout and not deterministic:
             x = dropout(self.make_rng("dropout"), x, self.dropout, axis_name=self.axis_name)
         block = functools.partial(
@@ -238,6 +230,35 @@ class Encoder(nn.Module):
             sow_statistic(self, name, values)
         x = LayerNorm(jnp.dtype("float32"), name="final_norm")(x)
         return pool(x, mask, self.pooling, self.axis_name)
+
+    def _embed(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Embeds tokens, their n-grams and their positions: float32 [batch, length, width]."""
+        init = nn.initializers.normal(_EMBEDDING_SCALE)
+        embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
+        x = look_up(embed.embedding, tokens.astype(jnp.int32))
+        for n in self.ngrams:
+            hashed = functools.partial(
+                hashed_ngrams, n=n, num_rows=self.ngram_rows, axis_name=self.axis_name
+            )
+            # Values at masked positions are arbitrary, so they count as token 0.
+            real = jnp.where(mask, tokens, 0)
+            rows = on_automatic_axes(hashed, spec_of(tokens), real)
+            table = self.param(
+                f"ngram_embedding_{n}", init, (self.ngram_rows, self.width), jnp.float32
+            )
+            x = x + look_up(table, rows)
+        positions = shards.positions(tokens.shape[1], self.axis_name)
+        if self.positions == "learned":
+            table = self.param(
+                "position_embedding", init, (self.max_length, self.width), jnp.float32
+            )
+            # A slice is cheaper than a lookup of the positions.
+            rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=len(positions))
+            x = x + on_automatic_axes(rows, (None, spec_of(table)[1]), table, positions[0])[None]
+        elif self.positions == "sinusoidal":
+            # Scaled to the root mean square of the token embeddings.
+            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)[None]
+        return x
 
     def _statistics(
         self, x: jax.Array, mask: jax.Array, variables: Mapping[str, Any]

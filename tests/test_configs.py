@@ -23,7 +23,7 @@ from skyformer_jax.training.step import tokens_and_mask
 
 NAMES = [task.name for task in tasks.BENCHMARK]
 VARIANTS = ("", *common.VARIANTS)
-FAST = ("text",)  # configs with a recipe for time to accuracy
+ADDED = {"text": ("fast", "ngrams"), "listops": ("fast",)}  # variants that the others lack
 
 
 def get(name, argument=""):
@@ -65,7 +65,7 @@ def test_the_paper_variant_restores_the_published_options(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_attentions_and_variants_pass_the_check(name):
-    variants = (*VARIANTS, "fast") if name in FAST else VARIANTS
+    variants = (*VARIANTS, *ADDED.get(name, ()))
     for attention_name, variant in itertools.product(attention.NAMES, variants):
         settings = get(name, f"{attention_name},{variant}")
         config.check(settings, num_devices=1)
@@ -201,6 +201,22 @@ def test_bad_data_fields_are_named():
     settings.data.length = 1000
     with pytest.raises(UserError, match=r"model\.max_length must be at least 1000"):
         config.check(settings, num_devices=1)
+
+
+def test_bad_ngrams_are_named():
+    settings = get("text", "skyformer,ngrams")
+    for value in ((5, 3), (1,), (3, 3)):
+        settings.model.ngrams = value
+        with pytest.raises(
+            UserError, match=r"model\.ngrams must be ascending lengths of at least 2"
+        ):
+            config.check(settings, num_devices=1)
+    settings.model.ngrams = (3, 66)  # 512 bytes, the shortest bucket, on eight devices
+    settings.parallel.data, settings.parallel.seq = 1, 8
+    with pytest.raises(UserError, match=r"model\.ngrams has 66, which reaches beyond the 64"):
+        config.check(settings, num_devices=8)
+    settings.model.ngrams = (3, 65)
+    config.check(settings, num_devices=8)
 
 
 def test_tokens_and_masks_are_as_defined():

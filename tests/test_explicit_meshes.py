@@ -155,7 +155,7 @@ def test_modules_keep_the_sharding(name):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("skyformer", {"num_documents": 2}),
+        ("skyformer", {"num_documents": 2, "ngrams": (2, 3)}),
         pytest.param(
             "softmax", {"remat": True, "dropout": 0.1, "pooling": "cls"}, marks=pytest.mark.slow
         ),

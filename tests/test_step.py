@@ -68,9 +68,9 @@ def test_meshes_do_not_change_the_step(name, ways):
     """Any mesh, back end and number of microbatches gives the step of one device.
 
     Dropout, landmarks, padding and each attention's random draws depend only on the position in
-    the batch and in the sequence.
+    the batch and in the sequence, and n-grams go across the parts of a sequence.
     """
-    config = tiny_config(name, num_layers=1)
+    config = tiny_config(name, num_layers=1, ngrams=(3,))
     params, sums = two_steps(config, 1, 1, "shard_map", 1)
     initial = init_states(run_on(config)).params
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, initial)

@@ -109,7 +109,7 @@ def test_attentions_pass_strict_promotion_with_64_bits(name, options, scale):
 def test_layers_models_and_steps_pass_strict_promotion(name):
     """Also trains with 64 bits enabled, with the same result."""
     x, mask = inputs(12, 12, heads=1)[0][:, :, 0], masks(3, 12)
-    config = tiny_config(name, num_layers=1)
+    config = tiny_config(name, num_layers=1, ngrams=(3,))
 
     def trained():
         run = run_on(config, 2, optimizer=optax.sgd(0.1), log_every=2, statistics=True)

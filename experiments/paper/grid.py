@@ -26,7 +26,7 @@ CONFIGS = tuple(sorted({path.stem for path in ROOT.glob("configs/*.py")} - {*_NO
 NOT_SETTING = (*configs.MUTABLE_FIELDS, "data.source", "seed")
 # Configs that are reductions themselves, and the full config of each.
 _FULL = {"quickstart": "listops"}
-_FULL_VARIANTS = ("paper", "fast")  # variants of the full task
+_FULL_VARIANTS = ("paper", "fast", "ngrams")  # variants of the full task
 _SHORTER = tuple(
     f"{config}:{setting}"
     for config, settings in {

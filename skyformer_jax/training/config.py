@@ -99,6 +99,11 @@ def _check_model(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
         raise UserError(
             f"model.head_dim must be even for model.positions=rotary; got {model.head_dim}"
         )
+    lengths = [n for n in model.ngrams if type(n) is int and n > 1]
+    if list(model.ngrams) != sorted(set(lengths)):
+        raise UserError(
+            f"model.ngrams must be ascending lengths of at least 2; got {tuple(model.ngrams)}"
+        )
     for field, value in model.items():
         if type(value) is int:
             _check_positive(f"model.{field}", value)
@@ -222,6 +227,12 @@ def _check_split_sequences(config: ml_collections.ConfigDict, seq: int) -> None:
     if options.get("conv_size", 0) // 2 > shortest:
         raise UserError(
             f"attention.conv_size={options.conv_size} reaches beyond the {shortest} positions that "
+            f"parallel.seq={seq} leaves to a device"
+        )
+    longest = max(config.model.ngrams, default=1)
+    if longest - 1 > shortest:
+        raise UserError(
+            f"model.ngrams has {longest}, which reaches beyond the {shortest} positions that "
             f"parallel.seq={seq} leaves to a device"
         )
 

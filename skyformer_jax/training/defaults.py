@@ -50,6 +50,8 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
             "dtype": "float32",  # of activations, or bfloat16; parameters stay float32
             "remat": False,  # recompute blocks in the backward pass to save memory
             "positions": "learned",  # or sinusoidal or rotary, without a table of max_length
+            "ngrams": (),  # lengths of n-grams whose embeddings are added to the tokens'
+            "ngram_rows": 8192,  # rows of the table of each of them, which hashing shares
         },
         "train": {
             "num_steps": 50_000,
@@ -98,6 +100,8 @@ def added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     name = one_of("attention", config["attention"]["name"], attention.NAMES)
     earlier = attention.REGISTRY[name].earlier_options
     return {
+        "model.ngrams": [],  # as JSON has it
+        "model.ngram_rows": 8192,
         "data.mask_zeros": False,
         "train.start_from": "",
         "train.balanced": False,
