@@ -289,26 +289,32 @@ def test_an_archive_of_something_else_is_named_for_what_it_is(tmp_path):
     assert_is(read(pack(nested, tmp_path / "nested.tar")), expected)
 
 
-BYTE_FREQUENCIES = """
+FLOORS = """
 import numpy as np
-from experiments.data import byte_frequencies
+from experiments.data import text_floors
 from skyformer_jax.data.examples import Examples
 
 rng = np.random.default_rng(0)
 texts = [rng.integers(0, 256, rng.integers(20, 60), np.uint8) for _ in range(60)]
 label = np.array([(text < 128).mean() > 0.5 for text in texts]).astype(np.int32)
 starts = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
-features, shuffled = (
-    byte_frequencies.frequencies(Examples(np.concatenate(parts), starts, label))
+examples, shuffled = (
+    Examples(np.concatenate(parts), starts, label)
     for parts in (texts, [rng.permutation(text) for text in texts])
 )
-np.testing.assert_array_equal(shuffled, features)
+features = text_floors.frequencies(examples, (), 1)
+np.testing.assert_array_equal(text_floors.frequencies(shuffled, (), 1), features)
 np.testing.assert_allclose(features.sum(axis=1), 1, rtol=1e-5)
-weights = byte_frequencies.fit(100 * features, label, 1e-4)
-assert byte_frequencies.accuracy(weights, 100 * features, label) == 1
+weights = text_floors.fit(100 * features, label, 1e-4)
+assert text_floors.accuracy(weights, 100 * features, label) == 1
+
+both, of_shuffled = (text_floors.frequencies(x, (2, 3), 50) for x in (examples, shuffled))
+np.testing.assert_array_equal(both[:, :256], features)
+np.testing.assert_allclose(both.sum(axis=1), 3, rtol=1e-5)
+assert (both[:, 256:] != of_shuffled[:, 256:]).mean() > 0.2
 """
 
 
-def test_byte_frequencies_ignore_the_order_and_find_what_separates():
+def test_floors_of_text_count_bytes_and_ngrams_and_find_what_separates():
     """Runs in a process of its own, since each script of experiments defines its flags."""
-    subprocess.run([sys.executable, "-c", BYTE_FREQUENCIES], check=True)
+    subprocess.run([sys.executable, "-c", FLOORS], check=True)
