@@ -90,7 +90,7 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure  # imported late: it is slow to load
 
     names = list(dict.fromkeys(row["config"] for row in rows))
-    figure = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
+    figure = Figure(figsize=(7 * len(names), 4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         of_task = [row for row in rows if row["config"] == name and row["curve"]]
         for i, row in enumerate(of_task):
@@ -106,7 +106,7 @@ def plot(rows: list[Row], path: Path) -> None:
             color = line_style(attention)["color"]
             axis.axhline(paper, ls="--", lw=1, color=color, label=f"{attention}, the paper's test")
         axis.set(xlabel="minutes of training", ylabel="validation accuracy, %", title=name)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))  # many names
         axis.grid(alpha=0.3)
     with replacing(path) as part:
         figure.savefig(part, dpi=150, format="png")
