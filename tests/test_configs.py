@@ -320,6 +320,7 @@ def test_a_missing_source_can_be_added(tiny_benchmark, tmp_path):
         training.train(settings, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_buckets_change_no_prediction_and_resume_exactly(tiny_benchmark, tmp_path):
     """A resumed run with buckets ends as an uninterrupted one; they do not change evaluation."""
     source, data_dir = tiny_benchmark

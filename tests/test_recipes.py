@@ -22,6 +22,6 @@ def test_a_row_says_what_a_run_reached_and_when(tmp_path):
     assert row["curve"] == [(100, 50.0, 0.6), (200, 100.0, 0.65), (300, 150.0, 0.64)]
     assert (row["best_validation"], row["test"]) == (0.65, None)
     assert (row["paper"], row["seconds_to_paper"]) == (64.7, 100.0)
-    assert row["departures"]["train.learning_rate"] == (1e-4, 3e-4)
+    assert row["departures"]["train.learning_rate"] == (1e-4, config.train.learning_rate)
     recipes.plot([row], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -223,6 +223,7 @@ def test_a_run_leaves_what_it_says(undisturbed):
     assert set(kept) == {best, NUM_STEPS - EVAL_EVERY, NUM_STEPS}
 
 
+@pytest.mark.slow
 def test_eval_by_itself(undisturbed, tmp_path):
     """A moved workdir, with its name shortened, gives the same result on other devices."""
     workdir, _ = undisturbed

@@ -111,6 +111,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_a_count():
     assert seen == [[8, 0, 0], [8, 1, 2], [16, 1, 2], [16, 2, 2], [8, 0, 0], [16, 0, 0]]
 
 
+@pytest.mark.slow
 def test_seeds_and_microbatches_change_nothing(monkeypatch):
     """Two seeds in one program, with microbatches and on two devices, train as each does alone.
 
