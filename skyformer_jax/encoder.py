@@ -236,17 +236,16 @@ class Encoder(nn.Module):
         init = nn.initializers.normal(_EMBEDDING_SCALE)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
         x = look_up(embed.embedding, tokens.astype(jnp.int32))
+        # Values at masked positions are arbitrary, so they count as token 0.
+        real = jnp.where(mask, tokens, 0)
         for n in self.ngrams:
             hashed = functools.partial(
                 hashed_ngrams, n=n, num_rows=self.ngram_rows, axis_name=self.axis_name
             )
-            # Values at masked positions are arbitrary, so they count as token 0.
-            real = jnp.where(mask, tokens, 0)
-            rows = on_automatic_axes(hashed, spec_of(tokens), real)
             table = self.param(
                 f"ngram_embedding_{n}", init, (self.ngram_rows, self.width), jnp.float32
             )
-            x = x + look_up(table, rows)
+            x = x + look_up(table, on_automatic_axes(hashed, spec_of(tokens), real))
         positions = shards.positions(tokens.shape[1], self.axis_name)
         if self.positions == "learned":
             table = self.param(
