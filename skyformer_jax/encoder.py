@@ -115,17 +115,17 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     """Encodes positions as sines and cosines (Vaswani et al., 2017, section 3.5).
 
     Args:
-      positions: int [length].
+      positions: int [...].
       width: number of features; must be even.
 
     Returns:
-      float32 [length, width]: sines of width / 2 wavelengths from 2 pi to 10,000 times that, then
+      float32 [..., width]: sines of width / 2 wavelengths from 2 pi to 10,000 times that, then
       the cosines.
     """
     if width % 2:
         raise ValueError(f"sinusoidal positions need an even width; got {width}")
     frequencies = 10_000.0 ** (-2 * jnp.arange(width // 2, dtype=jnp.float32) / width)
-    angles = positions[:, None].astype(jnp.float32) * frequencies[None]
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -190,8 +190,15 @@ class Encoder(nn.Module):
         object.__setattr__(self, "ngrams", tuple(self.ngrams))
         super().__post_init__()
 
-    def _encode(self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Encodes tokens int [batch, length] with their mask to pooled features [batch, width]."""
+    def _encode(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        deterministic: bool,
+    ) -> jax.Array:
+        """Encodes tokens, mask and positions [batch, length] to pooled features [batch, width]."""
         _check_choice("pooling", self.pooling, POOLINGS)
         _check_choice("positions", self.positions, POSITIONS)
         length = tokens.shape[1] * shards.num_shards(self.axis_name)
@@ -201,7 +208,9 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"sequences of {length} tokens do not fit model.max_length={self.max_length}"
             )
-        x = self._embed(tokens, mask).astype(self.dtype)
+        if positions is not None and self.positions == "rotary":
+            raise ValueError("the positions of tokens must be consecutive with positions='rotary'")
+        x = self._embed(tokens, mask, positions).astype(self.dtype)
         if self.dropout and not deterministic:
             x = dropout(self.make_rng("dropout"), x, self.dropout, axis_name=self.axis_name)
         block = functools.partial(
@@ -231,7 +240,7 @@ class Encoder(nn.Module):
         x = LayerNorm(jnp.dtype("float32"), name="final_norm")(x)
         return pool(x, mask, self.pooling, self.axis_name)
 
-    def _embed(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def _embed(self, tokens: jax.Array, mask: jax.Array, positions: jax.Array | None) -> jax.Array:
         """Embeds tokens, their n-grams and their positions: float32 [batch, length, width]."""
         init = nn.initializers.normal(_EMBEDDING_SCALE)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
@@ -246,17 +255,20 @@ class Encoder(nn.Module):
                 f"ngram_embedding_{n}", init, (self.ngram_rows, self.width), jnp.float32
             )
             x = x + look_up(table, on_automatic_axes(hashed, spec_of(tokens), real))
-        positions = shards.positions(tokens.shape[1], self.axis_name)
+        consecutive = shards.positions(tokens.shape[1], self.axis_name)
         if self.positions == "learned":
             table = self.param(
                 "position_embedding", init, (self.max_length, self.width), jnp.float32
             )
+            if positions is not None:
+                return x + look_up(table, positions)
             # A slice is cheaper than a lookup of the positions.
-            rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=len(positions))
-            x = x + on_automatic_axes(rows, (None, spec_of(table)[1]), table, positions[0])[None]
+            rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=len(consecutive))
+            x = x + on_automatic_axes(rows, (None, spec_of(table)[1]), table, consecutive[0])[None]
         elif self.positions == "sinusoidal":
             # Scaled to the root mean square of the token embeddings.
-            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(positions, self.width)[None]
+            at = consecutive[None] if positions is None else positions
+            x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(at, self.width)
         return x
 
     def _statistics(

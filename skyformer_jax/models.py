@@ -13,12 +13,15 @@ from skyformer_jax.encoder import Encoder
 from skyformer_jax.errors import UserError
 
 
-def _tokens_and_mask(tokens: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Converts tokens and mask to arrays and checks them.
+def _checked(
+    tokens: Any, mask: Any, positions: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Converts tokens, mask and positions to arrays and checks them.
 
     Raises:
-      TypeError: for tokens that are not integers.
-      ValueError: for a mask that is not boolean or has another shape than the tokens.
+      TypeError: for tokens or positions that are not integers.
+      ValueError: for a mask that is not boolean, or a mask or positions of another shape than the
+        tokens.
     """
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -28,7 +31,16 @@ def _tokens_and_mask(tokens: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
             f"mask must be bool, of the shape {tokens.shape} of tokens, True at real ones; "
             f"got {mask.dtype} {mask.shape}"
         )
-    return tokens, mask
+    if positions is None:
+        return tokens, mask, None
+    positions = jnp.asarray(positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be integers; got {positions.dtype} {positions.shape}")
+    if positions.shape != tokens.shape:
+        raise ValueError(
+            f"positions must have the shape {tokens.shape} of tokens; got {positions.shape}"
+        )
+    return tokens, mask, positions
 
 
 class Classifier(Encoder):
@@ -36,25 +48,33 @@ class Classifier(Encoder):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool = True
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        deterministic: bool = True,
     ) -> jax.Array:
         """Computes the logits of sequences.
 
         Args:
           tokens: int [batch, length], length at most max_length.
           mask: bool [batch, length], True at real tokens.
+          positions: int [batch, length] in 0..max_length - 1, the positions of tokens that are not
+            consecutive, such as the pixels of an image that are not black; None: 0..length - 1.
           deterministic: False applies dropout, by the "dropout" random stream.
 
         Returns:
           float32 [batch, num_classes], logits.
 
         Raises:
-          TypeError: if tokens are not integers.
+          TypeError: if tokens or positions are not integers.
           ValueError: if the sequences are empty or longer than max_length, if the mask is not
-            boolean or has another shape, or for an unknown option.
+            boolean, if mask or positions have another shape than the tokens, if there are
+            positions although the model's are rotary, or for an unknown option.
         """
-        tokens, mask = _tokens_and_mask(tokens, mask)
-        return self._head(self._encode(tokens, mask, deterministic=deterministic))
+        tokens, mask, positions = _checked(tokens, mask, positions)
+        return self._head(self._encode(tokens, mask, positions, deterministic=deterministic))
 
 
 class DualClassifier(Encoder):
@@ -62,13 +82,19 @@ class DualClassifier(Encoder):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool = True
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        deterministic: bool = True,
     ) -> jax.Array:
         """Computes the logits of pairs of documents.
 
         Args:
           tokens: int [batch, 2, length], length at most max_length.
           mask: bool [batch, 2, length], True at real tokens.
+          positions: int [batch, 2, length], see Classifier.
           deterministic: False applies dropout, by the "dropout" random stream.
 
         Returns:
@@ -78,11 +104,12 @@ class DualClassifier(Encoder):
           TypeError: if tokens are not integers.
           ValueError: if the tokens are not pairs of documents; also see Classifier.
         """
-        tokens, mask = _tokens_and_mask(tokens, mask)
+        tokens, mask, positions = _checked(tokens, mask, positions)
         if tokens.ndim != 3 or tokens.shape[1] != 2:
             raise ValueError(f"tokens must be [batch, 2, length], not {list(tokens.shape)}")
         tokens, mask = (_merged(x) for x in (tokens, mask))
-        pooled = self._encode(tokens, mask, deterministic=deterministic)
+        positions = None if positions is None else _merged(positions)
+        pooled = self._encode(tokens, mask, positions, deterministic=deterministic)
         a, b = _split(pooled)
         return self._head(jnp.concatenate([a, b, a * b, a - b], axis=-1))
 

@@ -23,7 +23,12 @@ from skyformer_jax.training.step import tokens_and_mask
 
 NAMES = [task.name for task in tasks.BENCHMARK]
 VARIANTS = ("", *common.VARIANTS)
-ADDED = {"text": ("fast", "ngrams"), "listops": ("fast",)}  # variants that the others lack
+ADDED = {
+    "text": ("fast", "ngrams"),
+    "listops": ("fast",),
+    "image": ("fast",),
+    "pathfinder": ("fast",),
+}  # variants that the others lack
 
 
 def get(name, argument=""):
@@ -88,7 +93,7 @@ def test_bad_training_fields_are_named():
         ({"train.log_every": 0}, "train.log_every must be at least 1"),
         ({"num_seeds": 0}, "num_seeds must be at least 1"),
         ({"seed": -1}, "seed must be in 0"),
-        ({"num_seeds": 2, "data.buckets": (512,)}, "data.buckets needs num_seeds=1"),
+        ({"data.drop_zeros": True, "model.positions": "rotary"}, "learned or sinusoidal"),
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16'.*float32, bfloat16"),
         ({"attention.implementation": "flash"}, "auto, dense, chunked"),
     ):

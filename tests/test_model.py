@@ -108,6 +108,29 @@ def test_pooling():
     np.testing.assert_array_equal(encoder.pool(x, mask, "cls"), x[:, 0])
 
 
+def test_positions_may_be_given():
+    """The consecutive ones are the default."""
+    tokens, mask = batch()
+    model = models.build_model(tiny_config("softmax", num_layers=1))
+    variables = model.init(jax.random.key(0), tokens, mask)
+    consecutive = jnp.broadcast_to(jnp.arange(48), tokens.shape)
+    expected = model.apply(variables, tokens, mask)
+    np.testing.assert_array_equal(
+        model.apply(variables, tokens, mask, positions=consecutive), expected
+    )
+    swapped = consecutive.at[:, :2].set(jnp.array([1, 0]))
+    other = tokens.at[:, :2].set(tokens[:, 1::-1])
+    permuted = model.apply(variables, other, mask, positions=swapped)
+    np.testing.assert_allclose(permuted[:2], expected[:2], atol=1e-5)  # softmax does not see order
+    with pytest.raises(TypeError, match="positions must be integers"):
+        model.apply(variables, tokens, mask, positions=mask)
+    with pytest.raises(ValueError, match="shape"):
+        model.apply(variables, tokens, mask, positions=consecutive[:, 1:])
+    rotary = models.build_model(tiny_config("softmax", num_layers=1, positions="rotary"))
+    with pytest.raises(ValueError, match="rotary"):
+        rotary.apply(variables, tokens, mask, positions=consecutive)
+
+
 def test_landmarks_and_dropout_have_streams():
     model = models.build_model(tiny_config(num_layers=1))
     tokens, mask = batch()

@@ -1,5 +1,7 @@
 """The training step and predictions: devices, seeds, microbatches and non-finite values."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -191,6 +193,28 @@ def test_predictions_do_not_depend_on_batch_size_or_devices_or_parts(monkeypatch
             monkeypatch.setattr(step, "_CPU_TOKENS", 100)
         for other in results[1:]:
             np.testing.assert_allclose(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("positions", "data", "seq"), [("learned", 2, 4), ("sinusoidal", 8, 1)])
+def test_leaving_zeros_out_is_masking_them(positions, data, seq):
+    """Kernelized attention gives the same logits for masked zeros as without them, sharded too."""
+    config = tiny_config("kernelized", num_layers=1, positions=positions)
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random((16, 48)) < 0.5, 0, rng.integers(1, 16, (16, 48)))
+    examples = from_sequences(list(values.astype(np.uint8)), np.zeros(16))
+    masked = run_on(config)
+    masked.config.data.mask_zeros = True
+    variables = jax.tree.map(  # learned positions are too small at first to be seen
+        lambda x: 20 * x, jax.device_get(init_states(masked).variables)
+    )
+    (expected,) = evaluation.predict(masked, make_predict_step(masked), variables, examples)
+    left_out = run_on(config, data, seq)
+    for given, same in ((examples.without_zeros(), True), (examples, False)):
+        (logits,) = evaluation.predict(left_out, make_predict_step(left_out), variables, given)
+        assert np.allclose(logits, expected, rtol=1e-4, atol=1e-4) == same
+    without = dataclasses.replace(examples.without_zeros(), positions=None)
+    (logits,) = evaluation.predict(left_out, make_predict_step(left_out), variables, without)
+    assert not np.allclose(logits, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize(

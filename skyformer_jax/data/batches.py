@@ -21,11 +21,14 @@ class Batch(NamedTuple):
         not yet token ids. Values after the end of a document are arbitrary.
       length: int32 [batch], or [batch, 2]: number of real tokens of each document.
       label: int32 [batch].
+      positions: int32, of the shape of tokens: the position of each token in its document, where
+        values were left out of it; None if they are consecutive. 0 after the end of a document.
     """
 
     tokens: np.ndarray
     length: np.ndarray
     label: np.ndarray
+    positions: np.ndarray | None = None
 
 
 class BatchShards(NamedTuple):
@@ -55,15 +58,21 @@ def make_batch(examples: Examples, rows: np.ndarray, length: int) -> Batch:
     documents = examples.num_documents
     which = (rows[:, None] * documents + np.arange(documents)).ravel()
     begin, end = examples.starts[which], examples.starts[which + 1]
-    tokens = np.zeros((len(which), length), np.uint8)
-    values = examples.values
-    for row, i, j in zip(tokens, begin.tolist(), end.tolist(), strict=True):
-        row[: j - i] = values[i:j]
-    lengths = (end - begin).astype(np.int32)
-    if documents > 1:
-        tokens = tokens.reshape(-1, documents, length)
-        lengths = lengths.reshape(-1, documents)
-    return Batch(tokens, lengths, examples.label[rows])
+    shape = (len(rows),) if documents == 1 else (len(rows), documents)
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        """Returns the documents' part of values [tokens], as [batch, length] or [batch, 2, ...]."""
+        out = np.zeros((len(which), length), values.dtype)
+        for row, i, j in zip(out, begin.tolist(), end.tolist(), strict=True):
+            row[: j - i] = values[i:j]
+        return out.reshape(*shape, length)
+
+    return Batch(
+        padded(examples.values),
+        (end - begin).astype(np.int32).reshape(shape),
+        examples.label[rows],
+        None if examples.positions is None else padded(examples.positions),
+    )
 
 
 def padded_length(longest: int, max_length: int, buckets: Sequence[int]) -> int:
@@ -185,8 +194,23 @@ def training_batches(
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:
-    """Stacks batches of one length, one for each seed, into arrays [seeds, batch, ...]."""
-    return Batch(*map(np.stack, zip(*batches, strict=True)))
+    """Stacks batches, one for each seed, into arrays [seeds, batch, ...].
+
+    Shorter ones are padded to the length of the longest, with zeros.
+    """
+    longest = max(batch.tokens.shape[-1] for batch in batches)
+
+    def padded(x: np.ndarray) -> np.ndarray:
+        missing = longest - x.shape[-1]
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+    tokens, lengths, labels, positions = zip(*batches, strict=True)
+    return Batch(
+        np.stack([padded(x) for x in tokens]),
+        np.stack(lengths),
+        np.stack(labels),
+        None if positions[0] is None else np.stack([padded(x) for x in positions]),
+    )
 
 
 def evaluation_batches(

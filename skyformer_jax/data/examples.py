@@ -27,6 +27,8 @@ class Examples(Sequence):
       label: int32 [examples].
       num_documents: number of documents of each example, 1 or 2.
       tokenizer: maps values to token ids.
+      positions: int32 [tokens], the position of each value in its document, if values between them
+        were left out; None if they are consecutive.
     """
 
     values: np.ndarray
@@ -34,6 +36,7 @@ class Examples(Sequence):
     label: np.ndarray
     num_documents: int = 1
     tokenizer: Tokenizer = IDENTITY
+    positions: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -61,7 +64,19 @@ class Examples(Sequence):
     def select(self, keep: np.ndarray) -> "Examples":
         """Returns these examples without the values at which keep, bool [tokens], is False."""
         before = np.concatenate([[0], np.cumsum(keep)])
-        return dataclasses.replace(self, values=self.values[keep], starts=before[self.starts])
+        return dataclasses.replace(
+            self,
+            values=self.values[keep],
+            starts=before[self.starts],
+            positions=None if self.positions is None else self.positions[keep],
+        )
+
+    def without_zeros(self) -> "Examples":
+        """Returns these examples without values of 0; the others keep their positions."""
+        position = np.arange(len(self.values), dtype=np.int64)
+        position -= np.repeat(self.starts[:-1], np.diff(self.starts))
+        positions = position.astype(np.int32)
+        return dataclasses.replace(self, positions=positions).select(self.values != 0)
 
     def cut(self, length: int) -> "Examples":
         """Returns these examples with each document cut to its first length tokens."""
@@ -111,6 +126,9 @@ class Examples(Sequence):
     def checksum(self) -> str:
         """Computes a hash, 16 hexadecimal digits, of all stored values, labels and their order."""
         sha = hashlib.sha256()
-        for array in (self.values, self.starts.astype("<i8"), self.label.astype("<i4")):
+        arrays = [self.values, self.starts.astype("<i8"), self.label.astype("<i4")]
+        if self.positions is not None:
+            arrays.append(self.positions.astype("<i4"))
+        for array in arrays:
             sha.update(np.ascontiguousarray(array))
         return sha.hexdigest()[:16]

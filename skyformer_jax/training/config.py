@@ -162,8 +162,11 @@ def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
             "data.buckets must be ascending lengths below model.max_length="
             f"{max_length}; got {tuple(data.buckets)}"
         )
-    if data.buckets and config.num_seeds > 1:
-        raise UserError("data.buckets needs num_seeds=1, as all batches of a step have one length")
+    if data.drop_zeros and config.model.positions == "rotary":
+        raise UserError(
+            "data.drop_zeros needs model.positions=learned or sinusoidal: rotary positions count "
+            "the tokens that are left"
+        )
 
 
 def _check_devices(config: ml_collections.ConfigDict, num_devices: int) -> None:

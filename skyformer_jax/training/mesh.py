@@ -70,7 +70,8 @@ def batch_specs(batch: Any, axis: int = 0) -> Any:
         return jax.tree.map(lambda _: examples, batch)
     between = [None] * (batch.tokens.ndim - axis - 2)
     tokens: Any = P(*examples, *between, SEQ)
-    return Batch(tokens, examples, examples)
+    positions = None if batch.positions is None else tokens
+    return Batch(tokens, examples, examples, positions)
 
 
 def shard_batch(batch: Any, mesh: Mesh, *, axis: int = 0) -> Any:

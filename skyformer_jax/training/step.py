@@ -141,27 +141,28 @@ def _apply(
     The model is mapped over the examples, each with its own key, so that an example's random
     numbers depend on its position in the global batch, not on the number of devices.
     """
-    positions = shards.positions(batch.tokens.shape[-1], run.model.axis_name)
+    places = shards.positions(batch.tokens.shape[-1], run.model.axis_name)
 
     def one(
-        values: jax.Array, length: jax.Array, key: jax.Array | None
+        values: jax.Array, length: jax.Array, positions: jax.Array | None, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         rngs = {}
         if key is not None:
             rngs["landmarks"], rngs["dropout"] = jax.random.split(key)
-        tokens, mask = tokens_and_mask(run, values, length, positions)
+        tokens, mask = tokens_and_mask(run, values, length, places)
         logits, sown = run.model.apply(
             variables,
             tokens[None],
             mask[None],
+            positions=None if positions is None else positions[None],
             deterministic=not train,
             rngs=rngs,
             mutable=["statistics"] if statistics else [],
         )
         return logits[0], {name: sown["statistics"][name] for name in statistics}
 
-    arrays: Any = (batch.tokens, batch.length, keys)
-    return jax.vmap(one, in_axes=(0, 0, None if keys is None else 0))(*arrays)
+    arrays: Any = (batch.tokens, batch.length, batch.positions, keys)
+    return jax.vmap(one, in_axes=tuple(None if x is None else 0 for x in arrays))(*arrays)
 
 
 def tokens_and_mask(
