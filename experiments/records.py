@@ -37,7 +37,11 @@ def provenance(num_devices: int) -> dict[str, Any]:
 
     def git(arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments.split()]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # git is not installed
+            return ""
+        return done.stdout.strip()
 
     # Writing a result changes a tracked file, but not the code that measures.
     changed = git("status --porcelain --untracked-files=no -- :/ :(top,exclude)results")
@@ -84,9 +88,17 @@ def read_json(path: Path) -> Any:
 
 
 def provenance_of_run(workdir: Path) -> dict[str, Any] | None:
-    """Returns the provenance of a run that experiments.paper.sweep trained, else None."""
-    record = workdir / "sweep.json"
-    return read_json(record)["provenance"] if record.exists() else None
+    """Returns the provenance of a run that experiments.paper.sweep trained, else None.
+
+    The sweep's record of several seeds trained at once is in the folder above those of the seeds.
+    """
+    workdir = workdir.absolute()
+    above = [workdir.parent] if workdir.name.startswith("seed-") else []
+    for folder in (workdir, *above):
+        record = folder / "sweep.json"
+        if record.exists():
+            return read_json(record)["provenance"]
+    return None
 
 
 def as_read(value: Any) -> Any:

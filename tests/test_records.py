@@ -52,6 +52,19 @@ def test_a_file_is_whole_or_absent(tmp_path):
         records.read_json(path)
 
 
+def test_provenance_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.provenance(1)["commit"] == "unknown"
+
+
+def test_provenance_of_a_run(tmp_path):
+    run, seed = tmp_path / "text-softmax", tmp_path / "text-softmax" / "seed-1"
+    assert records.provenance_of_run(seed) is None
+    records.write_json(run / "sweep.json", {"provenance": {"commit": "abc"}})
+    assert records.provenance_of_run(run) == records.provenance_of_run(seed) == {"commit": "abc"}
+    assert records.provenance_of_run(run / "another") is None
+
+
 def test_provenance():
     found = records.provenance(3)
     assert set(found) == {"commit", "versions", "device", "cores"}

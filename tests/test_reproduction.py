@@ -31,6 +31,7 @@ FLAGS = {
     "VARIANT": "",
     "SMALL": False,
     "SET": [],
+    "TOGETHER": False,
 }
 
 

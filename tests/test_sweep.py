@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from test_runs import TINY
 
+from experiments import records
 from experiments.paper import cell_results, grid, slurm, workers
 from skyformer_jax.errors import UserError
-from skyformer_jax.training.config import read
+from skyformer_jax.training.config import read, stored
 from skyformer_jax.training.results import config_digest, wilson_interval
+from skyformer_jax.training.workdir import seed_runs
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
@@ -27,6 +29,9 @@ HERE = {"commit": "abc", "device": "1 x cpu"}
 def make(folder, configs=("listops", "text"), attentions=("softmax",), seeds="01", **options):
     options = {"variant": "", "overrides": [], **options}
     return grid.make_grid(configs, attentions, list(seeds), directory=folder, **options)
+
+
+TOGETHER = {"configs": ["listops"], "attentions": ["softmax", "skyformer"], "together": True}
 
 
 def finish(cell, accuracy=0.5, checksum="c0ffee", config=None):
@@ -76,6 +81,29 @@ def test_grid_says_what_is_reduced(tmp_path):
     assert small.departures["attention.num_landmarks"] == (128, 32)
 
 
+def test_seeds_trained_together_are_the_cells_of_one_run(tmp_path):
+    alone = make(tmp_path, **{**TOGETHER, "together": False}, seeds="213")
+    cells = make(tmp_path, **TOGETHER, seeds="213", variant="")
+    assert [cell.name for cell in cells[:3]] == [
+        "listops-softmax/seed-2",
+        "listops-skyformer/seed-2",
+        "listops-softmax/seed-1",
+    ]
+    assert [cell.run_dir.name for cell in cells] == ["listops-softmax", "listops-skyformer"] * 3
+    for cell, one in zip(cells, alone, strict=True):
+        assert (cell.asked, cell.departures) == (one.asked, one.departures)
+        assert cell.arguments == one.arguments == one.run_arguments
+        assert (cell.seeds_at_once, one.seeds_at_once) == (3, 1)
+        assert cell.workdir == cell.run_dir / f"seed-{cell.seed}" and one.workdir == one.run_dir
+        config = grid.parse_config(cell.run_arguments)
+        found = {run.workdir: run.config for run in seed_runs(config, cell.run_dir)}
+        assert len(found) == 3 and stored(found[cell.workdir]) == cell.asked
+    (small,) = make(tmp_path, ["listops"], seeds="0", variant="small", together=True)
+    assert [small] == make(tmp_path, ["listops"], seeds="0", variant="small")
+    small = make(tmp_path, ["listops"], seeds="01", variant="small", together=True)
+    assert small[1].name == "listops-softmax-small/seed-1"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -90,6 +118,8 @@ def test_grid_says_what_is_reduced(tmp_path):
         ({"overrides": ["train.num_steps=many"]}, "many"),
         ({"overrides": ["train.num_steps=80"]}, "train.warmup_steps"),
         ({"overrides": ["num_seeds=3"]}, "each cell has its own"),
+        ({"seeds": ["3", "0", "1"], "together": True}, "--seeds=3,0,1 leaves some out"),
+        ({"together": True, "overrides": ["data.buckets=(8,)"]}, "data.buckets needs num_seeds=1"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_starts(tmp_path, options, message):
@@ -205,6 +235,8 @@ def test_seeds_of_elsewhere_are_kept_if_of_the_same_setting(tmp_path):
 STUB = """
 import json, os, pathlib, shutil, signal, sys, time
 workdir = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
+with (workdir / "arguments").open("a") as file:
+    print(*sys.argv[1:], file=file)
 do = json.loads((workdir / "do.json").read_text())
 if do == "wait":
     def stop(*_):
@@ -221,17 +253,21 @@ if do == "fail":
 if do == "crash":
     print("Traceback:\\nKeyError: 3", file=sys.stderr, flush=True)
     signal.raise_signal(signal.SIGKILL)
-shutil.move(workdir / "result", workdir / "eval_test.json")
+for result in [*workdir.glob("seed-*/result")] or [workdir / "result"]:
+    shutil.move(result, result.with_name("eval_test.json"))
 """
 
 
 @pytest.fixture
-def cells(tmp_path, monkeypatch):
-    """Four cells that are trained by the stub, which is told to finish them."""
+def stub(tmp_path, monkeypatch):
+    """Has the stub in the place of train.py."""
     monkeypatch.setattr(workers, "ROOT", tmp_path)
     monkeypatch.setattr(workers, "_SECONDS_BETWEEN_LOOKS", 0.02)
     (tmp_path / "train.py").write_text(STUB)
-    cells = make(tmp_path / "sweep")
+
+
+def prepare(cells):
+    """Tells the stub to finish these cells."""
     for cell in cells:
         finish(cell)
         shutil.move(cell.workdir / "eval_test.json", cell.workdir / "result")
@@ -239,8 +275,20 @@ def cells(tmp_path, monkeypatch):
     return cells
 
 
+@pytest.fixture
+def cells(tmp_path, stub):
+    """Four cells that are trained by the stub, which is told to finish them."""
+    return prepare(make(tmp_path / "sweep"))
+
+
+@pytest.fixture
+def together(tmp_path, stub):
+    """Four cells in two runs of two seeds, which the stub is told to finish."""
+    return prepare(make(tmp_path / "sweep", **TOGETHER))
+
+
 def tell(cell, what):
-    (cell.workdir / "do.json").write_text(json.dumps(what))
+    (cell.run_dir / "do.json").write_text(json.dumps(what))
 
 
 def train(cells, num_workers=2, signals=(), then=None):
@@ -268,6 +316,92 @@ def test_failures_are_recorded_and_tried_again(cells):
     row = cell_results.read_cell(cells[0])
     assert (row["status"], row["error"], row["attempts"]) == ("finished", None, 2)
     assert row["seconds"] >= rows[0]["seconds"]
+
+
+def test_seeds_are_trained_together_by_one_process(together):
+    ended = train(together)
+    assert len(ended) == 4 and set(map(id, ended)) == set(map(id, together))
+    for name in TOGETHER["attentions"]:
+        folder = together[0].run_dir.with_name(f"listops-{name}")
+        config = grid.ROOT / "configs" / "listops.py"
+        assert (folder / "arguments").read_text() == (
+            f"--config={config}:{name} --config.seed=0 --config.num_seeds=2 --workdir={folder}\n"
+        )
+        assert records.provenance_of_run(folder / "seed-1") == HERE
+        assert not list(folder.glob("seed-*/sweep.json"))
+    rows = [cell_results.read_cell(cell) for cell in together]
+    assert [(row["attention"], row["seed"]) for row in rows] == [
+        ("softmax", 0),
+        ("skyformer", 0),
+        ("softmax", 1),
+        ("skyformer", 1),
+    ]
+    for row in rows:
+        assert (row["status"], row["attempts"], row["seeds_at_once"]) == ("finished", 1, 2)
+        assert row["provenance"] == HERE
+    assert rows[0]["seconds"] == rows[2]["seconds"] is not None
+
+
+def test_seeds_trained_together_fail_stop_and_go_on(together):
+    softmax, skyformer = together[0], together[1]
+    tell(softmax, "fail")
+    tell(skyformer, "wait")
+
+    def stop(signals):
+        ready = (skyformer.run_dir / "waiting").exists()
+        if ready and (softmax.run_dir / "sweep.json").exists() and not signals:
+            signals.append(signal.SIGTERM)
+
+    assert len(train(together, then=stop)) == 4
+    rows = [cell_results.read_cell(cell) for cell in together]
+    assert [row["status"] for row in rows] == ["failed", "unfinished"] * 2
+    assert [row["error"] for row in rows] == ["the disk is full", None] * 2
+    log = skyformer.run_dir / "train.log"
+    assert log.read_text() == "stopped after step 3; saved.\n"
+
+    def to_train():
+        rows = {cell.workdir: cell_results.read_cell(cell) for cell in together}
+        return cell_results.to_train(together, rows)
+
+    assert to_train() == together
+    tell(softmax, "finish")
+    tell(skyformer, "finish")
+    train(to_train())
+    rows = [cell_results.read_cell(cell) for cell in together]
+    assert [(row["status"], row["attempts"]) for row in rows] == [("finished", 2)] * 4
+    assert to_train() == []
+
+    # An unfinished seed has its run trained again, but never over a refused result.
+    (softmax.workdir / "eval_test.json").unlink()
+    assert to_train() == [together[0], together[2]]
+    (together[2].workdir / "eval_test.json").write_text("{")
+    assert to_train() == []
+
+
+def test_seeds_that_another_process_trains_together_are_waited_for(together, capsys):
+    run = [together[0], together[2]]
+    with (run[0].run_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def look(_):
+            if "another process is training it" in capsys.readouterr().err:
+                finish(run[0])
+                fcntl.flock(lock, fcntl.LOCK_UN)  # the process was killed before the second
+
+        assert train(run, then=look) == run
+    assert [cell_results.read_cell(cell)["status"] for cell in run] == ["finished"] * 2
+    assert len((run[0].run_dir / "arguments").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["cell", "slurm"])
+def test_together_is_refused_for_processes_of_one_cell(tmp_path, flag):
+    value = {"cell": "0", "slurm": str(tmp_path / "s.sh")}[flag]
+    status, stdout, stderr = ended(start(tmp_path, "--together", f"--{flag}={value}", seeds="0,1"))
+    assert (status, stdout) == (2, "")
+    assert stderr == (
+        f"error: --{flag} trains each cell in its own process; leave out --together\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_cells_stand_still_while_paused(cells, tmp_path):
@@ -502,3 +636,41 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path):
     status, _, stderr = ended(start(tmp_path, "--workers=2", "--set=train.learning_rate=0.01"))
     assert status == 1
     assert "train.learning_rate (saved: 0.002, asked for: 0.01)" in stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_of_seeds_together_is_stopped_and_goes_on(tmp_path):
+    arguments = ("--together", "--commit=abc")
+    process = start(tmp_path, *arguments, seeds="0,1")
+    metrics = tmp_path / "cells/quickstart-softmax/seed-1/metrics.jsonl"
+    while process.poll() is None and not metrics.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    status, _, stderr = ended(process)
+    assert status == 128 + signal.SIGTERM, stderr
+    assert not list(tmp_path.glob("cells/*/seed-*/eval_test.json"))
+
+    status, stdout, stderr = ended(start(tmp_path, *arguments, seeds="0,1"))
+    assert status == 0, stderr
+    assert "4 of 4 cells finished, 0 left" in stderr and "±" in stdout
+    assert sorted(path.name for path in (tmp_path / "cells").iterdir()) == [
+        "quickstart-skyformer",
+        "quickstart-softmax",
+    ]
+    log = (tmp_path / "cells/quickstart-softmax/train.log").read_text()
+    assert "2 seeds at once" in log and "going on from the checkpoint" in log
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["commit"] == "abc" and len(result["cells"]) == 4
+    for cell in result["cells"]:
+        workdir = tmp_path / f"cells/quickstart-{cell['attention']}/seed-{cell['seed']}"
+        evaluated = json.loads((workdir / "eval_test.json").read_text())
+        assert (cell["status"], cell["accuracy"]) == ("finished", evaluated["accuracy"])
+        assert (cell["seeds_at_once"], cell["provenance"]["commit"]) == (2, "abc")
+        assert cell["attempts"] == (2 if cell["attention"] == "softmax" else 1)
+
+    status, _, stderr = ended(start(tmp_path, *arguments, "--table", seeds="0,1"))
+    assert (status, stderr) == (0, "4 of 4 cells are finished\n")
+    changed = ("--set=train.learning_rate=0.01",)
+    status, _, stderr = ended(start(tmp_path, *arguments, *changed, seeds="0,1"))
+    assert status == 1
+    assert "quickstart-softmax/seed-1: refused: " in stderr

@@ -2,7 +2,7 @@
 
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def _read_result(cell: Cell) -> dict[str, Any]:
 
 def read_cell(cell: Cell) -> Row:
     """Returns the cell's entry in the JSON, from the files in its folder."""
-    record_path = cell.workdir / "sweep.json"
+    record_path = cell.run_dir / "sweep.json"
     record = read_json(record_path) if record_path.exists() else {}
     try:
         result = _read_result(cell)
@@ -70,7 +70,28 @@ def read_cell(cell: Cell) -> Row:
         **{field: result.get(field) for field in fields},
         "validation_accuracy": result.get("validation", {}).get("accuracy"),
         **{field: record.get(field) for field in ("seconds", "attempts", "provenance")},
+        "seeds_at_once": cell.seeds_at_once,
     }
+
+
+def to_train(cells: Sequence[Cell], rows: Mapping[Path, Row]) -> list[Cell]:
+    """Returns the cells of the runs that have an unfinished or failed cell, and none refused.
+
+    A run trains all its seeds again, and so would write over a refused result.
+
+    Args:
+      cells: the cells.
+      rows: the row of each, by workdir.
+    """
+    statuses: dict[Path, set[str]] = {}
+    for cell in cells:
+        statuses.setdefault(cell.run_dir, set()).add(rows[cell.workdir]["status"])
+    runs = {
+        run_dir
+        for run_dir, found in statuses.items()
+        if "refused" not in found and not found.isdisjoint(TRAINABLE)
+    }
+    return [cell for cell in cells if cell.run_dir in runs]
 
 
 def read_others(path: Path, cells: Sequence[Cell]) -> list[Row]:

@@ -43,7 +43,7 @@ def measure(cells: list[tuple[Cell, Row]], name: str) -> list[Row]:
     for cell, result in cells:
         time = times[cell.attention]
         if "skipped" in time:
-            say(f"{cell.workdir.name}: not timed: {time['skipped']}; left out")
+            say(f"{cell.name}: not timed: {time['skipped']}; left out")
             continue
         seconds = time["median_seconds_per_step"]
         curves: dict[str, list[dict[str, float]]] = {"validation": [], "train": []}
@@ -72,7 +72,7 @@ def main() -> None:
         if result["status"] == "finished":
             by_config[cell.config].append((cell, result))
         else:
-            say(f"{cell.workdir.name}: {result['status']}; left out")
+            say(f"{cell.name}: {result['status']}; left out")
     if not by_config:
         raise UserError(
             f"{grid_flags.DIR.value} has no finished run of these settings: start python -m "

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from skyformer_jax import attention, cli
 from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.training import config as configs
+from skyformer_jax.training.workdir import seed_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 _NO_TASKS = ("common", "language_model")
@@ -46,6 +47,10 @@ class Cell:
     `arguments` are those of train.py except the workdir, `asked` is what config.json of the run
     must contain, and `departures` is {field: (full setting, here)} for all fields that differ from
     the full setting.
+
+    The process that trains the cell may train other seeds with it. It has the workdir `run_dir`,
+    the arguments `run_arguments`, and `seeds_at_once` seeds. With one seed these are the cell's own
+    workdir and arguments.
     """
 
     config: str
@@ -55,6 +60,14 @@ class Cell:
     arguments: tuple[str, ...]
     asked: dict[str, Any]
     departures: dict[str, tuple[Any, Any]]
+    run_dir: Path
+    run_arguments: tuple[str, ...]
+    seeds_at_once: int
+
+    @property
+    def name(self) -> str:
+        """The name for messages: the workdir, as seen from the folder of the grid."""
+        return str(self.workdir.relative_to(self.run_dir.parent))
 
 
 def shorter(configs: Sequence[str]) -> list[str]:
@@ -69,10 +82,13 @@ def make_grid(
     variant: str,
     overrides: Sequence[str],
     directory: Path,
+    together: bool = False,
 ) -> list[Cell]:
     """Returns all cells, with their folders in `directory`; overrides are [CONFIG:]FIELD=VALUE.
 
     The cells are in the order of their seeds, so that the first seed's table is complete first.
+    With `together`, one process trains all seeds of a config and attention. This changes nothing
+    if there is one seed.
 
     Raises:
       UserError: for the first value that cannot work, before anything is started.
@@ -88,14 +104,29 @@ def make_grid(
     for what, values in (("configs", configs), ("attentions", attentions), ("seeds", seeds)):
         if not values:
             raise UserError(f"--{what} is empty; name at least one, or leave the flag out")
+    numbers = list(dict.fromkeys(map(int, seeds)))
+    first, last = min(numbers), max(numbers)
+    if together and last - first + 1 != len(numbers):
+        raise UserError(
+            f"--together trains consecutive seeds; --seeds={','.join(seeds)} leaves some out: name "
+            "all from the first to the last, or leave out --together"
+        )
     settings: dict[str, list[str]] = {config: [] for config in configs}
     for text in overrides:
         owner, setting = _parse_override(text, configs)
         for config in [owner] if owner else configs:
             settings[config].append(setting)
     return [
-        _make_cell(config, name, seed, variant, settings[config], directory)
-        for seed in dict.fromkeys(map(int, seeds))
+        _make_cell(
+            config,
+            name,
+            seed,
+            range(first, last + 1) if together else range(seed, seed + 1),
+            variant,
+            settings[config],
+            directory,
+        )
+        for seed in numbers
         for config in configs
         for name in attentions
     ]
@@ -114,20 +145,29 @@ def _make_cell(
     config_name: str,
     attention_name: str,
     seed: int,
+    at_once: range,
     variant: str,
     settings: Sequence[str],
     directory: Path,
 ) -> Cell:
     name = f"{attention_name},{variant}" if variant else attention_name
-    arguments = (
+    of_all_seeds = (
         f"--config={ROOT / 'configs' / config_name}.py:{name}",
         *(f"--config.{setting}" for setting in settings),
-        f"--config.seed={seed}",
     )
+    arguments = run_arguments = (*of_all_seeds, f"--config.seed={seed}")
+    folder = "-".join(filter(None, (config_name, attention_name, variant)))
+    workdir = run_dir = directory / f"{folder}-seed{seed}"
     config = parse_config(arguments)
     if (config.attention.name, config.seed, config.num_seeds) != (attention_name, seed, 1):
         raise UserError("--set cannot set attention.name, seed or num_seeds: each cell has its own")
     configs.check(config, num_devices=1)
+    if len(at_once) > 1:
+        of_seeds = (f"--config.seed={at_once[0]}", f"--config.num_seeds={len(at_once)}")
+        run_arguments = (*of_all_seeds, *of_seeds)
+        run_config, run_dir = parse_config(run_arguments), directory / folder
+        configs.check(run_config, num_devices=1)
+        workdir = seed_runs(run_config, run_dir)[at_once.index(seed)].workdir
     get_full = importlib.import_module(f"configs.{_FULL.get(config_name, config_name)}").get_config
     full = setting_of(
         configs.to_dict(get_full(name if variant in _FULL_VARIANTS else attention_name))
@@ -138,11 +178,13 @@ def _make_cell(
         config=config_name,
         attention=attention_name,
         seed=seed,
-        workdir=directory
-        / "-".join(filter(None, (config_name, attention_name, variant, f"seed{seed}"))),
+        workdir=workdir,
         arguments=arguments,
         asked=asked,
         departures=departures(full, here),
+        run_dir=run_dir,
+        run_arguments=run_arguments,
+        seeds_at_once=len(at_once),
     )
 
 

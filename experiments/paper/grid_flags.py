@@ -22,6 +22,11 @@ SET = flags.DEFINE_multi_string(
     [],
     "[CONFIG:]FIELD=VALUE, an override for all cells or for those of a config; repeatable.",
 )
+TOGETHER = flags.DEFINE_bool(
+    "together",
+    False,
+    "Train all seeds of a config and attention in one program, for an accelerator.",
+)
 DIR = flags.DEFINE_string("dir", "runs/sweep", "Folder with a folder for each cell.")
 OUT = flags.DEFINE_string("out", "results/sweep.json", "JSON to write.")
 
@@ -55,4 +60,4 @@ def make_cells() -> list[grid.Cell]:
       UserError: for the first value that cannot work.
     """
     asked = (CONFIGS.value, ATTENTIONS.value, SEEDS.value)
-    return grid.make_grid(*asked, variant(), overrides(), Path(DIR.value))
+    return grid.make_grid(*asked, variant(), overrides(), Path(DIR.value), TOGETHER.value)

@@ -5,7 +5,8 @@ r"""Tabulates the runs tried for the recipes of the variants "fast": what each r
 Reads workdirs of train.py, finished or not, and writes a row for each: how its setting departs from
 the paper's; the validation accuracies, with the seconds of the steps up to each; the test accuracy,
 if it was evaluated; and the seconds until the validation accuracy reached the test accuracy printed
-in the paper. Rows of other workdirs in --out are kept. Also draws the curves.
+in the paper. A run of several seeds has a row for each. Rows of other workdirs in --out are kept.
+Also draws the curves.
 """
 
 import glob
@@ -32,6 +33,7 @@ from skyformer_jax import cli
 from skyformer_jax.errors import UserError
 from skyformer_jax.training import config as configs
 from skyformer_jax.training.logs import read_metrics, training_seconds
+from skyformer_jax.training.workdir import seed_runs
 
 _RUNS = flags.DEFINE_string("runs", None, "Glob pattern of the workdirs.", required=True)
 _OUT = flags.DEFINE_string(
@@ -45,7 +47,7 @@ def row_of(workdir: Path) -> Row:
     Raises:
       UserError: if the folder is not a workdir.
     """
-    config = configs.read(workdir / "config.json")
+    config, name = configs.read(workdir / "config.json"), workdir.name
     train = config.train
     entries = read_metrics(workdir / "metrics.jsonl")
     curve = [
@@ -61,7 +63,7 @@ def row_of(workdir: Path) -> Row:
     reached = [seconds for _, seconds, accuracy in curve if paper and 100 * accuracy >= paper]
     tested = workdir / "eval_test.json"
     return {
-        "run": workdir.name,
+        "run": f"{workdir.parent.name}/{name}" if name.startswith("seed-") else name,
         "config": config.task,
         "attention": config.attention.name,
         "seed": config.seed,
@@ -115,7 +117,12 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Writes the JSON and the picture, and prints a line for each run."""
     workdirs = [Path(name) for name in sorted(glob.glob(_RUNS.value))]
-    workdirs = [workdir for workdir in workdirs if (workdir / "config.json").exists()]
+    workdirs = [
+        one.workdir
+        for workdir in workdirs
+        if (workdir / "config.json").exists()
+        for one in seed_runs(configs.read(workdir / "config.json"), workdir)
+    ]
     if not workdirs:
         raise UserError(f"--runs={_RUNS.value} matches no workdir of train.py")
     out = Path(_OUT.value)

@@ -7,14 +7,20 @@ Without flags it trains the paper's table 1: five tasks, nine attentions, three 
 
     --small            uses the reduced setting for a CPU (grid.py): some minutes per cell
     --devices=0,1,2,3  uses a GPU for each of four workers; --devices=0 --workers=3 shares one
+    --together         trains all seeds of a config and attention in one program, for an accelerator
     --idle             trains at the lowest priority, beside other work
     --table            makes the table of the finished cells, and starts nothing
     --add              keeps the other seeds in --out, trained elsewhere in this setting
+    --commit=NAME      records this commit, on a machine without git
     --slurm=sweep.sh   writes a script for sbatch, which trains each cell in a job of a cluster
 
 A cell is a run of train.py in DIR/<config>-<attention>[-<variant>]-seed<k>, with its standard error
-in train.log there. The same command again skips the finished cells and continues the others from
-their checkpoints. A result of another config than the one asked for is refused, never counted.
+in train.log there. With --together the seeds of a config and attention are one run of train.py in
+DIR/<config>-<attention>[-<variant>], and the cells are its folders seed-<k>; the seeds must be
+consecutive. With a single seed, --together changes nothing.
+
+The same command again skips the finished cells and continues the others from their checkpoints. A
+result of another config than the one asked for is refused, never counted.
 While a file DIR/pause exists, the running cells are paused, so that something else can be timed.
 SIGTERM or Ctrl-C lets the running cells save and stop (a second Ctrl-C stops them at once). If the
 sweep itself is killed, its cells continue to train; the next start waits for them instead of
@@ -23,8 +29,9 @@ starting them twice. Exit status: 0, 1 if a cell failed, 128 + signal if stopped
 Rewrites --out after each cell. It has the flags' settings; "cells", each with its status (failed
 cells are tried again next time, refused ones are not), departures ({field: [full setting, here]},
 empty if the run is not reduced; variants "paper" and "fast" are full settings of their own), the
-result in eval_test.json, the wall time of all attempts in seconds, and the provenance of the last
-attempt; and a "summary" of the finished cells.
+result in eval_test.json, the wall time of all attempts in seconds, the provenance of the last
+attempt, and seeds_at_once, the number of seeds that share these seconds, more than 1 only with
+--together; and a "summary" of the finished cells.
 """
 
 import contextlib
@@ -38,7 +45,14 @@ import tqdm
 from absl import flags
 
 from experiments.paper import grid_flags, workers
-from experiments.paper.cell_results import TRAINABLE, read_cell, read_others, summarise, table
+from experiments.paper.cell_results import (
+    TRAINABLE,
+    read_cell,
+    read_others,
+    summarise,
+    table,
+    to_train,
+)
 from experiments.paper.grid import NOT_SETTING, Cell
 from experiments.paper.slurm import slurm_script
 from experiments.records import Row, write_json
@@ -58,6 +72,7 @@ _IDLE = flags.DEFINE_bool("idle", False, "Train at the lowest priority, beside o
 _TABLE = flags.DEFINE_bool("table", False, "Train nothing: write the table of the finished cells.")
 _ADD = flags.DEFINE_bool("add", False, "Keep the cells of other seeds in --out.")
 _CELL = flags.DEFINE_integer("cell", None, "Train only the cell with this index.", lower_bound=0)
+_COMMIT = flags.DEFINE_string("commit", "", "Commit to record, for a machine without git.")
 _SLURM = flags.DEFINE_string(
     "slurm", None, "Train nothing: write a Slurm script with a job for each cell to this file."
 )
@@ -75,9 +90,10 @@ def _train(
     Yields:
       None, whenever the rows are to be written: after each cell and at the end.
     """
-    todo = [cell for cell in cells if rows[cell.workdir]["status"] in TRAINABLE]
-    for cell in todo:  # failed cells are tried again
-        rows[cell.workdir].update(status="unfinished", error=None)
+    todo = to_train(cells, rows)
+    for cell in todo:
+        if rows[cell.workdir]["status"] in TRAINABLE:  # failed cells are tried again
+            rows[cell.workdir].update(status="unfinished", error=None)
 
     def count(status: str) -> int:
         return sum(row["status"] == status for row in rows.values())
@@ -113,7 +129,7 @@ def _train(
                 if row["status"] == "finished":
                     outcome = f"accuracy {100 * row['accuracy']:.2f} %"
                 say(
-                    f"{cell.workdir.name}: {outcome}; {count('finished')} of {len(rows)} cells "
+                    f"{cell.name}: {outcome}; {count('finished')} of {len(rows)} cells "
                     f"finished, {count('unfinished')} left, ETA {eta}"
                 )
                 yield
@@ -124,9 +140,9 @@ def _train(
 
 
 def _write_slurm(cells: Sequence[Cell], directory: Path) -> None:
-    names = ("configs", "attentions", "seeds", "variant", "small", "set", "dir", "out", "add")
-    given = "\n".join(flags.FLAGS[name].serialize() for name in names).split("\n")
-    command = [sys.executable, "-m", "experiments.paper.sweep", *filter(None, given)]
+    of_grid = ("configs", "attentions", "seeds", "variant", "small", "set", "dir", "out")
+    given = "\n".join(flags.FLAGS[name].serialize() for name in (*of_grid, "add", "commit"))
+    command = [sys.executable, "-m", "experiments.paper.sweep", *filter(None, given.split("\n"))]
     path = Path(_SLURM.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(slurm_script(command, len(cells), _WORKERS.value, directory, Path.cwd()))
@@ -153,6 +169,10 @@ def _write(rows: Sequence[Row], header: dict[str, Any]) -> None:
 
 def main() -> None:
     """Trains the unfinished cells, writes the JSON after each, and prints the table."""
+    alone = _CELL.value is not None
+    if grid_flags.TOGETHER.value and (alone or _SLURM.value):
+        name = "cell" if alone else "slurm"
+        raise UserError(f"--{name} trains each cell in its own process; leave out --together")
     directory, cells = Path(grid_flags.DIR.value), grid_flags.make_cells()
     if Path(grid_flags.OUT.value).is_dir():
         raise UserError(f"--out={grid_flags.OUT.value} is a folder; name a file")
@@ -163,16 +183,15 @@ def main() -> None:
         raise UserError(text) from None
     if _SLURM.value:
         return _write_slurm(cells, directory)
-    alone = _CELL.value is not None
     if alone:
         if _CELL.value >= len(cells):
             raise UserError(f"--cell={_CELL.value}: the grid has cells 0..{len(cells) - 1}")
         cells = [cells[_CELL.value]]
     others = read_others(Path(grid_flags.OUT.value), cells) if _ADD.value and not alone else []
     rows = {cell.workdir: read_cell(cell) for cell in cells}
-    for workdir, row in rows.items():
-        if row["status"] == "refused":
-            say(f"{workdir.name}: refused: {row['error']}")
+    for cell in cells:
+        if rows[cell.workdir]["status"] == "refused":
+            say(f"{cell.name}: refused: {rows[cell.workdir]['error']}")
     finished = sum(row["status"] == "finished" for row in rows.values())
     kept = f"; {len(others)} of other seeds are kept" if others else ""
     say(f"{finished} of {len(cells)} cells are finished{kept}")
@@ -182,6 +201,7 @@ def main() -> None:
 
     environments = workers.make_environments(_WORKERS.value, _DEVICES.value)
     header = workers.find_provenance(environments[0])
+    header["commit"] = _COMMIT.value or header["commit"]
     with workers.stop_signals() as signals:
         for _ in [None] if _TABLE.value else _train(cells, rows, environments, header, signals):
             if not alone:  # jobs of an array would overwrite each other's file
@@ -191,9 +211,10 @@ def main() -> None:
     if signals:
         say("stopped; start the same command to go on")
         sys.exit(128 + signals[0])
-    failed = [w.name for w, row in rows.items() if row["status"] in ("failed", "refused")]
+    failed = [c.name for c in cells if rows[c.workdir]["status"] in ("failed", "refused")]
     if failed:
-        say(f"{len(failed)} cells failed: {', '.join(failed)}; see train.log in their folders")
+        names = ", ".join(failed)
+        say(f"{len(failed)} cells failed: {names}; see train.log in the folders of their runs")
         sys.exit(1)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.paper.cell_results import TRAINABLE, read_cell
+from experiments.paper.cell_results import read_cell, to_train
 from experiments.paper.grid import ROOT, Cell
 from experiments.records import read_json, write_json
 from skyformer_jax.errors import UserError
@@ -27,12 +27,20 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @dataclasses.dataclass
 class _Attempt:
-    """A cell that a worker trains; without a process, it waits for one that another started."""
+    """A run that a worker trains; without a process, it waits for one that another started.
 
-    cell: Cell
+    `cells` are those of the run, one for each seed that its process trains.
+    """
+
+    cells: Sequence[Cell]
     process: subprocess.Popen | None
     started: float
     log_start: int = 0
+
+    @property
+    def run_dir(self) -> Path:
+        """The workdir of the process."""
+        return self.cells[0].run_dir
 
 
 def _is_held(workdir: Path) -> bool:
@@ -58,13 +66,14 @@ def _lowest_priority(process: subprocess.Popen) -> None:
         Path(f"/proc/{process.pid}/autogroup").write_text("19")
 
 
-def _start(cell: Cell, environment: dict[str, str], idle: bool) -> _Attempt:
-    if _is_held(cell.workdir):
-        say(f"{cell.workdir.name}: another process is training it; waiting for that to end")
-        return _Attempt(cell, None, time.monotonic())
-    cell.workdir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "train.py"), *cell.arguments, f"--workdir={cell.workdir}"]
-    with (cell.workdir / "train.log").open("ab") as log:
+def _start(cells: Sequence[Cell], environment: dict[str, str], idle: bool) -> _Attempt:
+    run_dir, arguments = cells[0].run_dir, cells[0].run_arguments
+    if _is_held(run_dir):
+        say(f"{run_dir.name}: another process is training it; waiting for that to end")
+        return _Attempt(cells, None, time.monotonic())
+    run_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, f"--workdir={run_dir}"]
+    with (run_dir / "train.log").open("ab") as log:
         log_start = log.tell()
         process = subprocess.Popen(
             command,
@@ -77,12 +86,12 @@ def _start(cell: Cell, environment: dict[str, str], idle: bool) -> _Attempt:
         )
     if idle:
         _lowest_priority(process)
-    return _Attempt(cell, process, time.monotonic(), log_start)
+    return _Attempt(cells, process, time.monotonic(), log_start)
 
 
 def _error(attempt: _Attempt) -> str:
-    """Returns one line that says why the attempt did not finish its cell."""
-    with (attempt.cell.workdir / "train.log").open("rb") as log:
+    """Returns one line that says why the attempt did not finish its cells."""
+    with (attempt.run_dir / "train.log").open("rb") as log:
         log.seek(attempt.log_start)
         lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
@@ -94,10 +103,10 @@ def _error(attempt: _Attempt) -> str:
 
 
 def _record(attempt: _Attempt, provenance: dict[str, Any], stopping: bool) -> None:
-    """Adds an attempt that has ended to the record of its cell, sweep.json."""
-    path = attempt.cell.workdir / "sweep.json"
+    """Adds an attempt that has ended to the record of its run, sweep.json."""
+    path = attempt.run_dir / "sweep.json"
     before = read_json(path) if path.exists() else {"seconds": 0, "attempts": 0}
-    finished = (attempt.cell.workdir / "eval_test.json").exists()
+    finished = all((cell.workdir / "eval_test.json").exists() for cell in attempt.cells)
     stopped = stopping and attempt.process.returncode <= 0
     record = {
         "seconds": round(before["seconds"] + time.monotonic() - attempt.started, 1),
@@ -110,15 +119,16 @@ def _record(attempt: _Attempt, provenance: dict[str, Any], stopping: bool) -> No
 
 def _look(attempt: _Attempt, stopping: bool) -> str:
     """Returns the state of an attempt: "running", "over", or "again" to start it once more."""
-    cell, process = attempt.cell, attempt.process
+    process = attempt.process
     if process is None:
-        if not stopping and _is_held(cell.workdir):
+        if not stopping and _is_held(attempt.run_dir):
             return "running"
-        return "over" if stopping or read_cell(cell)["status"] not in TRAINABLE else "again"
+        rows = {cell.workdir: read_cell(cell) for cell in attempt.cells}
+        return "again" if to_train(attempt.cells, rows) and not stopping else "over"
     if process.poll() is None:
         return "running"
     # A process of an earlier sweep had not yet taken its lock when we looked.
-    return "again" if process.returncode and not stopping and _is_held(cell.workdir) else "over"
+    return "again" if process.returncode and not stopping and _is_held(attempt.run_dir) else "over"
 
 
 def _send(attempt: _Attempt, number: int) -> None:
@@ -136,13 +146,14 @@ def train_cells(
     idle: bool = False,
     pause: Path | None = None,
 ) -> Iterator[list[Cell]]:
-    """Trains unfinished cells, one at a time in each environment.
+    """Trains unfinished cells, one run at a time in each environment.
 
     The first received signal is passed on as SIGTERM, so that the runs save and stop. Each further
     SIGINT is passed on in the same way and stops them at once.
 
     Args:
-      cells: the cells, in the order in which to train them.
+      cells: the cells, in the order in which to train them. Cells of one run_dir are trained by one
+        process, when the first of them has its turn.
       environments: the environment variables of each worker.
       provenance: the provenance for the record of each attempt.
       signals: the signals received so far; it grows while the function runs.
@@ -152,7 +163,10 @@ def train_cells(
     Yields:
       From time to time, the cells that have ended since the last time.
     """
-    pending, at_work, passed_on = collections.deque(cells), {}, 0
+    runs: dict[Path, list[Cell]] = {}
+    for cell in cells:
+        runs.setdefault(cell.run_dir, []).append(cell)
+    pending, at_work, passed_on = collections.deque(runs.values()), {}, 0
     paused = False
     while at_work or (pending and not signals):
         for worker, environment in enumerate(environments):
@@ -177,11 +191,11 @@ def train_cells(
         for worker, attempt in list(at_work.items()):
             state = _look(attempt, stopping)
             if state == "again":
-                at_work[worker] = _start(attempt.cell, environments[worker], idle)
+                at_work[worker] = _start(attempt.cells, environments[worker], idle)
             elif state == "over":
                 if attempt.process is not None:
                     _record(attempt, provenance, stopping)
-                ended.append(attempt.cell)
+                ended += attempt.cells
                 del at_work[worker]
         yield ended
 
