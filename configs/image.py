@@ -16,10 +16,7 @@ Variant "paper" restores behaviour of the published code: black pixels count as 
 common.restore_published. Variant "small" has 16 x 16 pixels, each the mean of four, and a smaller
 model, for a CPU.
 
-Variant "fast" has 4,000 steps at five times the learning rate.
-
     python train.py --config=configs/image.py:skyformer
-    python train.py --config=configs/image.py:skyformer,fast
     python train.py --config=configs/image.py:performer,small
 """
 
@@ -29,8 +26,8 @@ from configs import common
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """Returns the config for "attention[,variant]"; variant: "", "paper", "fast" or "small"."""
-    attention, variant = common.parse(argument, (*common.VARIANTS, "fast"))
+    """Returns the config for "attention[,variant]"; variant is "", "paper" or "small"."""
+    attention, variant = common.parse(argument, common.VARIANTS)
     config = common.paper_config("image", attention, max_length=1024)
     config.train.learning_rate = 1e-4
     config.train.batch_size = 256
@@ -39,10 +36,6 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     if variant == "paper":
         config.data.mask_zeros = True
         common.restore_published(config)
-    if variant == "fast":
-        config.train.learning_rate = 5e-4
-        config.train.num_steps = 4000
-        config.train.eval_every = 250
     if variant == "small":
         config.data.shrink = 2
         config.model.max_length = 256

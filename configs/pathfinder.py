@@ -18,7 +18,10 @@ images at 16 x 16 pixels, each the mean of four, and a smaller model, for a CPU;
 
 Variant "fast" leaves black pixels out: 349 of 1,024 tokens are left on average, with the
 embeddings of their positions in the image. Batches have equal numbers of both classes, and are
-padded to 448 or 576 tokens; 16,000 steps at 2.5 times the learning rate.
+padded to 448 or 576 tokens; 16,000 steps at 2.5 times the learning rate. Kernelized attention has
+67.7 % on test (one seed), Skyformer 64.7, 58.6 and 65.9 %: it stays at chance for 8,000 to 12,000
+steps, and two of its three seeds are still rising when the learning rate has fallen to nothing.
+Three Skyformers at once take 73 steps a second on an H100, so four minutes; a CPU takes hours.
 
     python train.py --config=configs/pathfinder.py:skyformer
     python train.py --config=configs/pathfinder.py:skyformer,fast

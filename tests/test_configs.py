@@ -26,7 +26,6 @@ VARIANTS = ("", *common.VARIANTS)
 ADDED = {
     "text": ("fast", "ngrams"),
     "listops": ("fast",),
-    "image": ("fast",),
     "pathfinder": ("fast",),
 }  # variants that the others lack
 
