@@ -119,7 +119,6 @@ def test_seeds_trained_together_are_the_cells_of_one_run(tmp_path):
         ({"overrides": ["train.num_steps=80"]}, "train.warmup_steps"),
         ({"overrides": ["num_seeds=3"]}, "each cell has its own"),
         ({"seeds": ["3", "0", "1"], "together": True}, "--seeds=3,0,1 leaves some out"),
-        ({"together": True, "overrides": ["data.buckets=(8,)"]}, "data.buckets needs num_seeds=1"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_starts(tmp_path, options, message):
@@ -225,10 +224,86 @@ def test_seeds_of_elsewhere_are_kept_if_of_the_same_setting(tmp_path):
         ("text", 2),
     ]
     assert all(row["accuracy"] == 0.25 for row in rows)
-    refused("text softmax, seed 0, .*not in its grid", same[:1])
     for text in ("{", "[]", '{"cells": [{}]}'):
         path.write_text(text)
         refused("not a JSON file of this script")
+
+
+def test_a_table_is_assembled_from_several_commands(tmp_path):
+    """Two attentions with two seeds, then one with a single seed, then another config."""
+    path = tmp_path / "out.json"
+
+    def command(name, accuracy, **options):
+        cells = make(tmp_path / name, **options)
+        for cell in cells:
+            finish(cell, accuracy)
+        rows = [cell_results.read_cell(cell) for cell in cells]
+        rows = cell_results.in_order([*cell_results.read_others(path, cells), *rows])
+        records.write_json(path, {"cells": rows})
+        return records.as_read(rows)
+
+    fewer = {"configs": ["listops"], "overrides": ["train.num_steps=9000"]}
+    command("text", 0.75, configs=["text"], attentions=["skyformer"], seeds="0")
+    command("one", 0.5, attentions=["performer"], seeds="0", **fewer)
+    gpu = {"attentions": ["skyformer", "softmax"], "seeds": "10", "together": True}
+    rows = command("gpu", 0.25, **gpu, **fewer)
+    assert [(row["seed"], row["config"], row["attention"]) for row in rows] == [
+        (0, "listops", "softmax"),
+        (0, "listops", "skyformer"),
+        (0, "listops", "performer"),
+        (0, "text", "skyformer"),
+        (1, "listops", "softmax"),
+        (1, "listops", "skyformer"),
+    ]
+    assert [len(row["departures"]) for row in rows] == [1, 1, 1, 0, 1, 1]
+    assert [row["seeds_at_once"] for row in rows] == [2, 2, 1, 1, 2, 2]
+    assert command("gpu", 0.25, **gpu, **fewer) == rows  # nothing is kept twice
+    assert command("one", 0.5, attentions=["performer"], seeds="0", **fewer) == rows
+    assert cell_results.table(rows).splitlines() == [
+        "| | listops | text |",
+        "|---|---|---|",
+        "| `softmax` | 25.00 ± 0.00 | - |",
+        "| `skyformer` | 25.00 ± 0.00 | 75.00 (1 of 2) |",
+        "| `performer` | 50.00 (1 of 2) | - |",
+        "",
+        "listops: 9,000 steps of 32; departs from the full setting in train.num_steps",
+        "text: 50,000 steps of 16; full",
+    ]
+    summary = cell_results.summarise(rows)
+    assert [(row["config"], row["attention"], row["num_seeds"]) for row in summary] == [
+        ("listops", "softmax", 2),
+        ("listops", "skyformer", 2),
+        ("listops", "performer", 1),
+        ("text", "skyformer", 1),
+    ]
+    # A config whose attentions have different settings is no comparison, and the table says so.
+    rows = command("full", 0.5, configs=["listops"], attentions=["linformer"], seeds="0")
+    assert cell_results.table(rows).splitlines()[-2:] == [
+        "listops: WARNING: its cells were trained in different settings",
+        "text: 50,000 steps of 16; full",
+    ]
+
+
+def test_a_kept_cell_must_be_of_the_same_variant_and_known(tmp_path):
+    """The variants paper and fast have no departures, and are still other settings."""
+    path = tmp_path / "out.json"
+    (paper,) = make(tmp_path, ["text"], seeds="0", variant="paper")
+    finish(paper)
+    row = cell_results.read_cell(paper)
+    assert (row["variant"], row["departures"]) == ("paper", {})
+    earlier = {name: value for name, value in row.items() if name != "variant"}
+    for content in ({"cells": [row]}, {"variant": "paper", "cells": [earlier]}):
+        records.write_json(path, content)
+        with pytest.raises(UserError, match="text softmax, seed 0, of another setting"):
+            cell_results.read_others(path, make(tmp_path, ["text"], seeds="1"))
+        same = make(tmp_path, ["text"], seeds="1", variant="paper")
+        assert cell_results.read_others(path, same) == [row]
+        assert cell_results.read_others(path, make(tmp_path, ["listops"], seeds="0")) == [row]
+    for field, message in (("config", "unknown config in"), ("attention", "unknown attention in")):
+        records.write_json(path, {"cells": [{**row, field: "other"}]})
+        with pytest.raises(UserError, match=message) as caught:
+            cell_results.read_others(path, same)
+        assert "\n" not in str(caught.value)
 
 
 # Behaves like train.py as far as a sweep can see, but without training.
@@ -569,7 +644,7 @@ def test_command_collects_and_writes_the_array(tmp_path):
             cell.update(status="finished", accuracy=0.5)
     (tmp_path / "out.json").write_text(json.dumps(result))
     status, stdout, stderr = ended(start(tmp_path, "--table", "--add", seeds="1"))
-    assert (status, stderr) == (0, "0 of 2 cells are finished; 2 of other seeds are kept\n")
+    assert (status, stderr) == (0, "0 of 2 cells are finished; 2 others are kept\n")
     assert "| `skyformer` | 50.00 (1 of 2) |" in stdout
     added = json.loads((tmp_path / "out.json").read_text())
     assert (added["seeds"], added["cells"]) == ([0, 1], result["cells"])

@@ -1,15 +1,17 @@
 """Reads the results of the cells of a grid, and makes the table of all."""
 
+import json
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.paper.grid import Cell, with_settled_kind
+from experiments.paper.grid import CONFIGS, Cell, with_settled_kind
 from experiments.paper.report.statistics import error_of_mean, group
 from experiments.records import Row, as_read, read_json
-from skyformer_jax.errors import UserError
+from skyformer_jax.attention import NAMES
+from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.training import checkpoints
 from skyformer_jax.training import config as configs
 from skyformer_jax.training.results import config_digest
@@ -61,6 +63,7 @@ def read_cell(cell: Cell) -> Row:
         "config": cell.config,
         "attention": cell.attention,
         "seed": cell.seed,
+        "variant": cell.variant,
         "status": status,
         "error": error,
         "num_steps": cell.asked["train"]["num_steps"],
@@ -95,42 +98,69 @@ def to_train(cells: Sequence[Cell], rows: Mapping[Path, Row]) -> list[Cell]:
 
 
 def read_others(path: Path, cells: Sequence[Cell]) -> list[Row]:
-    """Returns an earlier JSON's finished entries of other seeds than the cells'; none if missing.
+    """Returns an earlier JSON's finished entries that are not of these cells; none if missing.
 
     Raises:
-      UserError: if the file is not the JSON of a grid, or has finished entries of another setting,
-        task or attention.
+      UserError: if the file is not the JSON of a grid, or has a finished entry of a config and
+        attention of the cells in another setting than theirs.
     """
     if not path.exists():
         return []
-    seeds = {cell.seed for cell in cells}
-    settings = {(cell.config, cell.attention): as_read(cell.departures) for cell in cells}
+    own = {(cell.config, cell.attention, cell.seed) for cell in cells}
+    settings = {
+        (cell.config, cell.attention): (cell.variant, as_read(cell.departures)) for cell in cells
+    }
     try:
-        rows = [row for row in read_json(path)["cells"] if row["status"] == "finished"]
-        found = [
-            ((row["config"], row["attention"]), row["seed"], row["departures"]) for row in rows
-        ]
-    except (UserError, KeyError, TypeError):
+        result = read_json(path)
+        # Older files have the variant only once, because all their cells had the same.
+        variant = result.get("variant", "")
+        found = {
+            (row["config"], row["attention"], row["seed"]): {
+                "variant": variant,
+                **row,
+                "departures": dict(row["departures"]),
+            }
+            for row in result["cells"]
+            if row["status"] == "finished"
+        }
+    except (UserError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not a JSON file of this script; name another --out") from None
-    for key, seed, departures in found:
-        if departures != settings.get(key):
+    for (config, attention, seed), row in found.items():
+        one_of(f"config in {path}:", config, CONFIGS)
+        one_of(f"attention in {path}:", attention, NAMES)
+        setting = row["variant"], row["departures"]
+        if setting != settings.get((config, attention), setting):
             raise UserError(
-                f"{path} has {' '.join(key)}, seed {seed}, of another setting than this command's, "
-                "or not in its grid; name another --out"
+                f"{path} has {config} {attention}, seed {seed}, of another setting than this "
+                "command's; name another --out"
             )
-    return [row for row in rows if row["seed"] not in seeds]
+    return [row for key, row in found.items() if key not in own]
 
 
-def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns mean and spread of the accuracy over the finished seeds, the JSON's "summary"."""
+def _place(row: Row) -> tuple[int, int]:
+    return CONFIGS.index(row["config"]), NAMES.index(row["attention"])
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Sorts entries of cells by seed, config and attention, whatever order they were trained in."""
+    return sorted(rows, key=lambda row: (row["seed"], *_place(row)))
+
+
+def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Returns mean and spread of the accuracy over the finished seeds, the JSON's "summary".
+
+    The entries are in the order of configs and attentions, for those that have a row.
+    """
+    of_keys: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=_place):
+        of_keys.setdefault((row["config"], row["attention"]), []).append(row)
     summary = []
-    for key in dict.fromkeys((row["config"], row["attention"]) for row in rows):
-        own = [row for row in rows if (row["config"], row["attention"]) == key]
+    for (config, attention), own in of_keys.items():
         found = [row["accuracy"] for row in own if row["status"] == "finished"]
         summary.append(
             {
-                "config": key[0],
-                "attention": key[1],
+                "config": config,
+                "attention": attention,
                 "num_seeds": len(found),
                 "mean": statistics.fmean(found) if found else None,
                 "standard_deviation": statistics.stdev(found) if len(found) > 1 else None,
@@ -140,20 +170,31 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return summary
 
 
+def _shared_setting(row: Row) -> str:
+    """Returns what all attentions of a config must have in common to be compared, as text."""
+    shared = {k: v for k, v in row["departures"].items() if not k.startswith("attention.")}
+    return json.dumps([row["variant"], shared], sort_keys=True)
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Formats test accuracy in percent, attentions by configs, and the settings, as Markdown."""
-    of_configs, num_seeds = group(rows, "config"), len({row["seed"] for row in rows})
-    texts: dict[str, str] = {}
+    """Formats test accuracy in percent, attentions by configs, and the settings, as Markdown.
+
+    An attention without a finished cell of a config has "-" there.
+    """
+    num_seeds, texts = len({row["seed"] for row in rows}), {}
     for entry in summarise(rows):
         text = f"{100 * entry['mean']:.2f}" if entry["num_seeds"] else "-"
         if entry["num_seeds"] > 1:
             text += f" ± {100 * entry['standard_deviation']:.2f}"
         if 0 < entry["num_seeds"] < num_seeds:
             text += f" ({entry['num_seeds']} of {num_seeds})"
-        name = entry["attention"]
-        texts[name] = texts.get(name, f"| `{name}` |") + f" {text} |"
-    header = ["| | " + " | ".join(of_configs) + " |", "|---" * (1 + len(of_configs)) + "|"]
-    lines = [*header, *texts.values(), ""]
+        texts[entry["config"], entry["attention"]] = text
+    of_configs = group(sorted(rows, key=_place), "config")
+    lines = ["| | " + " | ".join(of_configs) + " |", "|---" * (1 + len(of_configs)) + "|"]
+    for name in group(rows, "attention"):
+        of_name = [texts.get((config, name), "-") for config in of_configs]
+        lines.append(f"| `{name}` | {' | '.join(of_name)} |")
+    lines.append("")
     for config, own in of_configs.items():
         sizes = {f"{row['num_steps']:,} steps of {row['batch_size']}" for row in own}
         fields = sorted({field for row in own for field in row["departures"]})
@@ -161,4 +202,6 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(f"{config}: {', '.join(sorted(sizes))}; {setting}")
         if len({row["data"]["checksum"] for row in own if row["data"]}) > 1:
             lines.append(f"{config}: WARNING: its cells were evaluated on different data")
+        if len({_shared_setting(row) for row in own}) > 1:
+            lines.append(f"{config}: WARNING: its cells were trained in different settings")
     return "\n".join(lines)

@@ -22,7 +22,9 @@ from skyformer_jax.training.workdir import seed_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 _NO_TASKS = ("common", "language_model")
-CONFIGS = tuple(sorted({path.stem for path in ROOT.glob("configs/*.py")} - {*_NO_TASKS}))
+TASKS = ("listops", "text", "retrieval", "image", "pathfinder")  # of the paper's table 1
+_FOUND = {path.stem for path in ROOT.glob("configs/*.py")}
+CONFIGS = (*TASKS, *sorted(_FOUND - {*TASKS, *_NO_TASKS}))  # in the order of tables
 # Prefixes of fields that do not change what is computed, or that do not belong to the setting.
 NOT_SETTING = (*configs.MUTABLE_FIELDS, "data.source", "seed")
 # Configs that are reductions themselves, and the full config of each.
@@ -44,9 +46,9 @@ _SHORTER = tuple(
 class Cell:
     """A run of the grid.
 
-    `arguments` are those of train.py except the workdir, `asked` is what config.json of the run
-    must contain, and `departures` is {field: (full setting, here)} for all fields that differ from
-    the full setting.
+    `variant` is that of the config, "" for none. `arguments` are those of train.py except the
+    workdir, `asked` is what config.json of the run must contain, and `departures` is
+    {field: (full setting, here)} for all fields that differ from the full setting.
 
     The process that trains the cell may train other seeds with it. It has the workdir `run_dir`,
     the arguments `run_arguments`, and `seeds_at_once` seeds. With one seed these are the cell's own
@@ -56,6 +58,7 @@ class Cell:
     config: str
     attention: str
     seed: int
+    variant: str
     workdir: Path
     arguments: tuple[str, ...]
     asked: dict[str, Any]
@@ -178,6 +181,7 @@ def _make_cell(
         config=config_name,
         attention=attention_name,
         seed=seed,
+        variant=variant,
         workdir=workdir,
         arguments=arguments,
         asked=asked,

@@ -8,9 +8,7 @@ from experiments.paper import grid
 from skyformer_jax import attention
 from skyformer_jax.errors import UserError
 
-CONFIGS = flags.DEFINE_list(
-    "configs", "listops,text,retrieval,image,pathfinder", "Names of files in configs/."
-)
+CONFIGS = flags.DEFINE_list("configs", list(grid.TASKS), "Names of files in configs/.")
 ATTENTIONS = flags.DEFINE_list("attentions", list(attention.NAMES), "Attentions of the grid.")
 SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Seeds of the grid.")
 VARIANT = flags.DEFINE_string("variant", "", "Variant of the configs: paper, fast or small.")

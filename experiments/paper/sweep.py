@@ -10,7 +10,7 @@ Without flags it trains the paper's table 1: five tasks, nine attentions, three 
     --together         trains all seeds of a config and attention in one program, for an accelerator
     --idle             trains at the lowest priority, beside other work
     --table            makes the table of the finished cells, and starts nothing
-    --add              keeps the other seeds in --out, trained elsewhere in this setting
+    --add              keeps the finished cells in --out that are not in this grid
     --commit=NAME      records this commit, on a machine without git
     --slurm=sweep.sh   writes a script for sbatch, which trains each cell in a job of a cluster
 
@@ -19,6 +19,10 @@ in train.log there. With --together the seeds of a config and attention are one 
 DIR/<config>-<attention>[-<variant>], and the cells are its folders seed-<k>; the seeds must be
 consecutive. With a single seed, --together changes nothing.
 
+--add assembles a table from several commands, which may have other seeds, attentions, configs and
+--set, and may run on other machines. A kept cell of a config and attention of this grid must have
+this command's setting; a cell of another config or attention is kept as it is.
+
 The same command again skips the finished cells and continues the others from their checkpoints. A
 result of another config than the one asked for is refused, never counted.
 While a file DIR/pause exists, the running cells are paused, so that something else can be timed.
@@ -26,12 +30,14 @@ SIGTERM or Ctrl-C lets the running cells save and stop (a second Ctrl-C stops th
 sweep itself is killed, its cells continue to train; the next start waits for them instead of
 starting them twice. Exit status: 0, 1 if a cell failed, 128 + signal if stopped.
 
-Rewrites --out after each cell. It has the flags' settings; "cells", each with its status (failed
-cells are tried again next time, refused ones are not), departures ({field: [full setting, here]},
-empty if the run is not reduced; variants "paper" and "fast" are full settings of their own), the
-result in eval_test.json, the wall time of all attempts in seconds, the provenance of the last
-attempt, and seeds_at_once, the number of seeds that share these seconds, more than 1 only with
---together; and a "summary" of the finished cells.
+Rewrites --out after each cell. It has the flags' settings and the provenance of this command;
+"cells"; and a "summary" of the finished ones. Each cell has its status (failed cells are tried
+again next time, refused ones are not); its variant and departures ({field: [full setting, here]},
+empty if the run is not reduced; variants "paper" and "fast" are full settings of their own); the
+result in eval_test.json; the wall time of all attempts in seconds; the provenance of the last
+attempt; and seeds_at_once, the number of seeds that share these seconds, more than 1 only with
+--together. After --add, "variant", "overrides" and the provenance at the top are those of the last
+command only; the variant, departures and provenance of each cell are authoritative.
 """
 
 import contextlib
@@ -47,13 +53,15 @@ from absl import flags
 from experiments.paper import grid_flags, workers
 from experiments.paper.cell_results import (
     TRAINABLE,
+    in_order,
     read_cell,
     read_others,
     summarise,
     table,
     to_train,
 )
-from experiments.paper.grid import NOT_SETTING, Cell
+from experiments.paper.grid import CONFIGS, NOT_SETTING, Cell
+from experiments.paper.report.statistics import group
 from experiments.paper.slurm import slurm_script
 from experiments.records import Row, write_json
 from skyformer_jax import cli
@@ -70,7 +78,9 @@ _DEVICES = flags.DEFINE_list(
 )
 _IDLE = flags.DEFINE_bool("idle", False, "Train at the lowest priority, beside other work.")
 _TABLE = flags.DEFINE_bool("table", False, "Train nothing: write the table of the finished cells.")
-_ADD = flags.DEFINE_bool("add", False, "Keep the cells of other seeds in --out.")
+_ADD = flags.DEFINE_bool(
+    "add", False, "Keep the finished cells in --out that are not in this grid."
+)
 _CELL = flags.DEFINE_integer("cell", None, "Train only the cell with this index.", lower_bound=0)
 _COMMIT = flags.DEFINE_string("commit", "", "Commit to record, for a machine without git.")
 _SLURM = flags.DEFINE_string(
@@ -150,11 +160,12 @@ def _write_slurm(cells: Sequence[Cell], directory: Path) -> None:
 
 
 def _write(rows: Sequence[Row], header: dict[str, Any]) -> None:
-    fields = {"configs": "config", "attentions": "attention", "seeds": "seed"}
     result = {
         "what": "test accuracy of the best checkpoint by validation, for each attention and seed",
         **header,
-        **{name: list(dict.fromkeys(row[field] for row in rows)) for name, field in fields.items()},
+        "configs": [name for name in CONFIGS if name in group(rows, "config")],
+        "attentions": list(group(rows, "attention")),
+        "seeds": list(group(rows, "seed")),
         "variant": grid_flags.variant(),
         "overrides": [
             text
@@ -193,11 +204,11 @@ def main() -> None:
         if rows[cell.workdir]["status"] == "refused":
             say(f"{cell.name}: refused: {rows[cell.workdir]['error']}")
     finished = sum(row["status"] == "finished" for row in rows.values())
-    kept = f"; {len(others)} of other seeds are kept" if others else ""
+    kept = f"; {len(others)} others are kept" if others else ""
     say(f"{finished} of {len(cells)} cells are finished{kept}")
 
-    def in_order() -> list[Row]:
-        return sorted([*others, *(rows[cell.workdir] for cell in cells)], key=lambda r: r["seed"])
+    def all_rows() -> list[Row]:
+        return in_order([*others, *rows.values()])
 
     environments = workers.make_environments(_WORKERS.value, _DEVICES.value)
     header = workers.find_provenance(environments[0])
@@ -205,9 +216,9 @@ def main() -> None:
     with workers.stop_signals() as signals:
         for _ in [None] if _TABLE.value else _train(cells, rows, environments, header, signals):
             if not alone:  # jobs of an array would overwrite each other's file
-                _write(in_order(), header)
+                _write(all_rows(), header)
     if not alone:
-        print(table(in_order()))
+        print(table(all_rows()))
     if signals:
         say("stopped; start the same command to go on")
         sys.exit(128 + signals[0])
