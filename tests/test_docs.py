@@ -55,7 +55,9 @@ def test_pages_show_the_measured_language_models():
         assert f"| {row['bits_per_byte']:.2f} | {speeds} | {state / 2**20:.2f} MiB |" in text
         last[row["attention"]] = speeds.split()[-1], f"{state / 2**10:,.0f}"
     speed, state = last["skyformer-conv"]
-    sentence = f"{speed} tokens a second from {state} KiB, where softmax writes {last['softmax'][0]}"
+    sentence = (
+        f"{speed} tokens a second from {state} KiB, where softmax writes {last['softmax'][0]}"
+    )
     assert sentence in " ".join((ROOT / "README.md").read_text().split())
 
 

@@ -95,18 +95,23 @@ def plot(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(7 * len(names), 4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         of_task = [row for row in rows if row["config"] == name and row["curve"]]
-        for i, row in enumerate(of_task):
-            _, seconds, accuracies = zip(*row["curve"], strict=True)
-            axis.plot(
-                [s / 60 for s in seconds],
-                [100 * a for a in accuracies],
-                (".-", "x--")[i // 10 % 2],  # colours repeat after ten
-                label=row["run"].removeprefix(f"{name}-"),
-            )
-        for attention in dict.fromkeys(row["attention"] for row in of_task):
-            paper = published.ACCURACY[attention][name]
-            color = line_style(attention)["color"]
-            axis.axhline(paper, ls="--", lw=1, color=color, label=f"{attention}, the paper's test")
+        runs: dict[str, list[Row]] = {}  # of several seeds, which share a line style
+        for row in of_task:
+            runs.setdefault(row["run"].partition("/seed-")[0], []).append(row)
+        attentions = list(dict.fromkeys(row["attention"] for row in of_task))
+        for i, (run, of_run) in enumerate(runs.items()):
+            style: dict[str, Any] = line_style(of_run[0]["attention"])
+            if len(runs) > len(attentions):  # other recipes of one attention
+                style = {"color": f"C{i % 10}", "marker": ".x"[i // 10 % 2]}  # ten colours
+            for row in of_run:
+                _, seconds, accuracies = zip(*row["curve"], strict=True)
+                minutes, percents = [s / 60 for s in seconds], [100 * a for a in accuracies]
+                label = run.removeprefix(f"{name}-") if row is of_run[0] else None
+                axis.plot(minutes, percents, **style, label=label)
+        for attention in attentions:
+            label = "dashed: the paper's test accuracy" if attention == attentions[0] else None
+            paper, color = published.ACCURACY[attention][name], line_style(attention)["color"]
+            axis.axhline(paper, ls="--", lw=1, color=color, label=label)
         axis.set(xlabel="minutes of training", ylabel="validation accuracy, %", title=name)
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))  # many names
         axis.grid(alpha=0.3)
