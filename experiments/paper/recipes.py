@@ -92,8 +92,9 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure  # imported late: it is slow to load
 
     names = list(dict.fromkeys(row["config"] for row in rows))
-    figure = Figure(figsize=(7 * len(names), 4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure = Figure(figsize=(9, 3.6 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), squeeze=False)[:, 0]
+    for axis, name in zip(axes, names, strict=True):
         of_task = [row for row in rows if row["config"] == name and row["curve"]]
         runs: dict[str, list[Row]] = {}  # of several seeds, which share a line style
         for row in of_task:
