@@ -125,7 +125,7 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     if width % 2:
         raise ValueError(f"sinusoidal positions need an even width; got {width}")
     frequencies = 10_000.0 ** (-2 * jnp.arange(width // 2, dtype=jnp.float32) / width)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[(None,) * positions.ndim]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

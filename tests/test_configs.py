@@ -92,6 +92,7 @@ def test_bad_training_fields_are_named():
         ({"train.log_every": 0}, "train.log_every must be at least 1"),
         ({"num_seeds": 0}, "num_seeds must be at least 1"),
         ({"seed": -1}, "seed must be in 0"),
+        ({"data.buckets": (512,), "model.pooling": "padded_mean"}, "padded_mean divides by"),
         ({"data.drop_zeros": True, "model.positions": "rotary"}, "learned or sinusoidal"),
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16'.*float32, bfloat16"),
         ({"attention.implementation": "flash"}, "auto, dense, chunked"),

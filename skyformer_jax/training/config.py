@@ -162,6 +162,11 @@ def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
             "data.buckets must be ascending lengths below model.max_length="
             f"{max_length}; got {tuple(data.buckets)}"
         )
+    if data.buckets and config.model.pooling == "padded_mean":
+        raise UserError(
+            "model.pooling=padded_mean divides by the padded length, so that data.buckets would "
+            "change the predictions; leave one of them out"
+        )
     if data.drop_zeros and config.model.positions == "rotary":
         raise UserError(
             "data.drop_zeros needs model.positions=learned or sinusoidal: rotary positions count "
