@@ -40,7 +40,8 @@ def test_the_citation_is_of_this_version():
 
 
 @pytest.mark.parametrize(
-    ("page", "name"), [("README.md", "fast"), ("docs/reproduction.md", "table1")]
+    ("page", "name"),
+    [("README.md", "fast"), ("docs/reproduction.md", "fast"), ("docs/reproduction.md", "table1")],
 )
 def test_pages_show_the_measured_accuracies(page, name):
     result = json.loads((ROOT / f"results/{name}.json").read_text())

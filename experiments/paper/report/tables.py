@@ -63,7 +63,7 @@ def summary(result: Result) -> str:
     """Makes the table of accuracies: ours, its standard error, and the paper's in brackets.
 
     Attentions and tasks without a finished run are left out. The README shows the table of
-    results/fast.json, and docs/reproduction.md that of results/table1.json.
+    results/fast.json, docs/reproduction.md that one and the table of results/table1.json.
     """
     accuracies = statistics.accuracies(result)
     configs = [config for config in published.CONFIGS if config in accuracies]
