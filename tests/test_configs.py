@@ -275,14 +275,20 @@ def two_steps(name, argument, tiny_benchmark, workdir):
 
 # The slow tests train the other tasks.
 @pytest.mark.parametrize(
-    "name", ["text", "pathfinder", pytest.param("retrieval", marks=pytest.mark.slow)]
+    ("name", "variant"),
+    [
+        ("text", "small"),
+        ("pathfinder", "small"),
+        pytest.param("pathfinder", "fast", marks=pytest.mark.slow),
+        pytest.param("retrieval", "small", marks=pytest.mark.slow),
+    ],
 )
-def test_each_task_trains(name, tiny_benchmark, tmp_path, monkeypatch):
+def test_each_task_trains(name, variant, tiny_benchmark, tmp_path, monkeypatch):
     """Trains with a relative source path and evaluates from another working directory."""
     source, data_dir = tiny_benchmark
     monkeypatch.chdir(source)
     tiny_benchmark = Path("."), data_dir
-    result = two_steps(name, "performer,small", tiny_benchmark, tmp_path / "run")
+    result = two_steps(name, f"performer,{variant}", tiny_benchmark, tmp_path / "run")
     monkeypatch.chdir(tmp_path.parent)
     assert training.evaluate(tmp_path / "run")["loss"] == result["loss"]
     data = json.loads((tmp_path / "run" / "eval_test.json").read_text())["data"]
