@@ -53,7 +53,7 @@ def small(name):
 def inputs(q_length, kv_length, *, batch=3, heads=2, head_dim=8, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
     shapes = [(batch, n, heads, head_dim) for n in (q_length, kv_length, kv_length)]
-    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    return tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)
 
 
 def masks(batch, length, seed=1):
@@ -63,7 +63,7 @@ def masks(batch, length, seed=1):
     mask[:, 0] = True
     mask[1] = np.arange(length) < max(1, length // 2)
     mask[-1] = False
-    return jnp.asarray(mask)
+    return mask
 
 
 @exact_attentions
@@ -120,13 +120,11 @@ def test_padding_is_invisible_to_values_and_gradients(name, with_rng):
 
     (_, clean), clean_gradients = loss(q, k, v)
     assert np.abs(np.where(real, clean, 0)).max() > 0.1
-    assert not np.any(clean_gradients[1] * ~real)
-    assert not np.any(clean_gradients[2] * ~real)
+    assert not np.any(np.asarray(clean_gradients[1]) * ~real)
+    assert not np.any(np.asarray(clean_gradients[2]) * ~real)
     for junk in (np.nan, np.inf, -1e30):
-        query = jnp.where(real, q, junk) if name == "reformer" else q
-        (_, dirty), dirty_gradients = loss(
-            query, jnp.where(real, k, junk), jnp.where(real, v, junk)
-        )
+        query = np.where(real, q, junk) if name == "reformer" else q
+        (_, dirty), dirty_gradients = loss(query, np.where(real, k, junk), np.where(real, v, junk))
         np.testing.assert_array_equal(np.where(real, dirty, 0), np.where(real, clean, 0))
         for a, b in zip(dirty_gradients, clean_gradients, strict=True):
             assert np.isfinite(a).all()
@@ -140,14 +138,14 @@ def test_queries_at_padding_touch_only_their_own_rows(name):
     real = mask[:, :, None, None]
     for rng in (None, jax.random.key(0)):
         clean = small(name)(q, k, v, mask=mask, rng=rng)
-        dirty = small(name)(jnp.where(real, q, jnp.nan), k, v, mask=mask, rng=rng)
+        dirty = small(name)(np.where(real, q, np.nan), k, v, mask=mask, rng=rng)
         np.testing.assert_array_equal(np.where(real, dirty, 0), np.where(real, clean, 0))
 
 
 @all_attentions
 def test_no_real_key_gives_zeros(name):
     q, k, v = inputs(9, 9)
-    mask = jnp.zeros((3, 9), bool)
+    mask = np.zeros((3, 9), bool)
     loss = jax.value_and_grad(lambda q: (small(name)(q, k, v, mask=mask) ** 2).sum())
     value, gradient = jax.jit(loss)(q)
     assert value == 0
@@ -160,11 +158,12 @@ def test_examples_do_not_influence_each_other(name, with_rng):
     q, k, v = inputs(40, 40, batch=4)
     mask = masks(4, 40)
     rng = jax.random.key(7) if with_rng else None
-    together = small(name)(q, k, v, mask=mask, rng=rng)
+    together = np.asarray(small(name)(q, k, v, mask=mask, rng=rng))
     for rows in (slice(0, 1), slice(1, 2), slice(3, 4)):
         alone = small(name)(q[rows], k[rows], v[rows], mask=mask[rows], rng=rng)
         np.testing.assert_allclose(alone, together[rows], rtol=1e-5, atol=1e-5)
-    huge = small(name)(q, k.at[2].set(1e4), v.at[2].set(1e4), mask=mask, rng=rng)
+    k[2], v[2] = 1e4, 1e4
+    huge = np.asarray(small(name)(q, k, v, mask=mask, rng=rng))
     np.testing.assert_allclose(huge[:2], together[:2], rtol=1e-5, atol=1e-5)
 
 
@@ -173,7 +172,7 @@ def test_examples_do_not_influence_each_other(name, with_rng):
 def test_any_length(name, length):
     """Uses the paper's options, such as landmark counts, that exceed the shorter lengths."""
     q, k, v = inputs(length, length, batch=1, head_dim=(8, 33, 128)[length % 3])
-    out = jitted(name)(q, k, v, mask=jnp.arange(length)[None] < max(1, 2 * length // 3))
+    out = jitted(name)(q, k, v, mask=np.arange(length)[None] < max(1, 2 * length // 3))
     assert out.shape == q.shape
     assert np.isfinite(out).all()
 
@@ -189,7 +188,7 @@ def test_cross_attention(name, lengths):
         return
     clean = small(name)(q, k, v, mask=mask)
     assert clean.shape == q.shape
-    junk = jnp.where(mask[:, :, None, None], 0, jnp.nan)
+    junk = np.where(mask[:, :, None, None], 0, np.nan).astype(np.float32)
     np.testing.assert_array_equal(small(name)(q, k + junk, v + junk, mask=mask), clean)
 
 
@@ -199,11 +198,10 @@ def test_bfloat16_in_and_out(name):
     mask = masks(3, 64)
     out = small(name)(q, k, v, mask=mask)
     assert out.dtype == jnp.bfloat16
-    wide = small(name)(*(x.astype(jnp.float32) for x in (q, k, v)), mask=mask)
-    real = np.asarray(mask)
+    wide = np.asarray(small(name)(*(x.astype(np.float32) for x in (q, k, v)), mask=mask))
     scale = np.abs(wide).max()
     np.testing.assert_allclose(
-        out.astype(np.float32)[real], wide[real], rtol=0.02, atol=0.01 * scale
+        np.asarray(out, np.float32)[mask], wide[mask], rtol=0.02, atol=0.01 * scale
     )
 
 
@@ -213,7 +211,7 @@ def test_float16_and_mixed_dtypes(name):
     q, k, v = inputs(10, 10)
     out = small(name)(q.astype(jnp.float16), k.astype(jnp.float16), v.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
-    assert np.isfinite(out.astype(np.float32)).all()
+    assert np.isfinite(np.asarray(out, np.float32)).all()
 
 
 @quick_attentions
@@ -226,7 +224,7 @@ def test_transformations(name):
     mapped = jax.jit(jax.vmap(lambda q, k, v, m: small(name)(q, k, v, mask=m)))(
         *(x[:, None] for x in (q, k, v, mask))
     )
-    np.testing.assert_allclose(mapped[:, 0], plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(mapped)[:, 0], plain, rtol=1e-5, atol=1e-5)
 
     def loss(q):
         return small(name)(q, k, v, mask=mask).sum()
@@ -239,7 +237,7 @@ def test_transformations(name):
         )
     )(q)
     np.testing.assert_allclose(remat, gradient, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(tangent, gradient.sum(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(tangent, np.sum(gradient), rtol=1e-3, atol=1e-3)
 
 
 @all_attentions
@@ -247,7 +245,7 @@ def test_random_only_where_given_an_rng(name):
     q, k, v = inputs(50, 50)
     first = small(name)(q, k, v)
     np.testing.assert_array_equal(small(name)(q, k, v), first)
-    draws = [small(name)(q, k, v, rng=jax.random.key(i)) for i in (1, 2)]
+    draws = [np.asarray(small(name)(q, k, v, rng=jax.random.key(i))) for i in (1, 2)]
     assert np.any(draws[0] != draws[1]) == (name in RANDOM)
     np.testing.assert_array_equal(small(name)(q, k, v, rng=jax.random.key(1)), draws[0])
 
@@ -261,8 +259,8 @@ def test_random_only_where_given_an_rng(name):
         (lambda q, k, v: (q[:2], k, v, None), "agree in batch"),
         (lambda q, k, v: (q[:, :, :1], k, v, None), "a multiple of them; got 1 and 2"),
         (lambda q, k, v: (q[..., :0], k[..., :0], v, None), "head_dim of query and key must be"),
-        (lambda q, k, v: (q, k, v, jnp.ones((3, 9))), "bool"),
-        (lambda q, k, v: (q, k, v, jnp.ones((3, 1, 1, 9), bool)), "kv_length"),
+        (lambda q, k, v: (q, k, v, np.ones((3, 9))), "bool"),
+        (lambda q, k, v: (q, k, v, np.ones((3, 1, 1, 9), bool)), "kv_length"),
     ],
 )
 def test_bad_shapes_are_refused(name, bad, message):
@@ -275,7 +273,7 @@ def test_bad_shapes_are_refused(name, bad, message):
 def test_fewer_heads_of_keys_and_values_are_shared(name):
     """Key and value heads act as if repeated for the query heads, also with another value_dim."""
     q, k, v = inputs(11, 11, heads=4)
-    k, v = k[:, :, ::2], jnp.concatenate([v, v], axis=-1)[:, :, ::2, :13]
+    k, v = k[:, :, ::2], np.concatenate([v, v], axis=-1)[:, :, ::2, :13]
     mask = masks(3, 11)
 
     @jax.jit
@@ -302,9 +300,9 @@ def test_value_dim_differs_from_head_dim(name):
     """Compares with float64; the two lengths use the dense and the tiled form of kernelized."""
     for length, value_dim in ((9, 5), (300, 13)):
         q, k, v = inputs(length, length)
-        v = jnp.concatenate([v, v], axis=-1)[..., :value_dim]
+        v = np.concatenate([v, v], axis=-1)[..., :value_dim]
         expected = [REFERENCES[name](q, k, v[..., i : i + 1].repeat(8, -1)) for i in (0, 4)]
-        out = jitted(name)(q, k, v)
+        out = np.asarray(jitted(name)(q, k, v))
         for i, of_feature in zip((0, 4), expected, strict=True):
             np.testing.assert_allclose(out[..., i], of_feature[..., 0], rtol=2e-5, atol=2e-5)
 
@@ -314,14 +312,14 @@ def test_value_dim_differs_from_head_dim(name):
 def test_empty_arrays_give_zeros(name, lengths):
     batch, q_length, kv_length = lengths
     q, k, v = inputs(q_length, kv_length, batch=batch)
-    function = functools.partial(call, name, mask=jnp.ones((batch, kv_length), bool))
+    function = functools.partial(jitted(name), mask=np.ones((batch, kv_length), bool))
     if name in SELF_ONLY and q_length != kv_length:
         with pytest.raises(ValueError, match=r"itself|agree"):
             function(q, k, v)
         return
     out = function(q, k, v[..., :3])
     assert out.shape == (batch, q_length, 2, 3)
-    gradients = jax.grad(lambda *x: function(*x).sum(), argnums=(0, 1, 2))(q, k, v)
+    gradients = jax.jit(jax.grad(lambda *x: function(*x).sum(), argnums=(0, 1, 2)))(q, k, v)
     assert not any(np.any(x) for x in (out, *gradients))
 
 
@@ -338,13 +336,13 @@ def test_scale_and_gamma_may_be_learned(name):
         return jnp.sin(out).sum()
 
     gradients = jax.jit(jax.grad(loss))(options)
-    plain = call(name, q, k, v, mask=mask, **{**SMALL.get(name, {}), **options})
-    np.testing.assert_allclose(loss(options), jnp.sin(plain).sum(), rtol=1e-4, atol=1e-4)
+    plain = jitted(name, **SMALL.get(name, {}), **options)(q, k, v, mask=mask)
+    np.testing.assert_allclose(loss(options), np.sin(plain).sum(), rtol=1e-4, atol=1e-4)
     for option, value in options.items():
         above, below = (loss({**options, option: value + step}) for step in (0.01, -0.01))
         np.testing.assert_allclose(gradients[option], (above - below) / 0.02, rtol=2e-2, atol=1e-2)
         with pytest.raises(ValueError, match=f"{option} must be one number; got an array of shape"):
-            call(name, q, k, v, **{option: jnp.ones(2)})
+            call(name, q, k, v, **{option: np.ones(2)})
 
 
 @all_attentions
