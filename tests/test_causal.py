@@ -41,12 +41,17 @@ def inputs(length, seed=0):
     rng = np.random.default_rng(seed)
     q, k, v = rng.normal(size=(3, BATCH, length, HEADS, HEAD_DIM)).astype(np.float32)
     mask = rng.random((BATCH, length)) < 0.8
-    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask)
+    return q, k, v, mask
+
+
+@functools.cache
+def jitted(case):
+    name, options = OPTIONS[case]
+    return jax.jit(functools.partial(attention.ATTENTIONS[name], is_causal=True, **options))
 
 
 def attend(case, q, k, v, **more):
-    name, options = OPTIONS[case]
-    return attention.ATTENTIONS[name](q, k, v, is_causal=True, **options, **more)
+    return jitted(case)(q, k, v, **more)
 
 
 def float64(case, q, k, v, mask):
@@ -75,7 +80,7 @@ def test_what_is_causal_is_listed():
 @pytest.mark.parametrize("length", [CHUNK + 1, *slow_lengths(1, 2)])
 def test_each_position_is_the_last_of_a_shorter_sequence(case, length):
     q, k, v, mask = inputs(length)
-    out = attend(case, q, k, v, mask=mask)
+    out = np.asarray(attend(case, q, k, v, mask=mask))
     for i in {0, length // 2, CHUNK - 1, length - 1} & set(range(length)):
         expected = float64(case, *(x[:, : i + 1] for x in (q, k, v, mask)))
         np.testing.assert_allclose(out[:, i], expected, rtol=2e-3, atol=2e-3)
@@ -86,12 +91,15 @@ def test_each_position_is_the_last_of_a_shorter_sequence(case, length):
 def test_no_output_depends_on_a_later_position(case, length):
     """Gradients of the outputs up to a position are exactly 0 at later positions."""
     q, k, v, mask = inputs(length)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradients_of_outputs(q, k, v, chosen):
+        out = attend(case, q, k, v, mask=mask)
+        return jnp.where(chosen[:, None, None], jnp.sin(out), 0).sum()
+
     for last in {0, length // 2, CHUNK - 1, CHUNK, length - 2} & set(range(length - 1)):
-
-        def upto(q, k, v, last=last):
-            return jnp.sin(attend(case, q, k, v, mask=mask)[:, : last + 1]).sum()
-
-        gradients = jax.grad(upto, argnums=(0, 1, 2))(q, k, v)
+        gradients = jax.device_get(gradients_of_outputs(q, k, v, np.arange(length) <= last))
         for gradient in gradients:
             assert np.isfinite(gradient).all()
             assert np.abs(gradient[:, last + 1 :]).max() == 0
@@ -104,8 +112,8 @@ def test_segments_are_sequences_of_their_own(case):
     borders = [0, 5, 40, CHUNK, 2 * CHUNK + 60, 2 * CHUNK + 70]
     q, k, v, mask = inputs(borders[-1])
     ids = np.repeat(np.arange(5) + 3, np.diff(borders))
-    segment_ids = jnp.asarray(np.broadcast_to(ids, (BATCH, borders[-1])))
-    out = attend(case, q, k, v, mask=mask, segment_ids=segment_ids)
+    segment_ids = np.broadcast_to(ids, (BATCH, borders[-1]))
+    out = np.asarray(attend(case, q, k, v, mask=mask, segment_ids=segment_ids))
     for begin, end in itertools.pairwise(borders):
         part = [x[:, begin:end] for x in (q, k, v)]
         alone = attend(case, *part, mask=mask[:, begin:end])
@@ -120,7 +128,7 @@ def test_decoding_equals_the_parallel_form(case):
     name, options = OPTIONS[case]
     length, prompt = CHUNK + 9, CHUNK + 3
     q, k, v, mask = inputs(length)
-    expected = attend(case, q, k, v, mask=mask)
+    expected = np.asarray(attend(case, q, k, v, mask=mask))
     sizes = {"batch": BATCH, "heads": HEADS, "head_dim": HEAD_DIM, "max_length": length}
     state = init_decoding(name, **sizes, **options)
     step = jax.jit(functools.partial(decode, name, **options))
@@ -132,9 +140,9 @@ def test_decoding_equals_the_parallel_form(case):
         out, state = decode(name, state, *arrays, mask=mask, **options)
         return state, out[:, 0]
 
-    rest = tuple(jnp.moveaxis(x[:, prompt:], 1, 0) for x in (q, k, v, mask))
+    rest = tuple(np.moveaxis(x[:, prompt:], 1, 0) for x in (q, k, v, mask))
     state, outs = jax.jit(functools.partial(jax.lax.scan, one))(state, rest)
-    np.testing.assert_allclose(jnp.moveaxis(outs, 0, 1), expected[:, prompt:], atol=1e-4)
+    np.testing.assert_allclose(np.moveaxis(outs, 0, 1), expected[:, prompt:], atol=1e-4)
     assert state["index"] == length
     if "key" in state:  # the cache is full
         assert np.isnan(step(state, q[:, :1], k[:, :1], v[:, :1])[0]).all()
@@ -158,7 +166,7 @@ def test_the_state_has_a_fixed_size(case):
 
 def test_landmarks_of_the_sequence_are_refused():
     q, k, v, _ = inputs(10)
-    for options in ({}, {"landmark_indices": jnp.zeros((BATCH, 3), int), "landmarks": POINTS}):
+    for options in ({}, {"landmark_indices": np.zeros((BATCH, 3), int), "landmarks": POINTS}):
         with pytest.raises(ValueError, match="would tell of later positions"):
             attention.skyformer_attention(q, k, v, is_causal=True, **options)
     with pytest.raises(ValueError, match="q_length must equal kv_length"):
@@ -178,12 +186,12 @@ def test_landmarks_of_the_sequence_are_refused():
 )
 def test_modules_decode_as_they_attend(name, options):
     """Checks linen and NNX with rotary positions and one key-value head for two query heads."""
-    x = jnp.asarray(RNG.normal(size=(BATCH, 12, 16)), jnp.float32)
+    x = RNG.normal(size=(BATCH, 12, 16)).astype(np.float32)
     fields = {"rotary": True, "num_kv_heads": 1, "is_causal": True, "options": options}
     layer = MultiHeadAttention(name, 2, 8, **fields)
-    expected, variables = layer.init_with_output(jax.random.key(0), x)
+    expected, variables = jax.device_get(jax.jit(layer.init_with_output)(jax.random.key(0), x))
     decoder = layer.clone(decode=True)
-    cache = decoder.init(jax.random.key(0), x)["cache"]
+    cache = jax.jit(decoder.init)(jax.random.key(0), x)["cache"]
     module = NnxAttention(name, 2, 16, 8, **fields, rngs=nnx.Rngs(0))
     for part, values in {**variables["params"], **variables.get("fixed", {})}.items():
         if isinstance(values, dict):
@@ -191,13 +199,12 @@ def test_modules_decode_as_they_attend(name, options):
             getattr(module, part).bias[...] = values["bias"]
         else:
             getattr(module, part)[...] = values
-    np.testing.assert_allclose(module(x), expected, atol=1e-5)
-    module.init_cache(BATCH, 12)
     step = nnx.jit(lambda module, x: module(x))
+    np.testing.assert_allclose(step(module, x), expected, atol=1e-5)
+    module.init_cache(BATCH, 12)
+    decode_step = jax.jit(functools.partial(decoder.apply, mutable=["cache"]))
     for begin, end in ((0, 7), (7, 8), (8, 12)):
-        out, changed = decoder.apply(
-            {**variables, "cache": cache}, x[:, begin:end], mutable=["cache"]
-        )
+        out, changed = decode_step({**variables, "cache": cache}, x[:, begin:end])
         cache = changed["cache"]
         np.testing.assert_allclose(out, expected[:, begin:end], atol=1e-5)
         np.testing.assert_allclose(step(module, x[:, begin:end]), out, atol=1e-5)
@@ -208,8 +215,8 @@ def test_modules_decode_as_they_attend(name, options):
 @pytest.mark.parametrize("decodes", [False, True])
 def test_modules_take_segments_or_say_why_not(decodes):
     """Modules never ignore segment_ids silently, neither without causality nor when decoding."""
-    x = jnp.asarray(RNG.normal(size=(BATCH, 6, 16)), jnp.float32)
-    segment_ids = jnp.asarray([[0, 0, 0, 1, 1, 1]] * BATCH)
+    x = RNG.normal(size=(BATCH, 6, 16)).astype(np.float32)
+    segment_ids = np.asarray([[0, 0, 0, 1, 1, 1]] * BATCH)
     if decodes:
         decoder = MultiHeadAttention("softmax", 2, 8, decode=True)
         module = NnxAttention("softmax", 2, 16, 8, is_causal=True, rngs=nnx.Rngs(0))
@@ -222,8 +229,10 @@ def test_modules_take_segments_or_say_why_not(decodes):
                 call()
         return
     layer = MultiHeadAttention("softmax", 2, 8)
-    out, variables = layer.init_with_output(jax.random.key(0), x, segment_ids=segment_ids)
-    np.testing.assert_allclose(out[:, 3:], layer.apply(variables, x[:, 3:]), atol=1e-5)
+    init = jax.jit(layer.init_with_output)
+    out, variables = init(jax.random.key(0), x, segment_ids=segment_ids)
+    alone = jax.jit(layer.apply)(variables, x[:, 3:])
+    np.testing.assert_allclose(out[:, 3:], alone, atol=1e-5)
     linen = MultiHeadAttention("linformer", 2, 8)
     module = NnxAttention("linformer", 2, 16, 8, max_length=6, rngs=nnx.Rngs(0))
     for call in (

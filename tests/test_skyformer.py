@@ -10,15 +10,19 @@ import pytest
 import references
 from test_attention import inputs, masks
 
-from skyformer_jax.attention import kernelized_attention, nystrom_residual
+from skyformer_jax.attention import kernelized_attention as eager_kernelized_attention
+from skyformer_jax.attention import nystrom_residual as eager_nystrom_residual
 from skyformer_jax.attention import skyformer_attention as eager_skyformer_attention
 from skyformer_jax.attention.inverses import schulz_inverse
 from skyformer_jax.attention.landmarks import strided_landmarks, uniform_landmarks
 
+STATIC = ("scale", "num_landmarks", "gamma", "inverse", "num_iterations")
 skyformer_attention = jax.jit(
-    eager_skyformer_attention,
-    static_argnames=("scale", "num_landmarks", "gamma", "inverse", "num_iterations"),
+    eager_skyformer_attention, static_argnames=(*STATIC, "normalize", "is_causal")
 )
+kernelized_attention = jax.jit(eager_kernelized_attention, static_argnames="normalize")
+nystrom_residual = jax.jit(eager_nystrom_residual, static_argnames=STATIC)
+schulz = jax.jit(schulz_inverse, static_argnums=1)
 both_inverses = pytest.mark.parametrize("inverse", ["schulz", "cholesky"])
 
 
@@ -55,7 +59,7 @@ def test_given_landmarks_equal_float64_reference(normalize):
     mask = masks(3, 34)
     landmarks = np.random.default_rng(0).normal(size=(6, 2, 8)).astype(np.float32)
     options = {"landmarks": landmarks, "normalize": normalize, "num_iterations": 10}
-    out = eager_skyformer_attention(q, k, v, mask=mask, **options)
+    out = skyformer_attention(q, k, v, mask=mask, **options)
     expected = references.skyformer_from(q, k, v, 3 * [landmarks], mask, normalize=normalize)
     np.testing.assert_allclose(out, expected, rtol=2e-4, atol=2e-4)
     with pytest.raises(ValueError, match="heads and head_dim of query"):
@@ -68,13 +72,13 @@ def test_normalized_rows_are_means_of_the_values():
     """If all values are equal, the output is that value, regardless of the number of keys."""
     q, k, v = inputs(20, 33)
     mask = masks(3, 33)
-    same = jnp.broadcast_to(v[:, :1], v.shape)
+    same = np.broadcast_to(v[:, :1], v.shape)
     some = mask.any(axis=1)[:, None, None, None]
-    expected = jnp.where(some, jnp.broadcast_to(v[:, :1], q.shape), 0)
-    options = {"landmark_indices": jnp.tile(jnp.arange(53), (3, 1)), "inverse": "cholesky"}
+    expected = np.where(some, np.broadcast_to(v[:, :1], q.shape), 0)
+    options = {"landmark_indices": np.tile(np.arange(53), (3, 1)), "inverse": "cholesky"}
     for out in (
         kernelized_attention(q, k, same, mask=mask, normalize=True),
-        eager_skyformer_attention(q, k, same, mask=mask, normalize=True, **options),
+        skyformer_attention(q, k, same, mask=mask, normalize=True, **options),
     ):
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
     exact = kernelized_attention(q, k, v, mask=mask, normalize=True)
@@ -92,8 +96,8 @@ def test_normalized_rows_have_gradients_where_no_key_is_near(name):
     options = {"landmarks": points, "normalize": True, "inverse": "cholesky"}
     functions = {
         "kernelized": functools.partial(kernelized_attention, normalize=True),
-        "skyformer": functools.partial(eager_skyformer_attention, **options),
-        "causal": functools.partial(eager_skyformer_attention, is_causal=True, **options),
+        "skyformer": functools.partial(skyformer_attention, **options),
+        "causal": functools.partial(skyformer_attention, is_causal=True, **options),
     }
 
     def reference(q, k):
@@ -108,13 +112,14 @@ def test_normalized_rows_have_gradients_where_no_key_is_near(name):
 
     assert references.kernelized(q, k, np.ones_like(v)).max() < 1e-20
     directions = np.random.default_rng(1).normal(size=(2, *q.shape)) / 10
-    out, moved = jax.jvp(lambda q, k: functions[name](q, k, v), (q, k), (*directions.astype("f"),))
+    function = jax.jit(functools.partial(jax.jvp, lambda q, k: functions[name](q, k, v)))
+    out, moved = function((q, k), (*directions.astype("f"),))
     np.testing.assert_allclose(out, reference(q, k), rtol=1e-3, atol=1e-3)
     q, k, step = np.asarray(q, np.float64), np.asarray(k, np.float64), 1e-5 * directions
     expected = (reference(q + step[0], k + step[1]) - reference(q - step[0], k - step[1])) / 2e-5
     np.testing.assert_allclose(moved, expected, rtol=2e-3, atol=2e-3)
-    gradients = jax.grad(lambda *x: (functions[name](*x) ** 2).sum(), (0, 1, 2))(
-        *map(jnp.float32, (q, k, v))
+    gradients = jax.jit(jax.grad(lambda *x: (functions[name](*x) ** 2).sum(), (0, 1, 2)))(
+        *map(np.float32, (q, k, v))
     )
     assert all(np.isfinite(x).all() for x in gradients)
 
@@ -126,16 +131,16 @@ def test_convolution_is_that_of_the_values(per_feature):
     shape = (5, 2, 8) if per_feature else (5, 2)
     kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     with_it, without = (
-        eager_skyformer_attention(q, k, v, mask=mask, conv_kernel=kernel)
+        np.asarray(skyformer_attention(q, k, v, mask=mask, conv_kernel=kernel))
         for kernel in (kernel, None)
     )
-    values = np.where(np.asarray(mask)[:, :, None, None], v, 0)
+    values = np.where(mask[:, :, None, None], v, 0)
     kernels = np.broadcast_to(kernel.reshape(*shape[:2], -1), (5, 2, 8))
     for b, h, p in np.ndindex(3, 2, 8):
         expected = np.convolve(values[b, :, h, p], kernels[::-1, h, p], mode="same")
         np.testing.assert_allclose((with_it - without)[b, :, h, p], expected, atol=1e-4)
     with pytest.raises(ValueError, match="q_length == kv_length"):
-        eager_skyformer_attention(q[:, 1:], k, v, conv_kernel=kernel)
+        skyformer_attention(q[:, 1:], k, v, conv_kernel=kernel)
 
 
 @both_inverses
@@ -174,16 +179,16 @@ def test_residual_says_how_well_skyformer_approximates():
     residuals, errors = [], []
     for spread in (0.1, 0.5, 1.0, 4.0):
         a, b = spread * q, spread * k
-        residuals.append(float(nystrom_residual(a, b, num_landmarks=16).mean()))
-        exact = kernelized_attention(a, b, v)
-        out = eager_skyformer_attention(a, b, v, num_landmarks=16)
-        errors.append(float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)))
+        residuals.append(np.mean(nystrom_residual(a, b, num_landmarks=16)))
+        exact = np.asarray(kernelized_attention(a, b, v))
+        out = skyformer_attention(a, b, v, num_landmarks=16)
+        errors.append(np.linalg.norm(out - exact) / np.linalg.norm(exact))
     assert residuals == sorted(residuals)
     assert errors == sorted(errors)
     assert residuals[0] < 0.05 < 0.7 < residuals[-1]
     assert errors[0] < 0.05 < 0.7 < errors[-1]
     assert nystrom_residual(q[:0], k[:0]).shape == (0, 2)
-    assert not nystrom_residual(q, k, jnp.zeros((3, 48), bool)).any()
+    assert not nystrom_residual(q, k, np.zeros((3, 48), bool)).any()
     with pytest.raises(ValueError, match="agree in batch and head_dim"):
         nystrom_residual(q, k[..., :4])
 
@@ -191,19 +196,18 @@ def test_residual_says_how_well_skyformer_approximates():
 @both_inverses
 def test_gradients_by_finite_differences_of_the_reference(inverse):
     q, k, v = inputs(12, 15, batch=2, head_dim=4)
-    mask = masks(2, 15).at[-1].set(True)
+    mask = masks(2, 15)
+    mask[-1] = True
     indices = np.array([[0, 3, 5, 7, 12], [1, 2, 13, 20, 26]])
     rng = np.random.default_rng(5)
     weights = rng.normal(size=q.shape)
 
     def loss(q, k, v):
-        out = skyformer_attention(
-            q, k, v, mask=mask, landmark_indices=indices, inverse=inverse
-        )
+        out = skyformer_attention(q, k, v, mask=mask, landmark_indices=indices, inverse=inverse)
         return (out * weights).sum()
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
-    assert np.asarray(mask)[0, 0]  # row 12 of example 0, a landmark, is a real key
+    assert mask[0, 0]  # row 12 of example 0, a landmark, is a real key
     references.assert_directional_derivatives(
         gradients,
         lambda *args: (references.skyformer(*args, indices, mask) * weights).sum(),
@@ -219,8 +223,9 @@ def test_error_falls_to_zero_as_landmarks_grow(inverse, masked):
     """With a small gamma and all rows as landmarks, Skyformer is kernelized attention."""
     length = 96
     q, k, v = inputs(length, length, head_dim=16)
-    mask = masks(3, length).at[-1].set(True) if masked else None
-    real = np.ones((3, length), bool) if mask is None else np.asarray(mask)
+    real = masks(3, length) if masked else np.ones((3, length), bool)
+    real[-1] = True
+    mask = real if masked else None
     exact = np.asarray(kernelized_attention(q, k, v, mask=mask))[real]
     errors = []
     for num_landmarks in (12, 48, 96, 192):
@@ -271,7 +276,7 @@ def test_schulz_residual_follows_its_own_bound(spread):
     root = m.sum(1) ** -0.5
     smallest = np.linalg.eigvalsh(root[:, None] * m * root)[0]
     for steps in (2, 4, 6, 10):
-        z = np.asarray(schulz_inverse(jnp.asarray(m, jnp.float32), steps), np.float64)
+        z = np.asarray(schulz(np.asarray(m, np.float32), steps), np.float64)
         residual = np.linalg.norm(
             np.eye(40) - (root[:, None] * m * root) @ (z / root[:, None] / root), 2
         )
@@ -286,8 +291,8 @@ def test_schulz_does_not_depend_on_batch_mates():
     rng = np.random.default_rng(3)
     small = references.gaussian_kernel(*[0.01 * rng.normal(size=(16, 4))] * 2, 0.5)
     large = references.gaussian_kernel(*[5 * rng.normal(size=(16, 4))] * 2, 0.5)
-    batch = jnp.asarray(np.stack([small, large]) + 0.1 * np.eye(16), jnp.float32)
-    np.testing.assert_allclose(schulz_inverse(batch)[1], schulz_inverse(batch[1:])[0], rtol=1e-6)
+    batch = np.asarray(np.stack([small, large]) + 0.1 * np.eye(16), np.float32)
+    np.testing.assert_allclose(schulz(batch)[1], schulz(batch[1:])[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_landmarks", [1, 7, 30, 61])
@@ -296,7 +301,8 @@ def test_spread_landmarks_are_distinct_real_and_even(num_landmarks):
     candidates = rng.random((5, 61)) < 0.7
     candidates[0] = True
     candidates[4] = False
-    indices, valid = map(np.asarray, strided_landmarks(jnp.asarray(candidates), num_landmarks))
+    find = jax.jit(strided_landmarks, static_argnums=1)
+    indices, valid = map(np.asarray, find(candidates, num_landmarks))
     for row in range(5):
         count = candidates[row].sum()
         chosen = indices[row][valid[row]]
@@ -310,8 +316,9 @@ def test_spread_landmarks_are_distinct_real_and_even(num_landmarks):
 
 
 def test_drawn_landmarks_are_distinct_real_and_uniform():
-    candidates = jnp.asarray(np.arange(20) % 5 != 0)[None]
-    draw = jax.vmap(functools.partial(uniform_landmarks, candidates=candidates, num_landmarks=4))
+    candidates = np.arange(20)[None] % 5 != 0
+    draw = functools.partial(uniform_landmarks, candidates=candidates, num_landmarks=4)
+    draw = jax.jit(jax.vmap(draw))
     indices, valid = draw(jax.random.split(jax.random.key(0), 4000))
     assert valid.all()
     counts = np.bincount(np.asarray(indices).ravel(), minlength=20)
@@ -324,13 +331,13 @@ def test_drawn_landmarks_are_distinct_real_and_uniform():
 
 def test_draws_differ_with_rng_and_average_to_less_error():
     q, k, v = inputs(128, 128, head_dim=8)
-    exact = kernelized_attention(q, k, v)
-    draws = jnp.stack(
+    exact = np.asarray(kernelized_attention(q, k, v))
+    draws = np.stack(
         [skyformer_attention(q, k, v, num_landmarks=16, rng=jax.random.key(i)) for i in range(20)]
     )
     assert np.abs(draws[0] - draws[1]).max() > 1e-3
-    error = jnp.linalg.norm(draws - exact, axis=-1).mean()
-    assert jnp.linalg.norm(draws.mean(0) - exact, axis=-1).mean() < error
+    error = np.linalg.norm(draws - exact, axis=-1).mean()
+    assert np.linalg.norm(draws.mean(0) - exact, axis=-1).mean() < error
 
 
 @pytest.mark.parametrize(
