@@ -1,5 +1,7 @@
 """The classifier: shapes, padding, pooling, and its configuration."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +23,13 @@ def tiny_config(name="skyformer", **model):
 
 def batch(length=48):
     rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(1, 16, (4, length)), jnp.uint8)
-    return tokens, jnp.arange(length) < jnp.array([[length], [20], [5], [1]])
+    tokens = rng.integers(1, 16, (4, length)).astype(np.uint8)
+    return tokens, np.arange(length) < np.array([[length], [20], [5], [1]])
+
+
+def init(module, *args):
+    """Returns NumPy variables from one compiled program."""
+    return jax.device_get(jax.jit(module.init)(jax.random.key(0), *args))
 
 
 all_attentions = pytest.mark.parametrize("name", attention.NAMES)
@@ -32,11 +39,11 @@ all_attentions = pytest.mark.parametrize("name", attention.NAMES)
 def test_padding_is_invisible(name):
     model = models.build_model(tiny_config(name))
     tokens, mask = batch()
-    variables = model.init(jax.random.key(0), tokens, mask)
+    variables = init(model, tokens, mask)
     apply = jax.jit(model.apply)
-    logits = apply(variables, tokens, mask)
+    logits = np.asarray(apply(variables, tokens, mask))
     assert logits.shape == (4, 10)
-    junk = jnp.where(mask, tokens, 7)
+    junk = np.where(mask, tokens, 7).astype(np.uint8)
     np.testing.assert_array_equal(apply(variables, junk, mask), logits)
     short = apply(variables, tokens[1:3, :20], mask[1:3, :20])
     np.testing.assert_allclose(short, logits[1:3], rtol=1e-4, atol=1e-5)
@@ -45,9 +52,9 @@ def test_padding_is_invisible(name):
 @all_attentions
 def test_layer_keeps_junk_in_padding_out_of_gradients(name):
     layer = MultiHeadAttention(name, 2, 4, {})
-    x = jax.random.normal(jax.random.key(0), (2, 9, 6))
-    mask = jnp.arange(9) < jnp.array([[6], [9]])
-    variables = layer.init(jax.random.key(1), x)
+    x = np.random.default_rng(0).normal(size=(2, 9, 6)).astype(np.float32)
+    mask = np.arange(9) < np.array([[6], [9]])
+    variables = init(layer, x)
     params = variables["params"]
 
     @jax.jit
@@ -57,7 +64,7 @@ def test_layer_keeps_junk_in_padding_out_of_gradients(name):
         return jnp.where(mask[..., None], out, 0).sum()
 
     clean = gradient(params, x)
-    dirty = gradient(params, jnp.where(mask[..., None], x, jnp.nan))
+    dirty = gradient(params, np.where(mask[..., None], x, np.nan))
     jax.tree.map(np.testing.assert_array_equal, dirty, clean)
 
 
@@ -76,8 +83,8 @@ def test_parameters_are_the_papers():
 def test_dense_layers_start_as_in_the_published_code():
     """Uniform in +-1/sqrt(fan_in), so with standard deviation 1/sqrt(3 fan_in)."""
     config = common.paper_config("listops", "softmax", max_length=8)
-    tokens = jnp.zeros((1, 8), int)
-    params = models.build_model(config).init(jax.random.key(0), tokens, tokens == 0)["params"]
+    tokens = np.zeros((1, 8), int)
+    params = init(models.build_model(config), tokens, tokens == 0)["params"]
     block = params["block_0"]
     of_attention = block["attention_layer"].values()
     of_fan_in = {
@@ -98,29 +105,29 @@ def test_dense_layers_start_as_in_the_published_code():
 
 
 def test_pooling():
-    x = jax.random.normal(jax.random.key(0), (3, 5, 2))
-    mask = jnp.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
-    mean = encoder.pool(x, mask, "mean")
-    np.testing.assert_allclose(mean[0], x[0, jnp.array([0, 1, 3])].mean(0), rtol=1e-5)
+    x = np.random.default_rng(0).normal(size=(3, 5, 2)).astype(np.float32)
+    mask = np.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
+    pool = jax.jit(encoder.pool, static_argnums=2)
+    mean = np.asarray(pool(x, mask, "mean"))
+    np.testing.assert_allclose(mean[0], x[0, [0, 1, 3]].mean(0), rtol=1e-5)
     np.testing.assert_allclose(mean[1], x[1].mean(0), rtol=1e-5)
     assert not mean[2].any()
-    np.testing.assert_allclose(encoder.pool(x, mask, "padded_mean")[0], mean[0] * 3 / 5, rtol=1e-5)
-    np.testing.assert_array_equal(encoder.pool(x, mask, "cls"), x[:, 0])
+    np.testing.assert_allclose(pool(x, mask, "padded_mean")[0], mean[0] * 3 / 5, rtol=1e-5)
+    np.testing.assert_array_equal(pool(x, mask, "cls"), x[:, 0])
 
 
 def test_positions_may_be_given():
     """The consecutive ones are the default."""
     tokens, mask = batch()
     model = models.build_model(tiny_config("softmax", num_layers=1))
-    variables = model.init(jax.random.key(0), tokens, mask)
-    consecutive = jnp.broadcast_to(jnp.arange(48), tokens.shape)
-    expected = model.apply(variables, tokens, mask)
-    np.testing.assert_array_equal(
-        model.apply(variables, tokens, mask, positions=consecutive), expected
-    )
-    swapped = consecutive.at[:, :2].set(jnp.array([1, 0]))
-    other = tokens.at[:, :2].set(tokens[:, 1::-1])
-    permuted = model.apply(variables, other, mask, positions=swapped)
+    variables = init(model, tokens, mask)
+    consecutive = np.broadcast_to(np.arange(48), tokens.shape)
+    apply = jax.jit(model.apply)
+    expected = np.asarray(apply(variables, tokens, mask))
+    np.testing.assert_array_equal(apply(variables, tokens, mask, positions=consecutive), expected)
+    swapped, other = consecutive.copy(), tokens.copy()
+    swapped[:, :2], other[:, :2] = [1, 0], tokens[:, 1::-1]
+    permuted = np.asarray(apply(variables, other, mask, positions=swapped))
     np.testing.assert_allclose(permuted[:2], expected[:2], atol=1e-5)  # softmax does not see order
     with pytest.raises(TypeError, match="positions must be integers"):
         model.apply(variables, tokens, mask, positions=mask)
@@ -134,17 +141,20 @@ def test_positions_may_be_given():
 def test_landmarks_and_dropout_have_streams():
     model = models.build_model(tiny_config(num_layers=1))
     tokens, mask = batch()
-    params = model.init(jax.random.key(0), tokens, mask)
-    plain = model.apply(params, tokens, mask)
-    np.testing.assert_array_equal(plain, model.apply(params, tokens, mask))
+    params = init(model, tokens, mask)
+    apply = jax.jit(model.apply, static_argnames="deterministic")
+    plain = apply(params, tokens, mask)
+    np.testing.assert_array_equal(plain, apply(params, tokens, mask))
     for stream, deterministic in (("landmarks", True), ("dropout", False)):
         one, two = (
-            model.apply(
-                params,
-                tokens,
-                mask,
-                deterministic=deterministic,
-                rngs={stream: jax.random.key(seed)},
+            np.asarray(
+                apply(
+                    params,
+                    tokens,
+                    mask,
+                    deterministic=deterministic,
+                    rngs={stream: jax.random.key(seed)},
+                )
             )
             for seed in (1, 2)
         )
@@ -170,9 +180,9 @@ def test_models_are_hashable_and_name_what_is_wrong():
 
 def test_too_long_a_sequence_is_refused():
     model = models.build_model(tiny_config())
-    params = model.init(jax.random.key(0), *batch())
+    params = jax.eval_shape(model.init, jax.random.key(0), *batch())
     with pytest.raises(ValueError, match="max_length=48"):
-        model.apply(params, *batch(49))
+        jax.eval_shape(model.apply, params, *batch(49))
 
 
 @pytest.mark.parametrize(  # one with learned parameters only, one with fixed variables
@@ -186,10 +196,8 @@ def test_recomputed_blocks_are_the_same(name, tolerance):
     plain, remat = (
         models.build_model(tiny_config(name, num_layers=4, remat=remat)) for remat in (False, True)
     )
-    variables = plain.init(jax.random.key(0), tokens, mask)
-    jax.tree.map(
-        np.testing.assert_array_equal, remat.init(jax.random.key(0), tokens, mask), variables
-    )
+    variables = init(plain, tokens, mask)
+    jax.tree.map(np.testing.assert_array_equal, init(remat, tokens, mask), variables)
 
     def gradients(model):
         def loss(params):
@@ -212,14 +220,15 @@ def test_recomputed_blocks_draw():
     """With remat, dropout and landmarks still depend only on their rngs."""
     tokens, mask = batch()
     model = models.build_model(tiny_config(num_layers=2, remat=True, dropout=0.5))
-    variables = model.init(jax.random.key(0), tokens, mask)
+    variables = init(model, tokens, mask)
 
+    @jax.jit
     def logits(seed):
         rngs = {"dropout": jax.random.key(seed), "landmarks": jax.random.key(seed + 1)}
         return model.apply(variables, tokens, mask, deterministic=False, rngs=rngs)
 
     np.testing.assert_array_equal(logits(0), logits(0))
-    assert np.abs(logits(0) - logits(5)).max() > 1e-3
+    assert np.abs(np.asarray(logits(0)) - logits(5)).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["softmax", "kernelized", "skyformer"])
@@ -228,12 +237,13 @@ def test_bfloat16_is_for_activations_only(name):
     exact, rounded = (
         models.build_model(tiny_config(name, dtype=dtype)) for dtype in encoder.DTYPES
     )
-    variables = rounded.init(jax.random.key(0), tokens, mask)
+    variables = init(rounded, tokens, mask)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    logits, state = rounded.apply(variables, tokens, mask, capture_intermediates=True)
+    apply = jax.jit(functools.partial(rounded.apply, capture_intermediates=True))
+    logits, state = apply(variables, tokens, mask)
     assert logits.dtype == jnp.float32
     (block,) = state["intermediates"]["block_0"]["__call__"]
     assert block.dtype == jnp.bfloat16
-    expected = exact.apply(variables, tokens, mask)
+    expected = np.asarray(jax.jit(exact.apply)(variables, tokens, mask))
     scale = np.abs(expected).max()
     assert 0 < np.abs(logits - expected).max() < 0.05 * scale
