@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from grids import by_default
-from test_attention import RANDOM, SELF_ONLY, SMALL, small
+from test_attention import RANDOM, SELF_ONLY, SMALL, jitted, small
 
 import skyformer_jax
 from skyformer_jax import attention, layers, nnx_layers
@@ -124,12 +124,12 @@ def test_flax_modules_train_with_dropout(name, batch):
 
 
 def test_dropout_keeps_the_mean():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 6, 1, 8))
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 6, 1, 8)).astype(np.float32)
     function = attention.attention_fn("softmax")
-    draw = jax.vmap(lambda key: function(
-        q, k, v, dropout_rng=key, dropout_rate=0.3, deterministic=False))  # fmt: skip
+    draw = jax.jit(jax.vmap(lambda key: function(
+        q, k, v, dropout_rng=key, dropout_rate=0.3, deterministic=False)))  # fmt: skip
     draws = draw(jax.random.split(jax.random.key(1), 20000))
-    np.testing.assert_allclose(draws.mean(0), function(q, k, v), atol=0.02)
+    np.testing.assert_allclose(np.mean(draws, 0), function(q, k, v), atol=0.02)
 
 
 @all_attentions
@@ -180,18 +180,17 @@ def test_what_cannot_be_honoured_is_refused(name, batch):
 )
 def test_softmax_takes_every_mask_and_bias_that_flax_takes(lead):
     rng = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(rng.normal(size=(*lead, n, HEADS, HEAD_DIM)), jnp.float32) for n in (7, 9, 9)
-    )
+    q, k, v = (rng.normal(size=(*lead, n, HEADS, HEAD_DIM)).astype(np.float32) for n in (7, 9, 9))
+    ours, theirs = map(jax.jit, (attention.attention_fn("softmax"), nn.dot_product_attention))
     for tail in ((7, 9), (HEADS, 1, 9), (1, 7, 9), (1, 1, 9), (HEADS, 7, 1), (9,)):
         for shape in (tail, (*[1] * len(lead), *tail), (*lead, *tail)):
             if len(shape) > len(lead) + 3 or (shape != tail and len(tail) < 3):
                 continue
-            mask, bias = rng.random(shape) < 0.7, jnp.asarray(rng.normal(size=shape), jnp.float32)
+            mask, bias = rng.random(shape) < 0.7, rng.normal(size=shape).astype(np.float32)
             mask[..., -1:] = True  # without any key, Flax averages all values
-            for form in (jnp.asarray(mask), jnp.asarray(mask, jnp.float32)):
-                found = attention.attention_fn("softmax")(q, k, v, mask=form, bias=bias)
-                expected = nn.dot_product_attention(q, k, v, mask=form, bias=bias)
+            for form in (mask, mask.astype(np.float32)):
+                found = ours(q, k, v, mask=form, bias=bias)
+                expected = theirs(q, k, v, mask=form, bias=bias)
                 np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -212,7 +211,9 @@ def test_softmax_sows_its_weights_as_flax_does(batch):
     linen, params, of_nnx = flax_modules("softmax")
     reference = nn.MultiHeadAttention(HEADS)
     (out, sown), (expected, theirs) = (
-        module.apply({"params": params}, x, mask=mask, sow_weights=True, mutable=["intermediates"])
+        jax.jit(functools.partial(module.apply, sow_weights=True, mutable=["intermediates"]))(
+            {"params": params}, x, mask=mask
+        )
         for module in (linen, reference)
     )
     (weights,), (expected_weights,) = (
@@ -273,16 +274,19 @@ def test_attention_fn_refuses_what_needs_a_module():
 
 
 def test_attention_fn_takes_leading_axes_dtype_and_rng():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 3, 30, 2, 8))
-    mask = jnp.arange(30) < jnp.array([30, 4, 17])[None, :, None, None, None]
-    mask = jnp.broadcast_to(mask, (2, 3, 1, 1, 30))
-    function = attention.attention_fn("skyformer", num_landmarks=6, rng=jax.random.key(3))
-    out = function(q, k, v, mask=mask, precision=jax.lax.Precision.HIGHEST)
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 3, 30, 2, 8)).astype(np.float32)
+    mask = np.arange(30) < np.array([30, 4, 17])[None, :, None, None, None]
+    mask = np.broadcast_to(mask, (2, 3, 1, 1, 30))
+    function = jax.jit(
+        attention.attention_fn("skyformer", num_landmarks=6, rng=jax.random.key(3)),
+        static_argnames=("precision", "dtype"),
+    )
+    out = np.asarray(function(q, k, v, mask=mask, precision=jax.lax.Precision.HIGHEST))
     flat = (x.reshape(6, 30, 2, 8) for x in (q, k, v))
     expected = small("skyformer")  # has other options, to show that they matter
     assert out.shape == q.shape
-    direct = attention.skyformer_attention(
-        *flat, mask=mask.reshape(6, 30), num_landmarks=6, rng=jax.random.key(3)
+    direct = jitted("skyformer", num_landmarks=6)(
+        *flat, mask=mask.reshape(6, 30), rng=jax.random.key(3)
     )
     np.testing.assert_allclose(out.reshape(6, 30, 2, 8), direct, rtol=1e-5, atol=1e-5)
     assert np.any(out[0] != expected(q[0], k[0], v[0], mask=mask[0, :, 0, 0]))

@@ -58,11 +58,11 @@ def test_a_classifier_with_rotary_positions_has_no_table_of_positions():
         pooling="mean",
         positions="rotary",
     )
-    tokens = jnp.asarray(RNG.integers(0, 20, (2, 30)))
-    mask = jnp.arange(30) < jnp.array([[30], [11]])
-    logits, variables = model.init_with_output(jax.random.key(0), tokens, mask)
+    tokens = RNG.integers(0, 20, (2, 30))
+    mask = np.arange(30) < np.array([[30], [11]])
+    logits, variables = jax.jit(model.init_with_output)(jax.random.key(0), tokens, mask)
     assert "position_embedding" not in variables["params"]
-    padded = model.apply(
-        variables, jnp.pad(tokens, ((0, 0), (0, 20))), jnp.pad(mask, ((0, 0), (0, 20)))
+    padded = jax.jit(model.apply)(
+        variables, np.pad(tokens, ((0, 0), (0, 20))), np.pad(mask, ((0, 0), (0, 20)))
     )
     np.testing.assert_allclose(padded, logits, atol=1e-5)
