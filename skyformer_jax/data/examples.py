@@ -73,9 +73,7 @@ class Examples(Sequence):
 
     def without_zeros(self) -> "Examples":
         """Returns these examples without values of 0; the others keep their positions."""
-        position = np.arange(len(self.values), dtype=np.int64)
-        position -= np.repeat(self.starts[:-1], np.diff(self.starts))
-        positions = position.astype(np.int32)
+        positions = self._place_in_document().astype(np.int32)
         return dataclasses.replace(self, positions=positions).select(self.values != 0)
 
     def cut(self, length: int) -> "Examples":
@@ -83,8 +81,11 @@ class Examples(Sequence):
         lengths = np.diff(self.starts)
         if not len(lengths) or lengths.max() <= length:
             return self
-        position = np.arange(len(self.values)) - np.repeat(self.starts[:-1], lengths)
-        return self.select(position < length)
+        return self.select(self._place_in_document() < length)
+
+    def _place_in_document(self) -> np.ndarray:
+        """Returns int64 [tokens]: the index of each stored value in its document."""
+        return np.arange(len(self.values)) - np.repeat(self.starts[:-1], np.diff(self.starts))
 
     def shrunk(self, factor: int) -> "Examples":
         """Returns these square images, downsampled by a factor.
