@@ -16,7 +16,12 @@ Variant "paper" restores behaviour of the published code: black pixels count as 
 common.restore_published. Variant "small" has 16 x 16 pixels, each the mean of four, and a smaller
 model, for a CPU.
 
+Variant "fast" minimizes the time to accuracy: each of the first 15,000 steps of 32 sees 256 random
+pixels of each photograph, and the last 1,000 see all of them; a position is the sum of a row and a
+column; ten times the learning rate, no dropout, and 32 landmarks or features.
+
     python train.py --config=configs/image.py:skyformer
+    python train.py --config=configs/image.py:skyformer,fast
     python train.py --config=configs/image.py:performer,small
 """
 
@@ -26,8 +31,8 @@ from configs import common
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """Returns the config for "attention[,variant]"; variant is "", "paper" or "small"."""
-    attention, variant = common.parse(argument, common.VARIANTS)
+    """Returns the config for "attention[,variant]"; variant: "", "paper", "fast" or "small"."""
+    attention, variant = common.parse(argument, (*common.VARIANTS, "fast"))
     config = common.paper_config("image", attention, max_length=1024)
     config.train.learning_rate = 1e-4
     config.train.batch_size = 256
@@ -36,6 +41,17 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     if variant == "paper":
         config.data.mask_zeros = True
         common.restore_published(config)
+    if variant == "fast":
+        common.use_few_landmarks(config)
+        config.model.positions = "axial"
+        config.model.dropout = 0.0
+        config.train.batch_size = 32
+        config.train.sample_length = 256
+        config.train.sample_steps = 15_000
+        config.train.learning_rate = 1e-3
+        config.train.num_steps = 16_000
+        config.train.warmup_steps = 500
+        config.train.eval_every = 2000
     if variant == "small":
         config.data.shrink = 2
         config.model.max_length = 256

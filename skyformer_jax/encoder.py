@@ -1,6 +1,7 @@
 """The paper's encoder: embeddings, pre-norm blocks and pooling."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from skyformer_jax.layers import (
 from skyformer_jax.ngrams import hashed_ngrams
 from skyformer_jax.norms import LayerNorm
 
-POSITIONS = ("learned", "sinusoidal", "rotary")
+POSITIONS = ("learned", "axial", "sinusoidal", "rotary")
 POOLINGS = ("mean", "cls", "padded_mean")
 DTYPES = ("float32", "bfloat16")
 _STREAMS = ("dropout", "landmarks", "features")  # random streams that a block may use
@@ -129,6 +130,16 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def side_of(max_length: int) -> int:
+    """Returns the side of a square image of max_length pixels; raises ValueError for another."""
+    side = math.isqrt(max_length)
+    if side**2 != max_length:
+        raise ValueError(
+            f"max_length must be a square number, the pixels of a square image; got {max_length}"
+        )
+    return side
+
+
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Looks up rows of a table [rows, width] for tokens, int [...]; sharded as the tokens are.
 
@@ -150,7 +161,9 @@ class Encoder(nn.Module):
       statistics of norms, the pooling and the head are float32.
     - remat keeps only the blocks' inputs for the backward pass, which recomputes the rest. With
       remat, dropout drops other elements than without.
-    - positions are "learned", a table of max_length x width; "sinusoidal", without parameters; or
+    - positions are "learned", a table of max_length x width; "axial", for square images row by row,
+      a table of the rows and one of the columns, each sqrt(max_length) x width (Kitaev et al.,
+      2020, Reformer, has them side by side instead of added); "sinusoidal", without parameters; or
       "rotary", which rotates queries and keys in every block and adds nothing to the embeddings.
     - ngrams are lengths of n-grams. For each of them, a table of ngram_rows rows has an embedding
       of the tokens that end at a position, which is added to the token's; see hashed_ngrams.
@@ -265,9 +278,15 @@ class Encoder(nn.Module):
             # A slice is cheaper than a lookup of the positions.
             rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=len(consecutive))
             x = x + on_automatic_axes(rows, (None, spec_of(table)[1]), table, consecutive[0])[None]
+            return x
+        at = consecutive[None] if positions is None else positions
+        if self.positions == "axial":
+            side = side_of(self.max_length)
+            for name, index in (("row_embedding", at // side), ("column_embedding", at % side)):
+                table = self.param(name, init, (side, self.width), jnp.float32)
+                x = x + look_up(table, index)
         elif self.positions == "sinusoidal":
             # Scaled to the root mean square of the token embeddings.
-            at = consecutive[None] if positions is None else positions
             x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(at, self.width)
         return x
 

@@ -216,38 +216,75 @@ def test_balanced_batches_have_each_class_in_its_share(by_length):
         assert np.mean([np.ptp(lengths[batch]) for batch in balanced]) < 100
 
 
-@pytest.mark.parametrize("buckets", [(), (8, 24)])
-def test_resuming_reads_on_exactly(buckets):
+@pytest.mark.parametrize(
+    "options", [{}, {"buckets": (8, 24)}, {"sample_length": 9, "sample_steps": 67}]
+)
+def test_resuming_reads_on_exactly(options):
     examples, _ = random_examples(50)
 
     def read(first_step, count):
-        stream = batches.training_batches(
-            examples, 4, 40, seed=2, first_step=first_step, buckets=buckets
-        )
+        stream = batches.training_batches(examples, 4, 40, seed=2, first_step=first_step, **options)
         return [next(stream) for _ in range(count)]
 
     whole = read(0, 200)
     for first in (1, 7, 63, 64, 65, 130):
         for a, b in zip(read(first, 5), whole[first : first + 5], strict=True):
-            for x, y in zip(a, b, strict=True):
-                np.testing.assert_array_equal(x, y)
+            jax.tree.map(np.testing.assert_array_equal, a, b)  # no positions are no leaves
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_each_batch(processes):
     """The processes' shards, concatenated in order, equal a single process's batches."""
     examples, _ = random_examples(30)
-    whole = batches.training_batches(examples, 8, 40, seed=5, buckets=(16,))
+    options = {"seed": 5, "buckets": (16,), "sample_length": 20, "sample_steps": 50}
+    whole = batches.training_batches(examples, 8, 40, **options)
     streams = [
         batches.training_batches(
-            examples, 8, 40, seed=5, buckets=(16,), shards=batches.BatchShards((i,), processes)
+            examples, 8, 40, shards=batches.BatchShards((i,), processes), **options
         )
         for i in range(processes)
     ]
-    for _ in range(100):
-        shards = zip(*(next(stream)[:3] for stream in streams), strict=True)
-        for expected, arrays in zip(next(whole)[:3], shards, strict=True):
-            np.testing.assert_array_equal(np.concatenate(arrays), expected)
+    for step in range(100):
+        expected = next(whole)
+        assert (expected.positions is None) == (step >= 50)
+        shards = (next(stream) for stream in streams)
+        together = jax.tree.map(lambda *parts: np.concatenate(parts), *shards)
+        jax.tree.map(np.testing.assert_array_equal, together, expected)
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+@pytest.mark.parametrize("drop_zeros", [False, True])
+def test_drawn_tokens_are_real_and_keep_their_places(documents, drop_zeros):
+    """They are different tokens of the document, in its order, and each is as likely as another."""
+    examples = random_examples(12, documents=documents)[0]
+    if drop_zeros:
+        examples = examples.without_zeros()
+    whole = batches.make_batch(examples, np.arange(12), 40)
+    positions = np.broadcast_to(np.arange(40), whole.tokens.shape)
+    if drop_zeros:
+        positions = whole.positions
+    rng = np.random.default_rng(0)
+    counts = np.zeros(whole.tokens.shape)
+    for _ in range(300):
+        drawn = batches.sampled(whole, 10, rng)
+        assert drawn.tokens.shape == drawn.positions.shape == (*whole.length.shape, 10)
+        assert drawn.tokens.dtype == np.uint8 and drawn.positions.dtype == np.int32
+        np.testing.assert_array_equal(drawn.length, np.minimum(whole.length, 10))
+        np.testing.assert_array_equal(drawn.label, whole.label)
+        for i in np.ndindex(whole.length.shape):
+            at, n = drawn.positions[i][: drawn.length[i]], whole.length[i]
+            assert (np.diff(at) > 0).all()
+            place = np.searchsorted(positions[i][:n], at)
+            np.testing.assert_array_equal(positions[i][place], at)
+            np.testing.assert_array_equal(whole.tokens[i][place], drawn.tokens[i][: len(at)])
+            counts[i][place] += 1
+    real = np.arange(40) < whole.length[..., None]
+    expected = 300 * np.minimum(1, 10 / np.maximum(whole.length, 1))[..., None]
+    assert (abs(counts - expected)[real] < 5 * np.sqrt(expected)[..., :1].max()).all()
+    assert not counts[~real].any()
+    few = batches.sampled(whole, 90, rng)  # more than there are
+    real = np.arange(40) < few.length[..., None]
+    np.testing.assert_array_equal(np.where(real, few.tokens, 0), np.where(real, whole.tokens, 0))
 
 
 PROCESS = """

@@ -26,6 +26,7 @@ VARIANTS = ("", *common.VARIANTS)
 ADDED = {
     "text": ("fast", "ngrams"),
     "listops": ("fast",),
+    "image": ("fast",),
     "pathfinder": ("fast",),
 }  # variants that the others lack
 
@@ -93,7 +94,14 @@ def test_bad_training_fields_are_named():
         ({"num_seeds": 0}, "num_seeds must be at least 1"),
         ({"seed": -1}, "seed must be in 0"),
         ({"data.buckets": (512,), "model.pooling": "padded_mean"}, "padded_mean divides by"),
-        ({"data.drop_zeros": True, "model.positions": "rotary"}, "learned or sinusoidal"),
+        ({"data.drop_zeros": True, "model.positions": "rotary"}, "learned, axial or sinusoidal"),
+        ({"train.sample_steps": 9}, "sample_steps needs train.sample_length.* in 1..4095.*; got 0"),
+        ({"train.sample_steps": -1}, "sample_steps must be at least 0; got -1"),
+        (
+            {"train.sample_steps": 9, "train.sample_length": 9, "model.positions": "rotary"},
+            "sample_steps needs model.pooling=mean, no model.ngrams, and .* axial or sinusoidal",
+        ),
+        ({"model.positions": "axial", "model.max_length": 4097}, "axial: .*square number.*4097"),
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16'.*float32, bfloat16"),
         ({"attention.implementation": "flash"}, "auto, dense, chunked"),
     ):
@@ -280,6 +288,7 @@ def two_steps(name, argument, tiny_benchmark, workdir):
         ("text", "small"),
         ("pathfinder", "small"),
         pytest.param("pathfinder", "fast", marks=pytest.mark.slow),
+        pytest.param("image", "fast", marks=pytest.mark.slow),
         pytest.param("retrieval", "small", marks=pytest.mark.slow),
     ],
 )

@@ -116,6 +116,38 @@ def test_pooling():
     np.testing.assert_array_equal(pool(x, mask, "cls"), x[:, 0])
 
 
+def test_axial_positions_are_a_row_and_a_column():
+    """The sum of both tables, as a table of learned positions, gives the same logits."""
+    tokens, mask = batch(30)
+    axial, learned = (
+        models.build_model(tiny_config("softmax", max_length=36, num_layers=1, positions=positions))
+        for positions in ("axial", "learned")
+    )
+    params = init(axial, tokens, mask)["params"]
+    shapes = jax.eval_shape(learned.init, jax.random.key(0), tokens, mask)["params"]
+    rows, columns = (30 * params.pop(f"{name}_embedding") for name in ("row", "column"))
+    assert rows.shape == columns.shape == (6, 16)
+    table = (rows[:, None] + columns).reshape(36, 16)
+    assert shapes["position_embedding"].shape == table.shape
+    expected = jax.jit(learned.apply)(
+        {"params": params | {"position_embedding": table}}, *batch(30)
+    )
+    own = {"params": params | {"row_embedding": rows, "column_embedding": columns}}
+    apply = jax.jit(axial.apply)
+    np.testing.assert_allclose(apply(own, tokens, mask), expected, rtol=1e-5, atol=1e-6)
+    at = np.random.default_rng(0).permuted(np.tile(np.arange(36), (4, 1)), axis=1)[:, :30]
+    moved = np.asarray(apply(own, tokens, mask, positions=at))
+    assert abs(moved - expected).max() > 1e-2
+    np.testing.assert_allclose(
+        jax.jit(learned.apply)(
+            {"params": params | {"position_embedding": table}}, tokens, mask, positions=at
+        ),
+        moved,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
 def test_positions_may_be_given():
     """The consecutive ones are the default."""
     tokens, mask = batch()
@@ -167,8 +199,9 @@ def test_models_are_hashable_and_name_what_is_wrong():
     tokens = jnp.ones((2, 48), int)
     for change, of_call, mask, message in (
         ({"pooling": "max"}, tokens, tokens > 0, "pooling must be one of mean, cls, padded_mean"),
-        ({"positions": "relative"}, tokens, tokens > 0, "positions must be one of learned, sinu"),
+        ({"positions": "relative"}, tokens, tokens > 0, "positions must be one of learned, axial"),
         ({"width": 7, "positions": "sinusoidal"}, tokens, tokens > 0, "an even width; got 7"),
+        ({"positions": "axial"}, tokens, tokens > 0, "must be a square number.*; got 48"),
         ({}, tokens, tokens, "mask must be bool, of the shape"),
         ({}, tokens, tokens[:1] > 0, "mask must be bool, of the shape"),
         ({}, tokens[:, :0], tokens[:, :0] > 0, "sequences must have at least one token"),

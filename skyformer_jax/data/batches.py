@@ -22,7 +22,8 @@ class Batch(NamedTuple):
       length: int32 [batch], or [batch, 2]: number of real tokens of each document.
       label: int32 [batch].
       positions: int32, of the shape of tokens: the position of each token in its document, where
-        values were left out of it; None if they are consecutive. 0 after the end of a document.
+        values were left out of it; None if they are consecutive. Arbitrary, but in the document's
+        padded length, after its end.
     """
 
     tokens: np.ndarray
@@ -155,6 +156,32 @@ def training_rows(
         window, skipped = window + 1, 0
 
 
+def sampled(batch: Batch, size: int, rng: np.random.Generator) -> Batch:
+    """Draws some tokens of each document without replacement; they keep their order and positions.
+
+    Args:
+      batch: documents padded to any length.
+      size: number of tokens to keep of each document; a shorter one keeps all of its tokens.
+      rng: the random numbers.
+
+    Returns:
+      A batch with the tokens that were drawn and their positions, padded to size or the length of
+      the given batch, whichever is less.
+    """
+    size = min(size, batch.tokens.shape[-1])
+    place = np.arange(batch.tokens.shape[-1], dtype=np.int32)
+    order = rng.random(batch.tokens.shape, np.float32)
+    order[place >= batch.length[..., None]] = 2  # padding comes last
+    kept = np.sort(np.argpartition(order, size - 1, axis=-1)[..., :size], axis=-1)
+    positions = np.broadcast_to(place, order.shape) if batch.positions is None else batch.positions
+    return Batch(
+        np.take_along_axis(batch.tokens, kept, axis=-1),
+        np.minimum(batch.length, size),
+        batch.label,
+        np.take_along_axis(positions, kept, axis=-1),
+    )
+
+
 def training_batches(
     examples: Examples,
     batch_size: int,
@@ -164,6 +191,8 @@ def training_batches(
     first_step: int = 0,
     buckets: Sequence[int] = (),
     balanced: bool = False,
+    sample_length: int = 0,
+    sample_steps: int = 0,
     shards: BatchShards = BatchShards(),  # noqa: B008 (a tuple)
 ) -> Iterator[Batch]:
     """Yields some shards of each training batch, endlessly, in the order of training_rows.
@@ -177,6 +206,8 @@ def training_batches(
       buckets: lengths below max_length. A batch is padded to the shortest of them that fits, if
         any does, else to max_length.
       balanced: whether each batch has every class in about its share, see training_rows.
+      sample_length: number of tokens drawn of each document, see sampled.
+      sample_steps: number of first steps that train on drawn tokens; later ones have all tokens.
       shards: which shards of each batch to make, such as those of this process's devices.
     """
     longest = examples.lengths.max(axis=1)
@@ -188,9 +219,16 @@ def training_batches(
         lengths=longest if buckets else None,
         labels=examples.label if balanced else None,
     )
-    for rows in rows_of_steps:
+    for step, rows in enumerate(rows_of_steps, first_step):
         length = padded_length(int(longest[rows].max()), max_length, buckets)
-        yield make_batch(examples, shards.rows(rows), length)
+        if step >= sample_steps:
+            yield make_batch(examples, shards.rows(rows), length)
+            continue
+        # Drawn for the whole batch, so that the draws do not depend on the shards.
+        rng = np.random.default_rng((seed, step, 2))
+        batch = sampled(make_batch(examples, rows, length), sample_length, rng)
+        here = shards.rows(np.arange(batch_size))
+        yield Batch(*(values[here] for values in batch))
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:

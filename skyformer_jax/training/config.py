@@ -99,6 +99,11 @@ def _check_model(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
         raise UserError(
             f"model.head_dim must be even for model.positions=rotary; got {model.head_dim}"
         )
+    if model.positions == "axial":
+        try:
+            encoder.side_of(model.max_length)
+        except ValueError as error:
+            raise UserError(f"model.positions=axial: {error}") from None
     lengths = [n for n in model.ngrams if type(n) is int and n > 1]
     if list(model.ngrams) != sorted(set(lengths)):
         raise UserError(
@@ -167,10 +172,29 @@ def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
             "model.pooling=padded_mean divides by the padded length, so that data.buckets would "
             "change the predictions; leave one of them out"
         )
+    _check_sampling(config)
     if data.drop_zeros and config.model.positions == "rotary":
         raise UserError(
-            "data.drop_zeros needs model.positions=learned or sinusoidal: rotary positions count "
-            "the tokens that are left"
+            "data.drop_zeros needs model.positions=learned, axial or sinusoidal: rotary positions "
+            "count the tokens that are left"
+        )
+
+
+def _check_sampling(config: ml_collections.ConfigDict) -> None:
+    train, model = config.train, config.model
+    if train.sample_steps < 0:
+        raise UserError(f"train.sample_steps must be at least 0; got {train.sample_steps}")
+    if not train.sample_steps:
+        return
+    if not 0 < train.sample_length < model.max_length:
+        raise UserError(
+            "train.sample_steps needs train.sample_length, the number of tokens to draw, in "
+            f"1..{model.max_length - 1} (model.max_length - 1); got {train.sample_length}"
+        )
+    if model.positions == "rotary" or model.pooling != "mean" or model.ngrams:
+        raise UserError(
+            "train.sample_steps needs model.pooling=mean, no model.ngrams, and model.positions="
+            "learned, axial or sinusoidal; the others need tokens that drawing may leave out"
         )
 
 
@@ -225,7 +249,9 @@ def _check_split_sequences(config: ml_collections.ConfigDict, seq: int) -> None:
             f"parallel.seq={seq} needs an attention that runs on a split sequence: "
             f"{', '.join(attention.SPLITTABLE)}; not {options.name}"
         )
-    lengths = (config.model.max_length, *config.data.buckets)
+    lengths = [config.model.max_length, *config.data.buckets]
+    if config.train.sample_steps:
+        lengths.append(config.train.sample_length)
     for length in lengths:
         if length % seq:
             raise UserError(f"parallel.seq={seq} does not divide the padded length {length}")

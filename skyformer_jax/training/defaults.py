@@ -49,7 +49,7 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
             "pooling": "mean",
             "dtype": "float32",  # of activations, or bfloat16; parameters stay float32
             "remat": False,  # recompute blocks in the backward pass to save memory
-            "positions": "learned",  # or sinusoidal or rotary, without a table of max_length
+            "positions": "learned",  # or axial, for square images; sinusoidal; rotary
             "ngrams": (),  # lengths of n-grams whose embeddings are added to the tokens'
             "ngram_rows": 8192,  # rows of the table of each of them, which hashing shares
         },
@@ -57,6 +57,8 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
             "num_steps": 50_000,
             "batch_size": 32,
             "balanced": False,  # every batch has each class in about its share of the examples
+            "sample_length": 0,  # number of tokens drawn at random from each document ...
+            "sample_steps": 0,  # ... in this number of first steps; the others see all tokens
             "accumulation": 0,  # microbatches of a batch; 0: chosen for the device
             "learning_rate": 1e-4,  # peak of the schedule
             "warmup_steps": 1000,
@@ -107,6 +109,8 @@ def added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "data.drop_zeros": False,
         "train.start_from": "",
         "train.balanced": False,
+        "train.sample_length": 0,
+        "train.sample_steps": 0,
         # Earlier versions chose the kind by the source alone.
         "data.kind": tasks.of(config).first_kind(config["data"].get("source")),
         **{f"attention.{option}": value for option, value in earlier.items()},

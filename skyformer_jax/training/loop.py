@@ -204,6 +204,8 @@ def _training_batches(run: Run, examples: Examples, first_step: int) -> Iterator
             first_step=first_step,
             buckets=config.data.buckets,
             balanced=config.train.balanced,
+            sample_length=config.train.sample_length,
+            sample_steps=config.train.sample_steps,
             shards=meshes.local_shards(run.mesh),
         )
         for seed in run.seeds
