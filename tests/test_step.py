@@ -195,10 +195,12 @@ def test_predictions_do_not_depend_on_batch_size_or_devices_or_parts(monkeypatch
             np.testing.assert_allclose(other, results[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("positions", "data", "seq"), [("learned", 2, 4), ("sinusoidal", 8, 1)])
+@pytest.mark.parametrize(
+    ("positions", "data", "seq"), [("learned", 2, 4), ("axial", 1, 8), ("sinusoidal", 8, 1)]
+)
 def test_leaving_zeros_out_is_masking_them(positions, data, seq):
     """Kernelized attention gives the same logits for masked zeros as without them, sharded too."""
-    config = tiny_config("kernelized", num_layers=1, positions=positions)
+    config = tiny_config("kernelized", num_layers=1, positions=positions, max_length=64)
     rng = np.random.default_rng(0)
     values = np.where(rng.random((16, 48)) < 0.5, 0, rng.integers(1, 16, (16, 48)))
     examples = from_sequences(list(values.astype(np.uint8)), np.zeros(16))
