@@ -173,7 +173,7 @@ def test_models_keep_the_sharding(name, settings):
     model = models.build_model(config)
     shape = (4, 2, 48) if "num_documents" in settings else (4, 48)
     tokens = np.random.default_rng(0).integers(0, 15, shape).astype(np.uint8)
-    variables = model.init(jax.random.key(0), tokens, tokens > 0)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens, tokens > 0)
     rngs = {s: jax.random.key(1) for s in ("dropout", "landmarks")}
 
     @jax.jit

@@ -38,13 +38,13 @@ def test_a_released_checkpoint_is_loaded_and_gives_its_accuracy_again(released, 
     workdir, folder = released
     model, variables = skyformer_jax.load_pretrained(folder)
     tokens = np.arange(20)[None] % 15 + 1
-    logits = model.apply(variables, tokens, np.ones(tokens.shape, bool))
+    logits = jax.jit(model.apply)(variables, tokens, np.ones(tokens.shape, bool))
     config = read(workdir / "config.json")
     trained = make_run(config, evaluation_mesh(config))
     step = checkpoints.find(workdir / "checkpoints", "best")
     state, _ = checkpoints.restore(workdir / "checkpoints", step, state_spec(trained))
     jax.tree.map(np.testing.assert_array_equal, variables["params"], state.params)
-    expected = trained.model.apply(state.variables, tokens, np.ones(tokens.shape, bool))
+    expected = jax.jit(trained.model.apply)(state.variables, tokens, np.ones(tokens.shape, bool))
     np.testing.assert_array_equal(logits, expected)
 
     tested = json.loads((workdir / "eval_test.json").read_text())
@@ -116,7 +116,7 @@ def test_released_models_are_what_the_list_says(folder):
     model, variables = skyformer_jax.load_pretrained(folder)
     result = json.loads((folder / "result.json").read_text())
     tokens = np.ones((1, 64), int)
-    logits = model.apply(variables, tokens, tokens > 0)
+    logits = jax.jit(model.apply)(variables, tokens, tokens > 0)
     assert logits.shape == (1, model.num_classes)
     assert np.isfinite(logits).all()
     parameters = sum(x.size for x in jax.tree.leaves(variables["params"]))
