@@ -37,6 +37,8 @@ TINY = {
     "train.warmup_steps": 5,
     "train.log_every": 8,
     "train.batch_size": 16,
+    "train.sample_length": 24,
+    "train.sample_steps": NUM_STEPS // 2,
 }
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
 
