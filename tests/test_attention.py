@@ -168,7 +168,9 @@ def test_examples_do_not_influence_each_other(name, with_rng):
 
 
 @all_attentions
-@pytest.mark.parametrize("length", [1, 2, 3, 17, 127, 513, 2003])
+@pytest.mark.parametrize(
+    "length", [1, 3, 513, 2003, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 17, 127))]
+)
 def test_any_length(name, length):
     """Uses the paper's options, such as landmark counts, that exceed the shorter lengths."""
     q, k, v = inputs(length, length, batch=1, head_dim=(8, 33, 128)[length % 3])

@@ -388,7 +388,7 @@ def bigbird_allowed(length, block_size, num_global, num_window, num_random, rng,
     return full.astype(bool)[None] & mask[:, None, :]
 
 
-@pytest.mark.parametrize("length", [64, 61, 33])
+@pytest.mark.parametrize("length", [64, 33, pytest.param(61, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kinds", [(2, 3, 3), (0, 1, 1), (3, 5, 0), (1, 3, 50)])
 @pytest.mark.parametrize("where", ["first", "first_last"])
 def test_bigbird_equals_masked_dense_attention(length, kinds, where):
