@@ -221,7 +221,11 @@ def test_too_long_a_sequence_is_refused():
 @pytest.mark.parametrize(  # one with learned parameters only, one with fixed variables
     ("name", "tolerance"),
     # Performer's gradients of queries and keys are small differences of large sums.
-    [("skyformer", 1e-5), pytest.param("performer", 1e-3, marks=pytest.mark.slow)],
+    [
+        ("kernelized", 1e-5),
+        pytest.param("skyformer", 1e-5, marks=pytest.mark.slow),
+        pytest.param("performer", 1e-3, marks=pytest.mark.slow),
+    ],
 )
 def test_recomputed_blocks_are_the_same(name, tolerance):
     """remat keeps parameters, logits and gradients, and needs less memory for gradients."""

@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_runs import run, train_command
+from test_runs import TINY, run, train_command
 
 import skyformer_jax
+from configs import quickstart
 from skyformer_jax import training
 from skyformer_jax.errors import UserError
 from skyformer_jax.training import checkpoints
@@ -27,9 +28,10 @@ ROOT = Path(__file__).parent.parent
 def released(tmp_path_factory, data_dir):
     """The workdir of a finished run and the folder of the checkpoint released from it."""
     folder = tmp_path_factory.mktemp("released")
-    fields = {"train.num_steps": 20, "train.eval_every": 10}
-    done = run(train_command(folder / "run", data_dir, **fields))
-    assert done.returncode == 0, done.stderr
+    config = quickstart.get_config()
+    fields = {"data.dir": str(data_dir), "train.num_steps": 20, "train.eval_every": 10}
+    config.update_from_flattened_dict({**TINY, **fields})
+    training.train(config, folder / "run")
     training.release(folder / "run", folder / "model", {"seconds": 1})
     return folder / "run", folder / "model"
 

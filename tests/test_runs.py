@@ -38,7 +38,7 @@ TINY = {
     "train.log_every": 8,
     "train.batch_size": 16,
     "train.sample_length": 24,
-    "train.sample_steps": NUM_STEPS // 2,
+    "train.sample_steps": NUM_STEPS,
 }
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
 
