@@ -66,3 +66,20 @@ def test_only_late_arrays_are_kept_quiet():
         told.clear()
         hook(SimpleNamespace(exc_value=error, object=of))
         assert bool(told) == is_told
+
+
+def test_the_time_left_follows_the_recent_steps(monkeypatch, capsys):
+    clock = 0.0
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: clock)
+    progress = logs.StepProgress(100, 3000)  # resumed at step 100
+
+    def steps(first, last, seconds):
+        nonlocal clock
+        for step in range(first + 50, last + 1, 50):
+            clock += 50 * seconds
+            progress.metrics(step, loss=1.0, accuracy=0.5, rate=1.0)
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert steps(100, 1100, 1.0).endswith("ETA 31:40")  # 1900 steps of a second
+    assert steps(1100, 2950, 10.0).endswith("ETA 08:11")  # 50 steps of a little under 10 s
+    assert steps(2950, 3000, 10.0).endswith("ETA 00:00")

@@ -86,8 +86,10 @@ class StepProgress:
     """The progress of training: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, first_step: int, num_steps: int) -> None:
-        self._first_step, self._num_steps = first_step, num_steps
-        self._start = time.perf_counter()
+        self._num_steps = num_steps
+        self._last_step, self._last_time = first_step, time.perf_counter()
+        # Of the recent steps alone, because first steps on drawn tokens take less time than others.
+        self._recent_steps, self._recent_seconds = (tqdm.std.EMA(0.1) for _ in range(2))
         self._bar = open_bar(num_steps, initial=first_step, unit="step")
 
     def step(self, step: int) -> None:
@@ -101,9 +103,11 @@ class StepProgress:
         if self._bar is not None:
             self._bar.set_postfix_str(text)
             return
-        elapsed = time.perf_counter() - self._start
-        left = elapsed / max(step - self._first_step, 1) * (self._num_steps - step)
-        eta = tqdm.tqdm.format_interval(left)
+        now = time.perf_counter()
+        steps = self._recent_steps(step - self._last_step)
+        seconds = self._recent_seconds(now - self._last_time)
+        self._last_step, self._last_time = step, now
+        eta = tqdm.tqdm.format_interval(seconds / max(steps, 1e-9) * (self._num_steps - step))
         say(f"step {step}/{self._num_steps}  {text}  ETA {eta}")
 
     def close(self) -> None:
