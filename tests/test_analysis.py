@@ -87,10 +87,8 @@ def test_instability_of_a_small_step_is_that_of_the_derivative():
         analysis.outputs_of("block_9", model, before, tokens, mask)
 
 
-@pytest.mark.parametrize(
-    ("name", "dropout"),
-    [("softmax", 0.1), pytest.param("skyformer", 0.0, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dropout"), [("softmax", 0.1), ("skyformer", 0.0)])
 def test_the_noise_of_training_is_in_one_of_the_changes_alone(name, dropout):
     config = tiny_config(name)
     config.model.dropout = dropout

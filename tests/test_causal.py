@@ -178,10 +178,10 @@ def test_landmarks_of_the_sequence_are_refused():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("softmax", {}),
+        pytest.param("softmax", {}, marks=pytest.mark.slow),
         ("kernelized", {}),
         ("skyformer", {"landmarks": "learned", "num_landmarks": 6, "conv_size": 3}),
-        ("performer", {"num_features": 16}),
+        pytest.param("performer", {"num_features": 16}, marks=pytest.mark.slow),
     ],
 )
 def test_modules_decode_as_they_attend(name, options):

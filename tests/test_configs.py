@@ -285,8 +285,8 @@ def two_steps(name, argument, tiny_benchmark, workdir):
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
-        ("text", "small"),
         ("pathfinder", "small"),
+        pytest.param("text", "small", marks=pytest.mark.slow),
         pytest.param("pathfinder", "fast", marks=pytest.mark.slow),
         pytest.param("image", "fast", marks=pytest.mark.slow),
         pytest.param("retrieval", "small", marks=pytest.mark.slow),

@@ -224,6 +224,7 @@ def test_memory_at_the_length_of_text():
     assert temporaries(dense, 4, 4096) > 1e9  # else this test measures nothing
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_length_and_not_with_its_square():
     for function in (skyformer_attention, kernelized_attention):
         per_token = [temporaries(function, 1, n) / n for n in (8192, 65536, 262144)]

@@ -37,6 +37,7 @@ def clustered(length, *, num_clusters=16, size=6, spread=0.1, head_dim=16):
     return tuple(jnp.asarray(x, jnp.float32)[None, :, None] for x in (*rows, value))
 
 
+@pytest.mark.slow
 def test_leverage_has_a_smaller_spectral_error_than_uniform_on_clusters():
     """Musco and Musco (2017): uniform sampling misses small clusters, leverage scores do not."""
     q, k, v = clustered(512)

@@ -16,7 +16,8 @@ SMALL = {"num_layers": 2, "width": 16, "num_heads": 2, "head_dim": 8, "mlp_dim":
 OPTIONS = {"skyformer": {"landmarks": "learned", "num_landmarks": 4, "normalize": True}}
 
 
-@pytest.mark.parametrize("name", [pytest.param("skyformer", marks=pytest.mark.slow), "softmax"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skyformer", "softmax"])
 def test_sampling_goes_on_as_the_model_predicts(name):
     """At temperature 0, each sampled token is the most likely one of the parallel form."""
     model = LanguageModel(name, OPTIONS.get(name, {}), vocab_size=20, **SMALL)

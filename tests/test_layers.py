@@ -326,7 +326,7 @@ def test_linen_and_nnx_modules_agree(name, batch):
         np.testing.assert_allclose(of_nnx(x[:, :5], x, mask=mask), cross, rtol=1e-5, atol=1e-5)
 
 
-@all_attentions
+@quick_attentions
 def test_modules_draw_by_their_streams(name, batch):
     x, _ = batch
     stream = attention.REGISTRY[name].stream

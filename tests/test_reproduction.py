@@ -89,6 +89,7 @@ def test_the_small_grid(monkeypatch):
         grid_flags.make_cells()
 
 
+@pytest.mark.slow
 def test_figure1_measures_each_approximation(monkeypatch):
     figure1 = import_script("paper.figure1")
     give(monkeypatch, figure1, _DRAWS=2)

@@ -218,7 +218,7 @@ def test_gradients_by_finite_differences_of_the_reference(inverse):
 
 
 @both_inverses
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_error_falls_to_zero_as_landmarks_grow(inverse, masked):
     """With a small gamma and all rows as landmarks, Skyformer is kernelized attention."""
     length = 96

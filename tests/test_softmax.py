@@ -188,6 +188,7 @@ def test_keys_divided_otherwise_than_queries(kv_heads, query_spec, key_spec, sma
         np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_and_the_keys_are_not_repeated():
     def temporaries(length, kv_heads=2):
         shapes = [

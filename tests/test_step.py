@@ -154,6 +154,7 @@ def test_seeds_and_microbatches_change_nothing(monkeypatch):
             )
 
 
+@pytest.mark.slow
 def test_sums_start_anew_after_a_log():
     config = tiny_config("kernelized", num_layers=1)
     run = run_on(config, optimizer=optax.sgd(0.0), log_every=3)
@@ -196,7 +197,12 @@ def test_predictions_do_not_depend_on_batch_size_or_devices_or_parts(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("positions", "data", "seq"), [("learned", 2, 4), ("axial", 1, 8), ("sinusoidal", 8, 1)]
+    ("positions", "data", "seq"),
+    [
+        ("learned", 2, 4),
+        pytest.param("axial", 1, 8, marks=pytest.mark.slow),
+        pytest.param("sinusoidal", 8, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_leaving_zeros_out_is_masking_them(positions, data, seq):
     """Kernelized attention gives the same logits for masked zeros as without them, sharded too."""

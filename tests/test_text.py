@@ -315,6 +315,7 @@ assert (both[:, 256:] != of_shuffled[:, 256:]).mean() > 0.2
 """
 
 
+@pytest.mark.slow
 def test_floors_of_text_count_bytes_and_ngrams_and_find_what_separates():
     """Runs in a process of its own, since each script of experiments defines its flags."""
     subprocess.run([sys.executable, "-c", FLOORS], check=True)
