@@ -96,6 +96,7 @@ def test_bad_training_fields_are_named():
         ({"data.buckets": (512,), "model.pooling": "padded_mean"}, "padded_mean divides by"),
         ({"data.drop_zeros": True, "model.positions": "rotary"}, "learned, axial or sinusoidal"),
         ({"train.sample_steps": 9}, "sample_steps needs train.sample_length.* in 1..4095.*; got 0"),
+        ({"train.sample_length": 9}, "sample_length=9 needs train.sample_steps, .*or both to 0"),
         ({"train.sample_steps": -1}, "sample_steps must be at least 0; got -1"),
         (
             {"train.sample_steps": 9, "train.sample_length": 9, "model.positions": "rotary"},

@@ -185,6 +185,11 @@ def _check_sampling(config: ml_collections.ConfigDict) -> None:
     if train.sample_steps < 0:
         raise UserError(f"train.sample_steps must be at least 0; got {train.sample_steps}")
     if not train.sample_steps:
+        if train.sample_length:
+            raise UserError(
+                f"train.sample_length={train.sample_length} needs train.sample_steps, the number "
+                "of first steps that draw so many tokens; set both, or both to 0"
+            )
         return
     if not 0 < train.sample_length < model.max_length:
         raise UserError(
