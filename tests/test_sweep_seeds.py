@@ -234,7 +234,7 @@ def test_a_table_is_assembled_from_several_commands(tmp_path):
         "| | listops | text |",
         "|---|---|---|",
         "| `softmax` | 25.00 ± 0.00 | - |",
-        "| `skyformer` | 25.00 ± 0.00 | 75.00 (1 of 2) |",
+        "| `skyformer` | 25.00 ± 0.00 | 75.00 |",
         "| `performer` | 50.00 (1 of 2) | - |",
         "",
         "listops: 9,000 steps of 32; departs from the full setting in train.num_steps",

@@ -181,15 +181,15 @@ def table(rows: Sequence[Row]) -> str:
 
     An attention without a finished cell of a config has "-" there.
     """
-    num_seeds, texts = len({row["seed"] for row in rows}), {}
+    of_configs, texts = group(sorted(rows, key=_place), "config"), {}
     for entry in summarise(rows):
+        num_seeds = len({row["seed"] for row in of_configs[entry["config"]]})
         text = f"{100 * entry['mean']:.2f}" if entry["num_seeds"] else "-"
         if entry["num_seeds"] > 1:
             text += f" ± {100 * entry['standard_deviation']:.2f}"
         if 0 < entry["num_seeds"] < num_seeds:
             text += f" ({entry['num_seeds']} of {num_seeds})"
         texts[entry["config"], entry["attention"]] = text
-    of_configs = group(sorted(rows, key=_place), "config")
     lines = ["| | " + " | ".join(of_configs) + " |", "|---" * (1 + len(of_configs)) + "|"]
     for name in group(rows, "attention"):
         of_name = [texts.get((config, name), "-") for config in of_configs]

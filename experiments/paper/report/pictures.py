@@ -32,7 +32,6 @@ def _save(
     *,
     labels: Sequence[str] = ("",),
     height: float = 3.1,
-    title_at: str = "center",
 ) -> None:
     """Saves a figure of panels with one legend below.
 
@@ -45,7 +44,7 @@ def _save(
     handles = {}
     for axis, (title, content) in zip(axes.flat, panels.items(), strict=False):
         draw(axis, content)
-        axis.set_title(title, loc=title_at)
+        axis.set_title(title)
         axis.grid(alpha=0.3)
         if axis.get_xscale() == "linear":
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -139,26 +138,30 @@ def figure1(result: Result, path: Path) -> None:
 
 
 def table1(result: Result, path: Path) -> None:
-    """Draws test accuracy by task: every seed, the mean, and the floors as dashed lines."""
+    """Draws test accuracy by task: every seed, the mean, the paper's, and the highest floor."""
 
-    def draw(axis: Axes, of_name: dict[str, Any]) -> None:
+    def draw(axis: Axes, content: tuple[str, dict[str, Any]]) -> None:
+        config, of_name = content
         for position, name in enumerate(reversed(NAMES)):
             found = [100 * row["accuracy"] for row in of_name.get(name, [])]
             style = {**line_style(name), "ls": "", "ms": 5}
+            if config in published.ACCURACY[name]:
+                printed = [published.ACCURACY[name][config]]
+                axis.plot(printed, [position], **{**style, "mfc": "none"})
             axis.plot(found, [position] * len(found), alpha=0.5, **style)
             if found:
                 style |= {"ms": 9, "marker": "|"}
                 axis.plot([np.mean(found)], [position], **style)
         _list_names(axis)
-        floors = next(iter(of_name.values()))[0]["floors"]
-        for floor, accuracy in floors.items():
-            if 100 * accuracy > axis.get_xlim()[0] - 10:
-                axis.axvline(100 * accuracy, ls="--", lw=1, color="gray")
-                axis.set_title(f"dashed: {floor}", fontsize=7, loc="right", color="gray")
-        axis.set_xlabel("test accuracy, %")
+        floors, label = next(iter(of_name.values()))[0]["floors"], "hollow: paper"
+        highest = max(floors, key=floors.get)
+        if 100 * floors[highest] > axis.get_xlim()[0] - 10:
+            axis.axvline(100 * floors[highest], ls="--", lw=1, color="gray")
+            label += f"; dashed: {highest}"
+        axis.set_xlabel(f"test accuracy, %\n{label}", fontsize=8)
 
     tasks = _in_order(group(finished(result), "config", "attention"))
-    _save(path, tasks, draw, title_at="left")
+    _save(path, {config: (config, of_name) for config, of_name in tasks.items()}, draw)
 
 
 def table2(result: Result, path: Path) -> None:

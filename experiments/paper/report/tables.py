@@ -47,6 +47,14 @@ def _reduced(rows: Sequence[dict[str, Any]], num_seeds: int = published.SEEDS) -
     return f"Reduced: {'; '.join(parts)}." if parts else "The full setting."
 
 
+def _setting(cells: Sequence[dict[str, Any]], num_seeds: int) -> str:
+    """Says how the cells of a task were trained, compared with the paper."""
+    if cells[0].get("variant") != "fast":
+        return _reduced(cells, num_seeds)
+    sizes = {f"{cell['num_steps']:,} steps of {cell['batch_size']}" for cell in cells}
+    return f"Variant fast: {', '.join(sorted(sizes))} instead of {published.STEPS:,} steps."
+
+
 def _compared(ours: Estimate | None, printed: float | None) -> list[str]:
     """Table cells: the paper's figure, ours, the difference and its standard error."""
 
@@ -79,11 +87,11 @@ def summary(result: Result) -> str:
 
 
 def table1(result: Result) -> str:
-    """Makes the section on accuracy: one table of all tasks, then a table per task."""
+    """Makes a section on accuracy: one table of all tasks, then a table per task."""
     accuracies = statistics.accuracies(result)
     parts = [
-        "Ours ± its standard error, and the paper's in brackets. The reductions of our runs are "
-        "listed below.",
+        "Ours ± its standard error, and the paper's in brackets. How our runs depart from the "
+        "paper's setting is said below for each task.",
         summary(result),
         "Test accuracy in percent of the best checkpoint by validation accuracy. The standard "
         "error is ours only, because the paper prints none. It comes from the spread between "
@@ -112,8 +120,8 @@ def table1(result: Result) -> str:
             f"Trivial classifiers: {floors}. {cells[0]['examples']:,} test examples of "
             f"{cells[0]['task']} (data {data})."
         )
-        reduced = _reduced(cells, min(estimate.count for estimate in own.values()))
-        parts.append(f"### {config}\n\n{reduced} {about}\n\n{table}")
+        setting = _setting(cells, min(estimate.count for estimate in own.values()))
+        parts.append(f"### {config}\n\n{setting} {about}\n\n{table}")
     return "\n\n".join(parts)
 
 
