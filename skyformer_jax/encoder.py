@@ -22,7 +22,8 @@ from skyformer_jax.layers import (
 from skyformer_jax.ngrams import hashed_ngrams
 from skyformer_jax.norms import LayerNorm
 
-POSITIONS = ("learned", "axial", "sinusoidal", "rotary")
+POSITIONS = ("learned", "axial", "sinusoidal_2d", "sinusoidal", "rotary")
+SQUARE_POSITIONS = ("axial", "sinusoidal_2d")  # for square images, row by row
 POOLINGS = ("mean", "cls", "padded_mean")
 DTYPES = ("float32", "bfloat16")
 _STREAMS = ("dropout", "landmarks", "features")  # random streams that a block may use
@@ -112,22 +113,44 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str, axis_name: str | None = No
     return total / jnp.maximum(count, 1).astype(total.dtype)
 
 
-def sinusoids(positions: jax.Array, width: int) -> jax.Array:
+def sinusoids(positions: jax.Array, width: int, base: float = 10_000.0) -> jax.Array:
     """Encodes positions as sines and cosines (Vaswani et al., 2017, section 3.5).
 
     Args:
       positions: int [...].
       width: number of features; must be even.
+      base: the wavelengths are 2 pi times powers of it, with exponents from 0 to almost 1.
 
     Returns:
-      float32 [..., width]: sines of width / 2 wavelengths from 2 pi to 10,000 times that, then
-      the cosines.
+      float32 [..., width]: sines of width / 2 wavelengths, then the cosines.
     """
     if width % 2:
         raise ValueError(f"sinusoidal positions need an even width; got {width}")
-    frequencies = 10_000.0 ** (-2 * jnp.arange(width // 2, dtype=jnp.float32) / width)
+    frequencies = base ** (-2 * jnp.arange(width // 2, dtype=jnp.float32) / width)
     angles = positions[..., None].astype(jnp.float32) * frequencies[(None,) * positions.ndim]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def sinusoids_2d(positions: jax.Array, width: int, side: int) -> jax.Array:
+    """Encodes pixels of a square image as sines and cosines of their rows and columns.
+
+    Chen, Xie, He (2021, MoCo v3) have them with wavelengths up to 10,000 times 2 pi. These go up to
+    the side times 2 pi, so that all features differ within the image.
+
+    Args:
+      positions: int [...], the numbers of the pixels, row by row.
+      width: number of features; must be divisible by 4.
+      side: number of rows, and of columns.
+
+    Returns:
+      float32 [..., width]: the sinusoids of the row, then those of the column.
+    """
+    if width % 4:
+        raise ValueError(f"sinusoidal_2d positions need a width divisible by 4; got {width}")
+    of_axes = [
+        sinusoids(index, width // 2, side) for index in (positions // side, positions % side)
+    ]
+    return jnp.concatenate(of_axes, axis=-1)
 
 
 def side_of(max_length: int) -> int:
@@ -163,8 +186,9 @@ class Encoder(nn.Module):
       remat, dropout drops other elements than without.
     - positions are "learned", a table of max_length x width; "axial", for square images row by row,
       a table of the rows and one of the columns, each sqrt(max_length) x width (Kitaev et al.,
-      2020, Reformer, has them side by side instead of added); "sinusoidal", without parameters; or
-      "rotary", which rotates queries and keys in every block and adds nothing to the embeddings.
+      2020, Reformer, has them side by side instead of added); "sinusoidal_2d", also for square
+      images, or "sinusoidal", both without parameters; or "rotary", which rotates queries and keys
+      in every block and adds nothing to the embeddings.
     - ngrams are lengths of n-grams. For each of them, a table of ngram_rows rows has an embedding
       of the tokens that end at a position, which is added to the token's; see hashed_ngrams.
     - axis_name is the mesh axis, within jax.shard_map, over which the length is split. Tokens and
@@ -285,6 +309,9 @@ class Encoder(nn.Module):
             for name, index in (("row_embedding", at // side), ("column_embedding", at % side)):
                 table = self.param(name, init, (side, self.width), jnp.float32)
                 x = x + look_up(table, index)
+        elif self.positions == "sinusoidal_2d":
+            # As great as the sum of axial's two tables.
+            x = x + 2 * _EMBEDDING_SCALE * sinusoids_2d(at, self.width, side_of(self.max_length))
         elif self.positions == "sinusoidal":
             # Scaled to the root mean square of the token embeddings.
             x = x + _EMBEDDING_SCALE * 2**0.5 * sinusoids(at, self.width)

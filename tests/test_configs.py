@@ -94,15 +94,19 @@ def test_bad_training_fields_are_named():
         ({"num_seeds": 0}, "num_seeds must be at least 1"),
         ({"seed": -1}, "seed must be in 0"),
         ({"data.buckets": (512,), "model.pooling": "padded_mean"}, "padded_mean divides by"),
-        ({"data.drop_zeros": True, "model.positions": "rotary"}, "learned, axial or sinusoidal"),
+        (
+            {"data.drop_zeros": True, "model.positions": "rotary"},
+            "other model.positions than rotary",
+        ),
         ({"train.sample_steps": 9}, "sample_steps needs train.sample_length.* in 1..4095.*; got 0"),
         ({"train.sample_length": 9}, "sample_length=9 needs train.sample_steps, .*or both to 0"),
         ({"train.sample_steps": -1}, "sample_steps must be at least 0; got -1"),
         (
             {"train.sample_steps": 9, "train.sample_length": 9, "model.positions": "rotary"},
-            "sample_steps needs model.pooling=mean, no model.ngrams, and .* axial or sinusoidal",
+            "sample_steps needs model.pooling=mean, no model.ngrams, and other model.positions",
         ),
         ({"model.positions": "axial", "model.max_length": 4097}, "axial: .*square number.*4097"),
+        ({"model.positions": "sinusoidal_2d", "model.width": 6}, "divisible by 4 .*_2d; got 6"),
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16'.*float32, bfloat16"),
         ({"attention.implementation": "flash"}, "auto, dense, chunked"),
     ):

@@ -141,6 +141,35 @@ def test_axial_positions_are_a_row_and_a_column():
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_sinusoidal_2d_positions():
+    """Distances of encodings depend only on the rows and columns between two pixels."""
+    found = np.asarray(encoder.sinusoids_2d(jnp.arange(36).reshape(2, 18), 16, 6)).reshape(36, 16)
+    row, column = np.divmod(np.arange(36), 6)
+    for index, own in ((row, found[:, :8]), (column, found[:, 8:])):
+        angles = index[:, None] * 6.0 ** (-np.arange(4) / 4)
+        expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+        np.testing.assert_allclose(own, expected, atol=1e-6)
+    distance = ((found[:, None] - found) ** 2).sum(-1).reshape(6, 6, 6, 6)
+    np.testing.assert_allclose(distance[:5, :4, :5, :4], distance[1:, 2:, 1:, 2:], atol=1e-5)
+    assert (distance[0, 0] + 10 * np.eye(1, 36).reshape(6, 6)).argmin() in (1, 6)
+
+
+def test_models_see_sinusoidal_2d_positions():
+    """They see where the given positions are, and no parameters belong to them."""
+    tokens, mask = batch(30)
+    settings = {"max_length": 36, "num_layers": 1, "positions": "sinusoidal_2d"}
+    model = models.build_model(tiny_config("softmax", **settings))
+    variables = init(model, tokens, mask)
+    names = "token_embedding block_0 final_norm head_hidden head_out"
+    assert variables["params"].keys() == set(names.split())
+    apply = jax.jit(model.apply)
+    at = np.broadcast_to(np.arange(30), tokens.shape)
+    expected = np.asarray(apply(variables, tokens, mask))
+    given = apply(variables, tokens, mask, positions=at)
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
+    assert abs(apply(variables, tokens, mask, positions=at[:, ::-1]) - expected).max() > 1e-4
+
+
 def test_positions_may_be_given():
     """The consecutive ones are the default."""
     tokens, mask = batch()
@@ -195,6 +224,10 @@ def test_models_are_hashable_and_name_what_is_wrong():
         ({"positions": "relative"}, tokens, tokens > 0, "positions must be one of learned, axial"),
         ({"width": 7, "positions": "sinusoidal"}, tokens, tokens > 0, "an even width; got 7"),
         ({"positions": "axial"}, tokens, tokens > 0, "must be a square number.*; got 48"),
+        (
+            {"width": 6, "positions": "sinusoidal_2d", "max_length": 49},
+            *(tokens, tokens > 0, "a width divisible by 4; got 6"),
+        ),
         ({}, tokens, tokens, "mask must be bool, of the shape"),
         ({}, tokens, tokens[:1] > 0, "mask must be bool, of the shape"),
         ({}, tokens[:, :0], tokens[:, :0] > 0, "sequences must have at least one token"),

@@ -543,7 +543,7 @@ def test_another_config_is_refused_with_the_fields(undisturbed, data_dir):
             pytest.param(*setting, marks=pytest.mark.slow)
             for setting in (
                 ({"model.pooling": "max"}, "mean, cls, padded_mean"),
-                ({"model.positions": "sinusoidal", "model.width": 15}, "must be even"),
+                ({"model.positions": "sinusoidal", "model.width": 15}, "must be divisible by 2"),
                 ({"train.num_steps": 0}, "at least 1"),
                 ({"model.max_length": 20}, "at least 48"),
                 ({"task": "listop"}, "did you mean 'listops'"),

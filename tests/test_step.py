@@ -202,6 +202,7 @@ def test_predictions_do_not_depend_on_batch_size_or_devices_or_parts(monkeypatch
         ("learned", 2, 4),
         pytest.param("axial", 1, 8, marks=pytest.mark.slow),
         pytest.param("sinusoidal", 8, 1, marks=pytest.mark.slow),
+        pytest.param("sinusoidal_2d", 4, 2, marks=pytest.mark.slow),
     ],
 )
 def test_leaving_zeros_out_is_masking_them(positions, data, seq):

@@ -91,19 +91,21 @@ def _check_model(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
     one_of("model.pooling", model.pooling, encoder.POOLINGS)
     one_of("model.dtype", model.dtype, encoder.DTYPES)
     one_of("model.positions", model.positions, encoder.POSITIONS)
-    if model.positions == "sinusoidal" and model.width % 2:
+    multiple = {"sinusoidal": 2, "sinusoidal_2d": 4}.get(model.positions, 1)
+    if model.width % multiple:
         raise UserError(
-            f"model.width must be even for model.positions=sinusoidal; got {model.width}"
+            f"model.width must be divisible by {multiple} for model.positions={model.positions}; "
+            f"got {model.width}"
         )
     if model.positions == "rotary" and model.head_dim % 2:
         raise UserError(
             f"model.head_dim must be even for model.positions=rotary; got {model.head_dim}"
         )
-    if model.positions == "axial":
+    if model.positions in encoder.SQUARE_POSITIONS:
         try:
             encoder.side_of(model.max_length)
         except ValueError as error:
-            raise UserError(f"model.positions=axial: {error}") from None
+            raise UserError(f"model.positions={model.positions}: {error}") from None
     lengths = [n for n in model.ngrams if type(n) is int and n > 1]
     if list(model.ngrams) != sorted(set(lengths)):
         raise UserError(
@@ -175,8 +177,8 @@ def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
     _check_sampling(config)
     if data.drop_zeros and config.model.positions == "rotary":
         raise UserError(
-            "data.drop_zeros needs model.positions=learned, axial or sinusoidal: rotary positions "
-            "count the tokens that are left"
+            "data.drop_zeros needs other model.positions than rotary, which count the tokens that "
+            "are left"
         )
 
 
@@ -198,8 +200,8 @@ def _check_sampling(config: ml_collections.ConfigDict) -> None:
         )
     if model.positions == "rotary" or model.pooling != "mean" or model.ngrams:
         raise UserError(
-            "train.sample_steps needs model.pooling=mean, no model.ngrams, and model.positions="
-            "learned, axial or sinusoidal; the others need tokens that drawing may leave out"
+            "train.sample_steps needs model.pooling=mean, no model.ngrams, and other "
+            "model.positions than rotary; these need tokens that drawing may leave out"
         )
 
 

@@ -49,7 +49,7 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
             "pooling": "mean",
             "dtype": "float32",  # of activations, or bfloat16; parameters stay float32
             "remat": False,  # recompute blocks in the backward pass to save memory
-            "positions": "learned",  # or axial, for square images; sinusoidal; rotary
+            "positions": "learned",  # or sinusoidal, rotary; axial, sinusoidal_2d: square images
             "ngrams": (),  # lengths of n-grams whose embeddings are added to the tokens'
             "ngram_rows": 8192,  # rows of the table of each of them, which hashing shares
         },
