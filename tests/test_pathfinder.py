@@ -16,6 +16,7 @@ from skyformer_jax.data.pathfinder.dashes import free_positions, make_dashes
 from skyformer_jax.errors import UserError
 
 statistics = import_script("data.pathfinder_check").statistics
+floors = import_script("data.pathfinder_floors")
 
 ALL = list(itertools.product(pathfinder.SIZES, pathfinder.DIFFICULTIES))
 # Placing two long targets in little space takes about a thousand tries.
@@ -308,6 +309,29 @@ def test_statistics_of_the_originals():
         # For samples of this size, standard deviations are accurate to a few per cent.
         assert 0.85 < ours[name].std() / deviation < 1.18, name
     assert abs(labels.mean() - 0.5) < 3.5 * 0.5 / np.sqrt(1000)
+
+
+def test_discs_are_found_where_they_were_drawn(monkeypatch):
+    tips = []
+
+    def draw(size, radius, position, draw=drawing.draw_disc):
+        tips.append(position)
+        return draw(size, radius, position)
+
+    monkeypatch.setattr(drawing, "draw_disc", draw)
+    images, labels = pathfinder.generate_chunk(32, "easy", 0, 0, 200)
+    drawn = np.reshape(tips, (200, 2, 2))
+    found = floors.find_discs(images).transpose(2, 0, 1)
+    error = [np.abs(found - np.roll(drawn, k, axis=1)).max(axis=(1, 2)) for k in (0, 1)]
+    assert (np.minimum(*error) <= 1).mean() > 0.95
+    exact = np.round(np.hypot(*(drawn[:, 0] - drawn[:, 1]).T)).astype(int)
+    assert (abs(floors.distances(images) - exact) <= 1).mean() > 0.95
+
+    # Discs of easy images are far from each other, or near, more often than those of one contour.
+    answers = floors.fit(exact, labels)
+    assert answers.shape == (64,) and set(answers) == {0, 1}
+    assert (answers[exact] == labels).mean() > 0.55
+    np.testing.assert_array_equal(floors.fit(np.array([3, 3, 3]), np.array([1, 0, 1]))[2:4], [0, 1])
 
 
 @pytest.mark.parametrize(

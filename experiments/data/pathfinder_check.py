@@ -24,6 +24,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 from scipy import ndimage
 
+from experiments.data.pathfinder_discs import find_discs
 from experiments.records import Row, provenance, replacing, write_json
 from skyformer_jax import cli
 from skyformer_jax.data import pathfinder
@@ -75,15 +76,8 @@ def read_reference(path: str) -> Set:
 def statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     """Computes numbers that describe each image; each value is [images]."""
     lit = images > 60
-    # Discs fill three by three pixels; little else does.
     around = np.stack([ndimage.uniform_filter(image, 3) for image in images.astype(float)])
-    rows, cols = np.mgrid[:32, :32]
-    remaining, discs = around.copy(), []
-    for _ in range(2):
-        disc = np.unravel_index(remaining.reshape(len(images), -1).argmax(axis=1), (32, 32))
-        distance = np.hypot(rows - disc[0][:, None, None], cols - disc[1][:, None, None])
-        remaining[distance <= 3] = 0
-        discs.append(np.stack(disc))
+    discs = find_discs(images)
     grays = ((0, 0), (1, 30), (31, 90), (91, 150), (151, 200), (201, 255))
     return {
         "mean": images.mean(axis=(1, 2)),
