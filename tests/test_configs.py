@@ -103,7 +103,8 @@ def test_bad_training_fields_are_named():
         ({"train.sample_steps": -1}, "sample_steps must be at least 0; got -1"),
         (
             {"train.sample_steps": 9, "train.sample_length": 9, "model.positions": "rotary"},
-            "sample_steps needs model.pooling=mean, no model.ngrams, and other model.positions",
+            "sample_steps needs model.pooling=mean, no model.ngrams, and other model.positions "
+            "than rotary",
         ),
         ({"model.positions": "axial", "model.max_length": 4097}, "axial: .*square number.*4097"),
         ({"model.positions": "sinusoidal_2d", "model.width": 6}, "divisible by 4 .*_2d; got 6"),

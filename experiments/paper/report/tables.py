@@ -35,13 +35,18 @@ def _value(x: Any) -> str:
     return "none" if x is None else f"{x:,}" if type(x) is int else str(x)
 
 
-def _reduced(rows: Sequence[dict[str, Any]], num_seeds: int = published.SEEDS) -> str:
-    """Says how the settings of a task's rows depart from the full one, by their "departures"."""
+def _departures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lists the fields in which a task's rows depart from the setting of their variant."""
     found: dict[str, set[str]] = {}
     for row in rows:
         for field, (full, here) in row["departures"].items():
             found.setdefault(field, set()).add(f"{_value(full)} → {_value(here)}")
-    parts = [f"`{field}` {', '.join(sorted(how))}" for field, how in sorted(found.items())]
+    return [f"`{field}` {', '.join(sorted(how))}" for field, how in sorted(found.items())]
+
+
+def _reduced(rows: Sequence[dict[str, Any]], num_seeds: int = published.SEEDS) -> str:
+    """Says how the settings of a task's rows depart from the full one."""
+    parts = _departures(rows)
     if num_seeds < published.SEEDS:
         parts.append(f"seeds {published.SEEDS} → {num_seeds}")
     return f"Reduced: {'; '.join(parts)}." if parts else "The full setting."
@@ -52,7 +57,8 @@ def _setting(cells: Sequence[dict[str, Any]], num_seeds: int) -> str:
     if cells[0].get("variant") != "fast":
         return _reduced(cells, num_seeds)
     sizes = {f"{cell['num_steps']:,} steps of {cell['batch_size']}" for cell in cells}
-    return f"Variant fast: {', '.join(sorted(sizes))} instead of {published.STEPS:,} steps."
+    size = f"{', '.join(sorted(sizes))} instead of {published.STEPS:,} steps"
+    return f"Variant fast: {'; '.join([size, *_departures(cells)])}."
 
 
 def _compared(ours: Estimate | None, printed: float | None) -> list[str]:
