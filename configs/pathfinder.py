@@ -46,7 +46,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         config.data.mask_zeros = True
         common.restore_published(config)
     if variant == "fast":
-        config.data.drop_zeros = True
+        config.data.drop_below = 1
         config.data.buckets = (448, 576)
         config.train.balanced = True
         config.train.learning_rate = 5e-4

@@ -76,13 +76,15 @@ def test_cut_select_and_follow():
             assert both[j]["label"] == part[i]["label"]
 
 
-def test_values_that_are_left_keep_their_positions():
-    """A batch without zeros holds each other value at its position, also after a cut."""
+@pytest.mark.parametrize("threshold", [1, 100])
+def test_values_that_are_left_keep_their_positions(threshold):
+    """A batch without small values has each other value at its position, also after a cut."""
     rng = np.random.default_rng(0)
     images = np.where(rng.random((9, 40)) < 0.6, 0, rng.integers(0, 256, (9, 40))).astype(np.uint8)
     images[3] = 0  # nothing is left of it
     examples = from_sequences(list(images), np.arange(9))
-    dropped = examples.without_zeros()
+    dropped = examples.drop_below(threshold)
+    images = np.where(images < threshold, 0, images)
     rows = np.array([4, 3, 8])
     batch = batches.make_batch(dropped, rows, 40)
     assert batch.positions.dtype == np.int32 and batch.length[1] == 0
@@ -93,7 +95,7 @@ def test_values_that_are_left_keep_their_positions():
         assert (np.diff(batch.positions[place, :length]) > 0).all()
     first = batches.make_batch(dropped.cut(5), rows, 5)
     np.testing.assert_array_equal(first.positions[0], np.flatnonzero(images[4])[:5])
-    pairs = dataclasses.replace(examples.cut(40), num_documents=3).without_zeros()
+    pairs = dataclasses.replace(examples.cut(40), num_documents=3).drop_below(1)
     assert batches.make_batch(pairs, np.array([1, 2]), 40).positions.shape == (2, 3, 40)
 
 
@@ -125,7 +127,7 @@ def test_checksum_depends_on_everything():
         )
     }
     moved = (np.array([x], np.uint8) for x in ([0, 1], [1, 0]))
-    sums |= {from_sequences([x[0]], [0]).without_zeros().checksum() for x in moved}
+    sums |= {from_sequences([x[0]], [0]).drop_below(1).checksum() for x in moved}
     assert len(sums) == 7
     assert from_sequences(base, [0, 1]).checksum() == from_sequences(base, [0, 1]).checksum()
 
@@ -253,15 +255,15 @@ def test_processes_share_each_batch(processes):
 
 
 @pytest.mark.parametrize("documents", [1, 2])
-@pytest.mark.parametrize("drop_zeros", [False, True])
-def test_drawn_tokens_are_real_and_keep_their_places(documents, drop_zeros):
+@pytest.mark.parametrize("drop_black", [False, True])
+def test_drawn_tokens_are_real_and_keep_their_places(documents, drop_black):
     """They are different tokens of the document, in its order, and each is as likely as another."""
     examples = random_examples(12, documents=documents)[0]
-    if drop_zeros:
-        examples = examples.without_zeros()
+    if drop_black:
+        examples = examples.drop_below(1)
     whole = batches.make_batch(examples, np.arange(12), 40)
     positions = np.broadcast_to(np.arange(40), whole.tokens.shape)
-    if drop_zeros:
+    if drop_black:
         positions = whole.positions
     rng = np.random.default_rng(0)
     counts = np.zeros(whole.tokens.shape)
@@ -368,7 +370,7 @@ def test_a_batch_of_each_seed_is_stacked():
 
 
 def test_batches_of_seeds_are_padded_to_the_longest_of_them():
-    examples = random_examples(30)[0].without_zeros()
+    examples = random_examples(30)[0].drop_below(1)
     short, long = (batches.make_batch(examples, np.arange(4), n) for n in (40, 44))
     stacked = batches.stack_batches([short, long])
     for name in ("tokens", "positions"):

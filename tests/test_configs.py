@@ -95,9 +95,10 @@ def test_bad_training_fields_are_named():
         ({"seed": -1}, "seed must be in 0"),
         ({"data.buckets": (512,), "model.pooling": "padded_mean"}, "padded_mean divides by"),
         (
-            {"data.drop_zeros": True, "model.positions": "rotary"},
+            {"data.drop_below": 1, "model.positions": "rotary"},
             "other model.positions than rotary",
         ),
+        ({"data.drop_below": 256}, "drop_below must be in 0..255; got 256"),
         ({"train.sample_steps": 9}, "sample_steps needs train.sample_length.* in 1..4095.*; got 0"),
         ({"train.sample_length": 9}, "sample_length=9 needs train.sample_steps, .*or both to 0"),
         ({"train.sample_steps": -1}, "sample_steps must be at least 0; got -1"),
@@ -130,6 +131,16 @@ def test_a_run_of_reformer_from_before_an_option_keeps_what_it_had(tmp_path):
         expected = now | {option: before[option] for option in left_out}
         assert {option: read.attention[option] for option in now} == expected
         config.check(read, 1)
+
+
+def test_a_run_that_left_out_zeros_still_does(tmp_path):
+    """Earlier versions had data.drop_zeros, True or False."""
+    stored = config.stored(get("pathfinder", "softmax"))
+    del stored["data"]["drop_below"]
+    for fields, threshold in (({}, 0), ({"drop_zeros": False}, 0), ({"drop_zeros": True}, 1)):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(stored | {"data": stored["data"] | fields}))
+        assert config.read(path).data.drop_below == threshold
 
 
 def test_earlier_results_keep_their_digests():

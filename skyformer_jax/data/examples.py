@@ -71,10 +71,10 @@ class Examples(Sequence):
             positions=None if self.positions is None else self.positions[keep],
         )
 
-    def without_zeros(self) -> "Examples":
-        """Returns these examples without values of 0; the others keep their positions."""
+    def drop_below(self, threshold: int) -> "Examples":
+        """Returns these examples without values below threshold; the others keep their places."""
         positions = self._place_in_document().astype(np.int32)
-        return dataclasses.replace(self, positions=positions).select(self.values != 0)
+        return dataclasses.replace(self, positions=positions).select(self.values >= threshold)
 
     def cut(self, length: int) -> "Examples":
         """Returns these examples with each document cut to its first length tokens."""

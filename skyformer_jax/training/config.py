@@ -175,9 +175,11 @@ def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
             "change the predictions; leave one of them out"
         )
     _check_sampling(config)
-    if data.drop_zeros and config.model.positions == "rotary":
+    if not 0 <= data.drop_below <= 255:
+        raise UserError(f"data.drop_below must be in 0..255; got {data.drop_below}")
+    if data.drop_below and config.model.positions == "rotary":
         raise UserError(
-            "data.drop_zeros needs other model.positions than rotary, which count the tokens that "
+            "data.drop_below needs other model.positions than rotary, which count the tokens that "
             "are left"
         )
 
@@ -335,6 +337,7 @@ def upgrade(content: dict[str, Any]) -> ml_collections.ConfigDict:
     for field, value in added_fields(content).items():
         section, _, name = field.partition(".")
         content[section].setdefault(name, value)
+    content["data"].pop("drop_zeros", None)  # the earlier form of drop_below
     return complete(content)
 
 

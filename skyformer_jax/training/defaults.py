@@ -83,7 +83,7 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
             "kind": "",  # generated or published; "": the kind in dir, else generated if possible
             "buckets": (),  # lengths that batches of short examples are padded to instead
             "mask_zeros": False,  # stored values of 0, such as black pixels, count as padding
-            "drop_zeros": False,  # they are left out; the other values keep their positions
+            "drop_below": 0,  # smaller stored values are left out; the others keep their positions
             **task.options,
         },
     }
@@ -106,7 +106,7 @@ def added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "model.ngrams": [],  # as JSON has it
         "model.ngram_rows": 8192,
         "data.mask_zeros": False,
-        "data.drop_zeros": False,
+        "data.drop_below": int(config["data"].get("drop_zeros", False)),
         "train.start_from": "",
         "train.balanced": False,
         "train.sample_length": 0,

@@ -66,8 +66,8 @@ class Run:
             examples = self.task.load(
                 split, data.dir, source=data.source or None, kind=data.kind, **options
             )
-        if data.drop_zeros:
-            examples = examples.without_zeros()
+        if data.drop_below:
+            examples = examples.drop_below(data.drop_below)
         padded_length(int(examples.lengths.max()), self.config.model.max_length, ())
         return examples
 
