@@ -11,6 +11,7 @@ import skyformer_jax
 from skyformer_jax import attention, encoder, tasks
 from skyformer_jax.errors import UserError, one_of
 from skyformer_jax.files import expand
+from skyformer_jax.training.data_checks import check_data
 from skyformer_jax.training.defaults import added_fields, default_config
 
 # Fields for the location of files, the method of computation and the logging. They do not change
@@ -44,7 +45,7 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
     _check_attention(config)
     _check_model(config, task)
     _check_training(config)
-    _check_data(config, task)
+    check_data(config, task)
     _check_devices(config, num_devices)
 
 
@@ -151,60 +152,6 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
 def _check_positive(field: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{field} must be at least 1; got {value}")
-
-
-def _check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
-    data, max_length = config.data, config.model.max_length
-    for option in ("length", "shrink"):
-        if option in data and not 1 <= data[option] <= task.max_length:
-            raise UserError(f"data.{option} must be in 1..{task.max_length}; got {data[option]}")
-    longest = task.longest(data)
-    if max_length < longest:
-        raise UserError(
-            f"model.max_length must be at least {longest}, the length of task {task.name} with "
-            f"this config.data; got {max_length}"
-        )
-    if list(data.buckets) != sorted({size for size in data.buckets if 0 < size < max_length}):
-        raise UserError(
-            "data.buckets must be ascending lengths below model.max_length="
-            f"{max_length}; got {tuple(data.buckets)}"
-        )
-    if data.buckets and config.model.pooling == "padded_mean":
-        raise UserError(
-            "model.pooling=padded_mean divides by the padded length, so that data.buckets would "
-            "change the predictions; leave one of them out"
-        )
-    _check_sampling(config)
-    if not 0 <= data.drop_below <= 255:
-        raise UserError(f"data.drop_below must be in 0..255; got {data.drop_below}")
-    if data.drop_below and config.model.positions == "rotary":
-        raise UserError(
-            "data.drop_below needs other model.positions than rotary, which count the tokens that "
-            "are left"
-        )
-
-
-def _check_sampling(config: ml_collections.ConfigDict) -> None:
-    train, model = config.train, config.model
-    if train.sample_steps < 0:
-        raise UserError(f"train.sample_steps must be at least 0; got {train.sample_steps}")
-    if not train.sample_steps:
-        if train.sample_length:
-            raise UserError(
-                f"train.sample_length={train.sample_length} needs train.sample_steps, the number "
-                "of first steps that draw so many tokens; set both, or both to 0"
-            )
-        return
-    if not 0 < train.sample_length < model.max_length:
-        raise UserError(
-            "train.sample_steps needs train.sample_length, the number of tokens to draw, in "
-            f"1..{model.max_length - 1} (model.max_length - 1); got {train.sample_length}"
-        )
-    if model.positions == "rotary" or model.pooling != "mean" or model.ngrams:
-        raise UserError(
-            "train.sample_steps needs model.pooling=mean, no model.ngrams, and other "
-            "model.positions than rotary; these need tokens that drawing may leave out"
-        )
 
 
 def _check_devices(config: ml_collections.ConfigDict, num_devices: int) -> None:
