@@ -1,4 +1,4 @@
-"""The tasks: the six of the Long Range Arena, smaller ones for a CPU, and the user's own."""
+"""The tasks: the six of the Long Range Arena, smaller and easier ones, and the user's own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,14 @@ from typing import Any
 from skyformer_jax.data import own
 from skyformer_jax.data.image import IMAGE
 from skyformer_jax.data.listops import LISTOPS, LISTOPS_SMALL
-from skyformer_jax.data.pathfinder import PATHFINDER, PATHFINDER_SMALL, PATHX, PATHX_SMALL
+from skyformer_jax.data.pathfinder import (
+    PATHFINDER,
+    PATHFINDER_EASY,
+    PATHFINDER_INTERMEDIATE,
+    PATHFINDER_SMALL,
+    PATHX,
+    PATHX_SMALL,
+)
 from skyformer_jax.data.retrieval import RETRIEVAL
 from skyformer_jax.data.splits import SPLITS
 from skyformer_jax.data.task import Task
@@ -15,7 +22,8 @@ from skyformer_jax.errors import UserError, one_of
 
 BENCHMARK = (LISTOPS, TEXT, RETRIEVAL, IMAGE, PATHFINDER, PATHX)
 SMALL = (LISTOPS_SMALL, PATHFINDER_SMALL, PATHX_SMALL)
-TASKS = {task.name: task for task in (*BENCHMARK, *SMALL)}
+EASIER = (PATHFINDER_EASY, PATHFINDER_INTERMEDIATE)
+TASKS = {task.name: task for task in (*BENCHMARK, *SMALL, *EASIER)}
 NAMES = tuple(TASKS)
 
 
@@ -60,4 +68,15 @@ def of(config: Mapping[str, Any]) -> Task:
     return define(config["task"], **fields)
 
 
-__all__ = ["BENCHMARK", "NAMES", "SMALL", "SPLITS", "TASKS", "Task", "define", "get", "of"]
+__all__ = [
+    "BENCHMARK",
+    "EASIER",
+    "NAMES",
+    "SMALL",
+    "SPLITS",
+    "TASKS",
+    "Task",
+    "define",
+    "get",
+    "of",
+]

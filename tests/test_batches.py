@@ -254,6 +254,27 @@ def test_processes_share_each_batch(processes):
         jax.tree.map(np.testing.assert_array_equal, together, expected)
 
 
+def test_the_stages_of_a_curriculum_follow_each_other():
+    """Each step has the batch of its own stage, also in a run that begins at this step."""
+    easy, hard, own = (random_examples(count, seed=count)[0] for count in (50, 30, 40))
+    stages = (batches.Stage(easy, 7), batches.Stage(hard, 90), batches.Stage(own))
+    options = {"seed": 3, "buckets": (20,), "balanced": True}
+
+    def take(count, stream):
+        return [batch for batch, _ in zip(stream, range(count), strict=False)]
+
+    whole = take(120, batches.staged_batches(stages, 4, 40, **options))
+    for examples, first, end in ((easy, 0, 7), (hard, 7, 90), (own, 90, 120)):
+        expected = batches.training_batches(examples, 4, 40, first_step=first, **options)
+        jax.tree.map(np.testing.assert_array_equal, whole[first:end], take(end - first, expected))
+    for first in (3, 7, 8, 89, 90, 100):
+        rest = batches.staged_batches(stages, 4, 40, first_step=first, **options)
+        jax.tree.map(np.testing.assert_array_equal, whole[first:], take(120 - first, rest))
+    assert batches.checksum_of_stages(stages[2:]) == own.checksum()
+    sums = {batches.checksum_of_stages(some) for some in (stages, stages[1:], stages[::-1])}
+    assert len(sums) == 3
+
+
 @pytest.mark.parametrize("documents", [1, 2])
 @pytest.mark.parametrize("drop_black", [False, True])
 def test_drawn_tokens_are_real_and_keep_their_places(documents, drop_black):

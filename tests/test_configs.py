@@ -99,6 +99,15 @@ def test_bad_training_fields_are_named():
             "other model.positions than rotary",
         ),
         ({"data.drop_below": 256}, "drop_below must be in 0..255; got 256"),
+        (
+            {"train.curriculum": ("pathfinder",), "train.curriculum_steps": (9,)},
+            "unknown task in train.curriculum 'pathfinder'; choose one of: text",
+        ),
+        (
+            {"train.curriculum": ("text", "text"), "train.curriculum_steps": (9, 9)},
+            r"curriculum_steps must .* ascending order; got \(9, 9\) for \('text', 'text'\)",
+        ),
+        ({"train.curriculum_steps": (9,)}, r"got \(9,\) for \(\)"),
         ({"train.sample_steps": 9}, "sample_steps needs train.sample_length.* in 1..4095.*; got 0"),
         ({"train.sample_length": 9}, "sample_length=9 needs train.sample_steps, .*or both to 0"),
         ({"train.sample_steps": -1}, "sample_steps must be at least 0; got -1"),

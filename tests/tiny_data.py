@@ -92,6 +92,8 @@ def tiny_tasks():
             name=f"{name}_small",
             max_length=tasks.get(f"{name}_small").max_length,
         )
+    for task in tasks.EASIER:
+        tiny[task.name] = dataclasses.replace(tiny["pathfinder"], name=task.name)
     return tiny
 
 

@@ -1,7 +1,9 @@
 """The order in which training reads examples, and the padded batches made of them."""
 
+import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -229,6 +231,55 @@ def training_batches(
         batch = sampled(make_batch(examples, rows, length), sample_length, rng)
         here = shards.rows(np.arange(batch_size))
         yield Batch(*(values[here] for values in batch))
+
+
+class Stage(NamedTuple):
+    """Training examples of some of the steps.
+
+    Attributes:
+      examples: a whole split.
+      end: the number of steps after which the next stage begins; None in the last stage.
+    """
+
+    examples: Examples
+    end: int | None = None
+
+
+def checksum_of_stages(stages: Sequence[Stage]) -> str:
+    """Returns the checksum of the examples, of all stages if there are several."""
+    checksums = [stage.examples.checksum() for stage in stages]
+    if len(checksums) == 1:
+        return checksums[0]
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()[:16]
+
+
+def staged_batches(
+    stages: Sequence[Stage],
+    batch_size: int,
+    max_length: int,
+    *,
+    seed: int,
+    first_step: int = 0,
+    **options: Any,
+) -> Iterator[Batch]:
+    """Yields the batches of a curriculum: step i has the i-th batch of its stage's examples.
+
+    Args:
+      stages: the stages in their order.
+      batch_size: as in training_batches.
+      max_length: as in training_batches.
+      seed: as in training_batches.
+      first_step: number of batches to skip.
+      **options: further options of training_batches.
+    """
+    step = first_step
+    for examples, end in stages:
+        if end is None or step < end:
+            batches = training_batches(
+                examples, batch_size, max_length, seed=seed, first_step=step, **options
+            )
+            yield from itertools.islice(batches, None if end is None else end - step)
+            step = end or step
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:

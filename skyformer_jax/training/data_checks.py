@@ -3,7 +3,7 @@
 import ml_collections
 
 from skyformer_jax import tasks
-from skyformer_jax.errors import UserError
+from skyformer_jax.errors import UserError, one_of
 
 
 def check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
@@ -34,6 +34,7 @@ def check_data(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
             "change the predictions; leave one of them out"
         )
     _check_sampling(config)
+    _check_curriculum(config, task)
     if not 0 <= data.drop_below <= 255:
         raise UserError(f"data.drop_below must be in 0..255; got {data.drop_below}")
     if data.drop_below and config.model.positions == "rotary":
@@ -63,4 +64,20 @@ def _check_sampling(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             "train.sample_steps needs model.pooling=mean, no model.ngrams, and other "
             "model.positions than rotary; these need tokens that drawing may leave out"
+        )
+
+
+def _check_curriculum(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
+    names, ends = config.train.curriculum, config.train.curriculum_steps
+    same = {
+        name: other
+        for name, other in tasks.TASKS.items()
+        if (other.builder, other.max_length) == (task.builder, task.max_length)
+    }
+    for name in names:
+        one_of("task in train.curriculum", name, same)
+    if len(names) != len(ends) or list(ends) != sorted({end for end in ends if end > 0}):
+        raise UserError(
+            "train.curriculum_steps must name, for each task of train.curriculum, the number of "
+            f"steps after which it ends, in ascending order; got {tuple(ends)} for {tuple(names)}"
         )

@@ -56,6 +56,8 @@ def default_config(task: tasks.Task, attention_name: str) -> dict[str, Any]:
         "train": {
             "num_steps": 50_000,
             "batch_size": 32,
+            "curriculum": (),  # tasks whose training examples the first steps read ...
+            "curriculum_steps": (),  # ... and the number of steps after which each of them ends
             "balanced": False,  # every batch has each class in about its share of the examples
             "sample_length": 0,  # number of tokens drawn at random from each document ...
             "sample_steps": 0,  # ... in this number of first steps; the others see all tokens
@@ -109,6 +111,8 @@ def added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "data.drop_below": int(config["data"].get("drop_zeros", False)),
         "train.start_from": "",
         "train.balanced": False,
+        "train.curriculum": [],
+        "train.curriculum_steps": [],
         "train.sample_length": 0,
         "train.sample_steps": 0,
         # Earlier versions chose the kind by the source alone.

@@ -9,7 +9,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from skyformer_jax.data.batches import Batch, stack_batches, training_batches
+from skyformer_jax.data.batches import (
+    Batch,
+    Stage,
+    checksum_of_stages,
+    stack_batches,
+    staged_batches,
+)
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError, full_disk
 from skyformer_jax.files import expand
@@ -68,10 +74,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                 stack.enter_context(open_workdir(run, workdir))
         with processes.barrier():
             check_visible(workdir)
-            train_split, validation_split = run.load_split("train"), run.load_split("validation")
+            stages, validation_split = run.load_stages(), run.load_split("validation")
         predict_step = make_predict_step(run)
         with processes.stop_signals() as should_stop:
-            step = _fit(run, seeds, train_split, validation_split, predict_step, should_stop)
+            step = _fit(run, seeds, stages, validation_split, predict_step, should_stop)
         with processes.barrier():  # waits until the last checkpoint is complete
             pass
         if step < config.train.num_steps:
@@ -90,19 +96,19 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
 def _fit(
     run: Run,
     seeds: Sequence[SeedRun],
-    train_split: Examples,
+    stages: Sequence[Stage],
     validation_split: Examples,
     predict_step: PredictStep,
     should_stop: Callable[[int], bool],
 ) -> int:
     """Trains from the newest checkpoint to the end or a signal; returns the last step taken."""
     num_steps, eval_every = run.config.train.num_steps, run.config.train.eval_every
-    data = train_split.checksum()
-    states, step = _restore_or_init(run, seeds, len(train_split), data)
+    data = checksum_of_stages(stages)
+    states, step = _restore_or_init(run, seeds, len(stages[-1].examples), data)
     if step == num_steps:
         return step
     train_step = make_train_step(run)
-    batches = _training_batches(run, train_split, step)
+    batches = _training_batches(run, stages, step)
     with open_recorder(run, seeds, step) as recorder, _open_savers(run, seeds, data) as save:
         while step < num_steps:
             with recorder.reading():
@@ -192,12 +198,12 @@ def _change_of_schedule(run: Run, meta: dict[str, Any], step: int) -> str:
     )
 
 
-def _training_batches(run: Run, examples: Examples, first_step: int) -> Iterator[Batch]:
+def _training_batches(run: Run, stages: Sequence[Stage], first_step: int) -> Iterator[Batch]:
     """Yields the batches of all seeds, [seeds, batch, ...] on the mesh, from first_step on."""
     config = run.config
     streams = [
-        training_batches(
-            examples,
+        staged_batches(
+            stages,
             config.train.batch_size,
             config.model.max_length,
             seed=seed,

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from skyformer_jax import tasks
-from skyformer_jax.data.batches import padded_length
+from skyformer_jax.data.batches import Stage, padded_length
 from skyformer_jax.data.examples import Examples
 from skyformer_jax.errors import UserError, full_disk
 from skyformer_jax.models import build_model
@@ -60,10 +60,26 @@ class Run:
         Raises:
           UserError: see Task.load; or if an example is longer than model.max_length.
         """
+        return self._load(self.task, split)
+
+    def load_stages(self) -> tuple[Stage, ...]:
+        """Loads the training examples: those of the curriculum, and then those of the task.
+
+        Raises:
+          UserError: as load_split.
+        """
+        train = self.config.train
+        easier = (
+            Stage(self._load(tasks.get(name), "train"), end)
+            for name, end in zip(train.curriculum, train.curriculum_steps, strict=True)
+        )
+        return (*easier, Stage(self.load_split("train")))
+
+    def _load(self, task: tasks.Task, split: str) -> Examples:
         data = self.config.data
-        options = {option: data[option] for option in self.task.options if option in data}
+        options = {option: data[option] for option in task.options if option in data}
         with full_disk(data.dir):
-            examples = self.task.load(
+            examples = task.load(
                 split, data.dir, source=data.source or None, kind=data.kind, **options
             )
         if data.drop_below:

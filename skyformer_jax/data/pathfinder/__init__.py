@@ -28,6 +28,8 @@ from skyformer_jax.data.pathfinder.parameters import DIFFICULTIES, SIZES, Settin
 from skyformer_jax.data.pathfinder.reader import find_metadata, read_folder
 from skyformer_jax.data.pathfinder.task import (
     PATHFINDER,
+    PATHFINDER_EASY,
+    PATHFINDER_INTERMEDIATE,
     PATHFINDER_SMALL,
     PATHX,
     PATHX_SMALL,
@@ -38,6 +40,8 @@ __all__ = [
     "CHUNK",
     "DIFFICULTIES",
     "PATHFINDER",
+    "PATHFINDER_EASY",
+    "PATHFINDER_INTERMEDIATE",
     "PATHFINDER_SMALL",
     "PATHX",
     "PATHX_SMALL",

@@ -28,6 +28,8 @@ def make_task(name: str, size: int, difficulty: str = "hard", generated: str = "
 
 
 PATHFINDER = make_task("pathfinder", 32)
+PATHFINDER_EASY = make_task("pathfinder_easy", 32, "easy")
+PATHFINDER_INTERMEDIATE = make_task("pathfinder_intermediate", 32, "intermediate")
 PATHFINDER_SMALL = make_task("pathfinder_small", 32, generated="small")
 PATHX = make_task("pathx", 128)
 PATHX_SMALL = make_task("pathx_small", 128, generated="small")
