@@ -46,12 +46,19 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         config.data.mask_zeros = True
         common.restore_published(config)
     if variant == "fast":
-        config.data.drop_below = 1
-        config.data.buckets = (448, 576)
+        common.use_few_landmarks(config)
+        config.model.positions = "sinusoidal_2d"
+        config.model.dropout = 0.0
+        config.data.drop_below = 64
+        config.data.buckets = (96, 128, 160, 192, 256)
+        config.train.curriculum = ("pathfinder_short", "pathfinder_easy", "pathfinder_intermediate")
+        config.train.curriculum_steps = (500, 2000, 4000)
         config.train.balanced = True
-        config.train.learning_rate = 5e-4
-        config.train.num_steps = 16_000
-        config.train.eval_every = 1000
+        config.train.batch_size = 32
+        config.train.learning_rate = 7e-4
+        config.train.num_steps = 12_000
+        config.train.warmup_steps = 100
+        config.train.eval_every = 2000
     if variant == "small":
         config.data.shrink = 2
         config.model.max_length = 256

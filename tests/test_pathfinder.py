@@ -77,7 +77,7 @@ def test_no_images():
         ({"size": 48}, "no Pathfinder of size 48; sizes are 32, 64, 128, 256"),
         (
             {"difficulty": "harder"},
-            "no Pathfinder difficulty 'harder'; there are easy, intermediate, hard",
+            "no Pathfinder difficulty 'harder'; there are short, easy, intermediate, hard",
         ),
         ({"seed": -1}, "the seed of Pathfinder must not be negative; got -1"),
     ],

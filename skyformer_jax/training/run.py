@@ -78,10 +78,10 @@ class Run:
     def _load(self, task: tasks.Task, split: str) -> Examples:
         data = self.config.data
         options = {option: data[option] for option in task.options if option in data}
+        if task is self.task or task.source_config is not None:  # others are only generated
+            options |= {"source": data.source or None, "kind": data.kind}
         with full_disk(data.dir):
-            examples = task.load(
-                split, data.dir, source=data.source or None, kind=data.kind, **options
-            )
+            examples = task.load(split, data.dir, **options)
         if data.drop_below:
             examples = examples.drop_below(data.drop_below)
         padded_length(int(examples.lengths.max()), self.config.model.max_length, ())

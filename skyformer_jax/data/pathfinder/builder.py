@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from skyformer_jax.data.builder import Documents, LraBuilder, Shard
 from skyformer_jax.data.pathfinder import generator, reader
-from skyformer_jax.data.pathfinder.parameters import DIFFICULTIES, SIZES
+from skyformer_jax.data.pathfinder.parameters import DIFFICULTIES, PUBLISHED, SIZES
 from skyformer_jax.data.splits import SPLITS, split_by_name
 from skyformer_jax.progress import Progress, say, track
 
@@ -55,10 +55,11 @@ class Pathfinder(LraBuilder):
     )
     NUM_CLASSES = 2
     BUILDER_CONFIGS = tuple(
-        itertools.starmap(
-            pathfinder_config,
-            itertools.product(SIZES, DIFFICULTIES, ("generated", "official", "small")),
+        pathfinder_config(size, difficulty, kind)
+        for size, difficulty, kind in itertools.product(
+            SIZES, DIFFICULTIES, ("generated", "official", "small")
         )
+        if kind != "official" or difficulty in PUBLISHED
     )
     _BLOCKS_A_FILE = 25
 

@@ -5,7 +5,10 @@ from typing import NamedTuple
 from skyformer_jax.errors import UserError
 
 SIZES = (32, 64, 128, 256)
-DIFFICULTIES = {"easy": 6, "intermediate": 9, "hard": 14}  # number of dashes of each target
+# Number of dashes of each target. "short" is ours, to begin a curriculum with; the others are the
+# benchmark's.
+DIFFICULTIES = {"short": 3, "easy": 6, "intermediate": 9, "hard": 14}
+PUBLISHED = ("easy", "intermediate", "hard")
 
 
 class Settings(NamedTuple):
@@ -58,7 +61,7 @@ _ALL_DISTRACTOR_DASHES = (20, 22, 35, 30)
 
 
 def settings(size: int, difficulty: str) -> Settings:
-    """Returns the benchmark's settings.
+    """Returns the benchmark's settings, or for "short" the same with fewer dashes.
 
     Args:
       size: one of SIZES.
