@@ -210,7 +210,7 @@ def test_contours(size, difficulty):
                 assert (kinds[0] < 360, (kinds[1:] >= 360).all()) == (True, True)
                 angles = np.arctan2(*dashes.ahead[kinds].T)
                 turns = np.abs((np.diff(angles) + np.pi) % (2 * np.pi) - np.pi)
-                assert turns.max() <= np.pi / 2 / settings.continuity + 1e-3
+                assert (turns <= np.pi / 2 / settings.continuity + 1e-3).all()
                 # The ends of consecutive dashes are about a dash and two margins apart.
                 steps = np.hypot(*np.diff(positions[1:], axis=0).T)
                 assert (np.abs(steps - radius - dashes.margin) <= dashes.margin + 2.5).all()
