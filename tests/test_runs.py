@@ -39,6 +39,8 @@ TINY = {
     "train.batch_size": 16,
     "train.sample_length": 24,
     "train.sample_steps": NUM_STEPS,
+    "train.curriculum": ("listops_small",),
+    "train.curriculum_steps": (50,),
 }
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
 
