@@ -46,7 +46,7 @@ def make_release(parent, counts):
 
 
 def read(source, report=pytest.fail, workers=1):
-    return list(reader.read_folder(source, SIZE, 14, report=report, workers=workers))
+    return list(reader.read_folder(source, SIZE, "hard", report=report, workers=workers))
 
 
 def assert_is(blocks, expected):
@@ -67,11 +67,22 @@ def test_reads_the_release_in_the_order_of_numbers(tmp_path, place):
     assert_is(read(folder.parent), expected)
 
 
+def test_each_difficulty_has_its_folder(tmp_path):
+    """The names are those of LRA's release."""
+    folder, ((names, images, labels),) = make_release(tmp_path, {0: 5})
+    for difficulty, name in (("easy", "curv_baseline"), ("intermediate", "curv_contour_length_9")):
+        with pytest.raises(UserError, match=name):
+            reader.find_metadata(tmp_path, SIZE, difficulty)
+        shutil.copytree(folder, folder.parent / name)
+        found = list(reader.read_folder(tmp_path, SIZE, difficulty, report=pytest.fail, workers=1))
+        assert_is(found, [([x.replace(FOLDER, name) for x in names], images, labels)])
+
+
 def test_processes_read_the_same(tmp_path):
     folder, expected = make_release(tmp_path, {i: 4 for i in range(12)})
     path = folder / "metadata" / "11.npy"
     path.write_text(path.read_text().replace("14 4", "14"))
-    blocks = reader.read_folder(tmp_path, SIZE, 14, report=pytest.fail, workers=2)
+    blocks = reader.read_folder(tmp_path, SIZE, "hard", report=pytest.fail, workers=2)
     assert_is([next(blocks) for _ in range(11)], expected[:11])
     with pytest.raises(UserError, match=r"metadata/11.npy:1: expected 11 columns, got 10"):
         next(blocks)
@@ -166,7 +177,7 @@ def test_too_many_skipped_is_an_error_at_the_end(tmp_path):
     folder, _ = make_release(tmp_path, {0: 150, 1: 9, 2: 41})
     shutil.rmtree(folder / "imgs" / "1")
     said = []
-    blocks = reader.read_folder(tmp_path, SIZE, 14, report=said.append, workers=1)
+    blocks = reader.read_folder(tmp_path, SIZE, "hard", report=said.append, workers=1)
     assert [len(next(blocks)[0]) for _ in range(3)] == [150, 0, 41]
     with pytest.raises(UserError, match=r"9 of 200 images cannot be read, more than 1%: partly"):
         next(blocks)

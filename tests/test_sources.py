@@ -30,7 +30,7 @@ def find_pairs(source):
 
 
 def find_images(source):
-    return pathfinder.find_metadata(source, 8, 14)[0].parents[2]
+    return pathfinder.find_metadata(source, 8, "hard")[0].parents[2]
 
 
 def write_images(folder):
@@ -119,7 +119,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
             list(retrieval.read_pairs(path, tiny_data.PAIRS[split], report=pytest.fail))
             for split, path in retrieval.find_files(tmp_path).items()
         ]
-        images = pathfinder.read_folder(tmp_path, 8, 14, report=pytest.fail, workers=1)
+        images = pathfinder.read_folder(tmp_path, 8, "hard", report=pytest.fail, workers=1)
         return str((trees, pairs, list(images)))
 
     before = contents()

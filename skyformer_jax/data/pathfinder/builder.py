@@ -66,7 +66,7 @@ class Pathfinder(LraBuilder):
     def source_files(self) -> list[Path]:
         """Returns the metadata files, each of which lists a block of images."""
         config = self.builder_config
-        return reader.find_metadata(self.source, config.size, DIFFICULTIES[config.difficulty])
+        return reader.find_metadata(self.source, config.size, config.difficulty)
 
     @property
     def blocks_dir(self) -> Path:
@@ -130,7 +130,7 @@ class Pathfinder(LraBuilder):
         blocks = reader.read_folder(
             self.source,
             config.size,
-            DIFFICULTIES[config.difficulty],
+            config.difficulty,
             report=self.report,
         )
         num_blocks = len(self.source_files())

@@ -8,7 +8,11 @@ SIZES = (32, 64, 128, 256)
 # Number of dashes of each target. "short" is ours, to begin a curriculum with; the others are the
 # benchmark's.
 DIFFICULTIES = {"short": 3, "easy": 6, "intermediate": 9, "hard": 14}
-PUBLISHED = ("easy", "intermediate", "hard")
+PUBLISHED = {  # the folders of the benchmark's images
+    "easy": "curv_baseline",
+    "intermediate": "curv_contour_length_9",
+    "hard": "curv_contour_length_14",
+}
 
 
 class Settings(NamedTuple):

@@ -1,6 +1,7 @@
 """Reads Pathfinder as published in the release of the Long Range Arena: PNGs and their metadata.
 
-The folder pathfinder32/curv_contour_length_14/ holds imgs/N/sample_i.png and metadata/N.npy.
+The folder pathfinder32/curv_contour_length_14/ holds imgs/N/sample_i.png and metadata/N.npy; easy
+images are in curv_baseline/, intermediate ones in curv_contour_length_9/.
 Despite its name a metadata file is text, one line for each image: subfolder, file, number, label,
 continuity, contour length, distractor length, paddle length, thickness, margin and contrasts.
 Files in NumPy's format with those columns are read too. A few PNGs of the release are empty.
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from skyformer_jax.data import archives, parallel
+from skyformer_jax.data.pathfinder.parameters import PUBLISHED
 from skyformer_jax.errors import UserError
 
 _MIN_COLUMNS = 11
@@ -43,18 +45,18 @@ class Block(NamedTuple):
 def read_folder(
     source: Path,
     size: int,
-    contour_length: int,
+    difficulty: str,
     *,
     report: Callable[[str], None],
     workers: int | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """Reads all images of a size and contour length, one block for each metadata file.
+    """Reads all images of a size and difficulty, one block for each metadata file.
 
     Args:
       source: the folder pathfinder32 (or 64, 128, 256), or one that holds it, pathfinder/ with it
         inside, or lra_release/.
       size: side of the images in pixels.
-      contour_length: number of dashes of the snakes, one of DIFFICULTIES' values.
+      difficulty: one of PUBLISHED.
       report: called with a line of text for each block with skipped images, and once if there are
         folders of images without metadata.
       workers: number of processes; None means one for each core, 1 reads in this process.
@@ -67,7 +69,7 @@ def read_folder(
       UserError: if there is no such folder; if metadata are malformed, naming file and line; if an
         image has another size or is not gray; and at the end, if more than 1 % were skipped.
     """
-    metadata = find_metadata(source, size, contour_length)
+    metadata = find_metadata(source, size, difficulty)
     folder = metadata[0].parent.parent
     _report_without_metadata(folder, metadata, report)
 
@@ -89,9 +91,9 @@ def read_folder(
         )
 
 
-def find_metadata(source: Path, size: int, contour_length: int) -> list[Path]:
+def find_metadata(source: Path, size: int, difficulty: str) -> list[Path]:
     """Finds the metadata files, ordered by number; arguments and errors are as in read_folder."""
-    subfolder = f"curv_contour_length_{contour_length}"
+    subfolder = PUBLISHED[difficulty]
     folders = (f"pathfinder{size}", f"pathfinder/pathfinder{size}")  # the second is S4's
     found = archives.find_in_release(source, folders, [f"{subfolder}/metadata"])
     metadata = _numbered(found / subfolder / "metadata", "*.npy")
