@@ -213,6 +213,7 @@ def test_a_run_leaves_what_it_says(undisturbed):
     workdir, done = undisturbed
     assert "floor: root operator" in done.stdout
     assert f"python eval.py --workdir={workdir}" in done.stdout
+    assert "curriculum: listops_small to step 50, then listops_small, which" in done.stderr
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in done.stderr  # plain lines: not a terminal
     assert "examples/s" in done.stderr and "ETA" in done.stderr
     for name in ("config.json", "metrics.jsonl", "learning_curve.png", "eval_test.json"):

@@ -170,6 +170,12 @@ def _restore_or_init(
         f"{num_parameters:,} parameters, {meshes.describe(run.mesh)}"
         + (f", {len(seeds)} seeds at once" if len(seeds) > 1 else "")
     )
+    if config.train.curriculum:
+        stages = zip(config.train.curriculum, config.train.curriculum_steps, strict=True)
+        say(
+            f"curriculum: {', '.join(f'{name} to step {end:,}' for name, end in stages)}, then "
+            f"{config.task}, which all validations have"
+        )
     if config.train.start_from:
         states, kept = start_from(states, config.train.start_from)
         new = f", new: {', '.join(kept)}" if kept else ""
