@@ -58,7 +58,8 @@ def _setting(cells: Sequence[dict[str, Any]], num_seeds: int) -> str:
         return _reduced(cells, num_seeds)
     sizes = {f"{cell['num_steps']:,} steps of {cell['batch_size']}" for cell in cells}
     size = f"{', '.join(sorted(sizes))} instead of {published.STEPS:,} steps"
-    return f"Variant fast: {'; '.join([size, *_departures(cells)])}."
+    what = "; ".join([size, *_departures(cells)])
+    return f"Variant fast, which `configs/{cells[0]['config']}.py` describes: {what}."
 
 
 def _compared(ours: Estimate | None, printed: float | None) -> list[str]:
