@@ -3,27 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
-from skyformer_jax.data import own
+from skyformer_jax.data import own, pathfinder
 from skyformer_jax.data.image import IMAGE
 from skyformer_jax.data.listops import LISTOPS, LISTOPS_SMALL
-from skyformer_jax.data.pathfinder import (
-    PATHFINDER,
-    PATHFINDER_EASY,
-    PATHFINDER_INTERMEDIATE,
-    PATHFINDER_SHORT,
-    PATHFINDER_SMALL,
-    PATHX,
-    PATHX_SMALL,
-)
 from skyformer_jax.data.retrieval import RETRIEVAL
 from skyformer_jax.data.splits import SPLITS
 from skyformer_jax.data.task import Task
 from skyformer_jax.data.text import TEXT
 from skyformer_jax.errors import UserError, one_of
 
-BENCHMARK = (LISTOPS, TEXT, RETRIEVAL, IMAGE, PATHFINDER, PATHX)
-SMALL = (LISTOPS_SMALL, PATHFINDER_SMALL, PATHX_SMALL)
-EASIER = (PATHFINDER_SHORT, PATHFINDER_EASY, PATHFINDER_INTERMEDIATE)
+BENCHMARK = (LISTOPS, TEXT, RETRIEVAL, IMAGE, pathfinder.PATHFINDER, pathfinder.PATHX)
+SMALL = (LISTOPS_SMALL, pathfinder.PATHFINDER_SMALL, pathfinder.PATHX_SMALL)
+EASIER = (
+    pathfinder.PATHFINDER_SHORT,
+    pathfinder.PATHFINDER_EASY,
+    pathfinder.PATHFINDER_INTERMEDIATE,
+)
 TASKS = {task.name: task for task in (*BENCHMARK, *SMALL, *EASIER)}
 NAMES = tuple(TASKS)
 

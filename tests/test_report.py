@@ -212,8 +212,10 @@ def test_the_table_shows_every_figure():
     for row in result["cells"]:
         row.update(variant="fast", num_steps=1000, batch_size=16)
     text = tables.table1(result)
-    said = "`configs/text.py` describes: 1,000 steps of 16 instead of 50,000 steps; `train.num_"
-    assert said in text
+    said = (
+        "Variant fast, which `configs/text.py` describes: 1,000 steps of 16 instead of 50,000 steps"
+    )
+    assert f"{said}; `train.num_steps` 50,000 → 10." in text
     assert "Reduced" not in text
 
 

@@ -281,10 +281,11 @@ def upgrade(content: dict[str, Any]) -> ml_collections.ConfigDict:
     for section in ("model", "train", "data"):
         content.setdefault(section, {})
     content["train"].pop("steps_per_call", None)  # it did not affect the results
+    if content["data"].pop("drop_zeros", False):  # the earlier form of drop_below
+        content["data"]["drop_below"] = 1
     for field, value in added_fields(content).items():
         section, _, name = field.partition(".")
         content[section].setdefault(name, value)
-    content["data"].pop("drop_zeros", None)  # the earlier form of drop_below
     return complete(content)
 
 

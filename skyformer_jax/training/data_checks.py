@@ -69,11 +69,11 @@ def _check_sampling(config: ml_collections.ConfigDict) -> None:
 
 def _check_curriculum(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
     names, ends = config.train.curriculum, config.train.curriculum_steps
-    same = {
-        name: other
+    same = [
+        name
         for name, other in tasks.TASKS.items()
         if (other.builder, other.max_length) == (task.builder, task.max_length)
-    }
+    ]
     for name in names:
         one_of("task in train.curriculum", name, same)
     if len(names) != len(ends) or list(ends) != sorted({end for end in ends if end > 0}):

@@ -108,7 +108,7 @@ def added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "model.ngrams": [],  # as JSON has it
         "model.ngram_rows": 8192,
         "data.mask_zeros": False,
-        "data.drop_below": int(config["data"].get("drop_zeros", False)),
+        "data.drop_below": 0,
         "train.start_from": "",
         "train.balanced": False,
         "train.curriculum": [],
